@@ -1,0 +1,1 @@
+"""Passes over canonical float Relax: layout, fusion chains."""

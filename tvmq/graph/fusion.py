@@ -1,0 +1,192 @@
+"""Which operators run as one kernel: an anchor and the chain of element-wise operators that follow it.
+
+A chain grows from its anchor while the running value has one reader, and that reader is an operator that an epilogue
+can hold (bias, residual add, relu, clip, activation). The quantizer asks where chains end, so that it never puts a
+quantize inside one; the realizer asks again on the graph with QDQ, and gets the same chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from tvmq import ir
+
+Array = npt.NDArray[Any]
+ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
+CLIPS = ("nn.relu", "clip")
+
+
+@dataclass(frozen=True)
+class AddBias:
+    """Add a constant along the last axis: float32 [channels]."""
+
+    value: Array
+
+
+@dataclass(frozen=True)
+class AddTensor:
+    """Add another tensor of the same shape."""
+
+    operand: Any
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Limit to [low, high]; None leaves a side open."""
+
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A named activation."""
+
+    function: str
+
+
+Follower = AddBias | AddTensor | Limit | Apply
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One future kernel: `anchor` is the variable of the anchor call, `members` all variables from it to the end.
+
+    `kind` is conv2d, matmul, avg_pool2d, add or unary; `x` the anchor's first operand.
+    """
+
+    kind: str
+    anchor: Any
+    call: Any
+    members: tuple[Any, ...]
+    followers: tuple[Follower, ...]
+
+    @property
+    def x(self) -> Any:
+        """The activation that the anchor reads."""
+        return self.call.args[0]
+
+    @property
+    def end(self) -> Any:
+        """The variable that holds the chain's result."""
+        return self.members[-1]
+
+    @property
+    def activations(self) -> tuple[Any, ...]:
+        """All activations that the chain reads: the anchor's, then those that are added."""
+        return (self.x, *(f.operand for f in self.followers if isinstance(f, AddTensor)))
+
+
+def find_chains(module: tvm.IRModule) -> list[Chain]:
+    """The chains of a module, in the order of their anchors. No variable is in two of them."""
+    order = {var: index for index, (var, _) in enumerate(ir.bindings(module))}
+    values = dict(ir.bindings(module))
+    readers = ir.users(module)
+    taken: set[Any] = set()
+    chains = []
+    # Late anchors first: where two convolutions meet in an add, the later one takes it, and the other's result is ready.
+    for var, call in reversed(list(ir.calls(module))):
+        if anchor_kind(call) in ("conv2d", "matmul", "avg_pool2d"):
+            chains.append(_grow(var, call, values, readers, order, taken))
+            taken.update(chains[-1].members)
+    for var, call in ir.calls(module):
+        if var not in taken and anchor_kind(call) in ("add", "unary"):
+            chains.append(_grow(var, call, values, readers, order, taken))
+            taken.update(chains[-1].members)
+    return sorted(chains, key=lambda chain: order[chain.anchor])
+
+
+def anchor_kind(call: Any) -> str | None:
+    """The kind of chain that `call` can start, or None."""
+    if not ir.is_static(call) or not call.args or not ir.dtype_of(call).startswith("float"):
+        return None
+    if ir.is_call(call, "nn.conv2d"):
+        return "conv2d" if str(call.attrs.data_layout) == "NHWC" else None
+    if ir.is_call(call, "matmul"):
+        return "matmul" if len(ir.shape_of(call.args[1])) == 2 and len(ir.shape_of(call.args[0])) >= 2 else None
+    if ir.is_call(call, "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean"):
+        return "avg_pool2d" if _is_window_mean(call) else None
+    if ir.is_call(call, "add"):
+        return "add" if _same_shape_tensors(call) else None
+    if ir.is_call(call, *CLIPS, *ACTIVATIONS):
+        return "unary"
+    return None
+
+
+def _is_window_mean(call: Any) -> bool:
+    shape = ir.shape_of(call.args[0])
+    if len(shape) != 4:
+        return False
+    if ir.is_call(call, "mean"):
+        return call.attrs.axis is not None and sorted(int(a) % 4 for a in call.attrs.axis) == [1, 2]
+    if str(call.attrs.layout) != "NHWC":
+        return False
+    if ir.is_call(call, "nn.adaptive_avg_pool2d"):
+        return all(extent % out == 0 for extent, out in zip(shape[1:3], ir.shape_of(call)[1:3], strict=True))
+    return [int(d) for d in call.attrs.dilation] == [1, 1] and not bool(call.attrs.ceil_mode)
+
+
+def _same_shape_tensors(call: Any) -> bool:
+    return all(isinstance(arg, relax.Var) and ir.shape_of(arg) == ir.shape_of(call) for arg in call.args)
+
+
+def _grow(
+    var: Any,
+    call: Any,
+    values: Mapping[Any, Any],
+    readers: Mapping[Any, list[Any]],
+    order: Mapping[Any, int],
+    taken: set[Any],
+) -> Chain:
+    kind = anchor_kind(call) or ""
+    members, followers = [var], []
+    if kind == "add":
+        followers.append(AddTensor(call.args[1]))
+    elif kind == "unary":
+        followers.append(_unary_follower(call))
+    while True:
+        next_readers = readers.get(members[-1], [])
+        if len(next_readers) != 1 or next_readers[0] is None or next_readers[0] in taken:
+            break
+        follower = _follower(members[-1], values[next_readers[0]])
+        if follower is None:
+            break
+        members.append(next_readers[0])
+        followers.append(follower)
+    return Chain(kind, var, call, tuple(members), tuple(followers))
+
+
+def _follower(running: Any, call: Any) -> Follower | None:
+    """How `call` continues a chain whose value is `running`; None where an epilogue cannot hold it."""
+    if not ir.is_call(call) or not ir.is_static(call) or ir.shape_of(call) != ir.shape_of(running):
+        return None
+    if ir.is_call(call, *CLIPS, *ACTIVATIONS):
+        return _unary_follower(call)
+    if not ir.is_call(call, "add"):
+        return None
+    other = call.args[1] if call.args[0].same_as(running) else call.args[0]
+    if ir.is_constant(other):
+        return _bias(ir.to_numpy(other), ir.shape_of(running)[-1])
+    return AddTensor(other) if ir.shape_of(other) == ir.shape_of(running) else None
+
+
+def _unary_follower(call: Any) -> Follower:
+    if ir.is_call(call, "nn.relu"):
+        return Limit(0.0, None)
+    if ir.is_call(call, "clip"):
+        low, high = (float(getattr(limit, "value", limit)) for limit in call.args[1:])
+        return Limit(None if low == float("-inf") else low, None if high == float("inf") else high)
+    return Apply(ACTIVATIONS[ir.op_name(call)])
+
+
+def _bias(value: Array, channels: int) -> AddBias | None:
+    if value.dtype != np.float32 or not (value.size == 1 or (value.size == channels and value.shape[-1] == channels)):
+        return None
+    return AddBias(np.broadcast_to(value.reshape(-1), (channels,)).copy())

@@ -1,0 +1,230 @@
+"""NCHW -> NHWC: image tensors are channels-last inside, with a transpose only where somebody needs the old order.
+
+    y = conv2d(x, w: OIHW, NCHW)   ->   x1 = permute_dims(x, NHWC);  y1 = conv2d(x1, w1: OHWI, NHWC);  y = permute_dims(y1, NCHW)
+
+Each rewritten operator leaves its result in both orders; the transposes that nobody reads disappear, so adjacent ones vanish
+and operators with a rule of their own below (element-wise, pooling, concat, reductions, pad, slice) stay channels-last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvmq import ir
+
+TO_NHWC = (0, 2, 3, 1)
+TO_NCHW = (0, 3, 1, 2)
+UNARY = (
+    "nn.relu",
+    "clip",
+    "nn.gelu",
+    "nn.gelu_tanh",
+    "nn.silu",
+    "nn.leakyrelu",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "sqrt",
+    "negative",
+    "abs",
+)
+BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
+
+
+def to_nhwc(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with channels-last image tensors. Inputs and outputs keep their layout."""
+    return ir.rewrite(module, _Layout().visit)
+
+
+class _Layout:
+    def __init__(self) -> None:
+        self.last: dict[Any, Any] = {}  # a channels-first variable -> its channels-last twin
+
+    def visit(self, state: ir.Rewrite, name: str, value: Any) -> Any:
+        if not ir.is_call(value):
+            return None
+        rule = _RULES.get(ir.op_name(value))
+        new = rule(self, state, name, value) if rule else None
+        if new is None:
+            return None
+        twin = state.emit(new, name)
+        native = state.emit(relax.op.permute_dims(twin, TO_NCHW), f"{name}_nchw")
+        self.last[native] = twin
+        return native
+
+    def twin(self, state: ir.Rewrite, x: Any) -> Any:
+        """`x` in channels-last order, transposing it where it is not."""
+        if x not in self.last:
+            self.last[x] = state.emit(relax.op.permute_dims(x, TO_NHWC), f"{getattr(x, 'name', 'constant')}_nhwc")
+        return self.last[x]
+
+    def has_twin(self, x: Any) -> bool:
+        return isinstance(x, relax.Var) and x in self.last
+
+
+def _conv2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    a = call.attrs
+    x, weight = call.args
+    if str(a.data_layout) != "NCHW" or str(a.kernel_layout) != "OIHW" or not ir.is_constant(weight):
+        return None
+    if not ir.is_static(call) or not ir.is_static(x):
+        return None
+    kernel = ir.constant(ir.to_numpy(weight).transpose(0, 2, 3, 1))
+    return relax.op.nn.conv2d(
+        layout.twin(state, x), kernel, a.strides, a.padding, a.dilation, a.groups, "NHWC", "OHWI", "NHWC", a.out_dtype
+    )
+
+
+def _unary(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]):
+        return None
+    return relax.Call(call.op, [layout.twin(state, call.args[0]), *call.args[1:]], call.attrs)
+
+
+def _binary(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    if not any(layout.has_twin(arg) for arg in call.args) or not ir.is_static(call):
+        return None
+    shape = ir.shape_of(call)
+    if len(shape) != 4:
+        return None
+    args = []
+    for arg in call.args:
+        if ir.is_constant(arg):
+            value = ir.to_numpy(arg)
+            args.append(ir.constant(value.reshape((1,) * (4 - value.ndim) + value.shape).transpose(TO_NHWC)))
+        elif ir.shape_of(arg) == shape or layout.has_twin(arg):
+            args.append(layout.twin(state, arg))
+        else:
+            return None
+    return relax.Call(call.op, args, call.attrs)
+
+
+def _pool(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]) or str(call.attrs.layout) != "NCHW":
+        return None
+    a = call.attrs
+    x = layout.twin(state, call.args[0])
+    if ir.is_call(call, "nn.adaptive_avg_pool2d"):
+        return relax.op.nn.adaptive_avg_pool2d(x, a.output_size, "NHWC", "NHWC")
+    pool = relax.op.nn.max_pool2d if ir.is_call(call, "nn.max_pool2d") else relax.op.nn.avg_pool2d
+    return pool(x, a.pool_size, a.strides, a.padding, a.dilation, a.ceil_mode, a.count_include_pad, "NHWC", "NHWC")
+
+
+def _concat(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    fields = list(call.args[0].fields)
+    if len(ir.shape_of(call)) != 4 or not any(layout.has_twin(field) for field in fields):
+        return None
+    return relax.op.concat([layout.twin(state, field) for field in fields], _axis(int(call.attrs.axis)))
+
+
+def _reduce(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    """Only with kept dimensions; the others are mended by `drop_transposes`."""
+    if not layout.has_twin(call.args[0]) or call.attrs.axis is None or not bool(call.attrs.keepdims):
+        return None
+    axes = sorted(_axis(int(a)) for a in call.attrs.axis)
+    return getattr(relax.op, ir.op_name(call))(layout.twin(state, call.args[0]), axis=axes, keepdims=True)
+
+
+def _pad(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]):
+        return None
+    widths = np.array([int(w) for w in call.attrs.pad_width]).reshape(4, 2)[list(TO_NHWC)].ravel()
+    return relax.op.nn.pad(
+        layout.twin(state, call.args[0]), [int(w) for w in widths], call.attrs.pad_mode, call.attrs.pad_value
+    )
+
+
+def _strided_slice(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]):
+        return None
+    axes = [_axis(_int(a)) for a in _items(call.args[1])]
+    rest = [[_int(v) for v in _items(arg)] for arg in call.args[2:]]
+    return relax.op.strided_slice(layout.twin(state, call.args[0]), axes, *rest, call.attrs.assume_inbound)
+
+
+def _resize2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]) or str(call.attrs.layout) != "NCHW":
+        return None
+    a = call.attrs
+    return relax.op.image.resize2d(
+        layout.twin(state, call.args[0]),
+        call.args[1],
+        a.roi,
+        "NHWC",
+        a.method,
+        a.coordinate_transformation_mode,
+        a.rounding_method,
+        a.cubic_alpha,
+        a.cubic_exclude,
+        a.extrapolation_value,
+    )
+
+
+def _axis(axis: int) -> int:
+    """A channels-first axis as a channels-last one."""
+    return TO_NHWC.index(axis % 4)
+
+
+def _int(value: Any) -> int:
+    return int(getattr(value, "value", value))
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return list(getattr(value, "fields", value))
+
+
+_Rule = Callable[[_Layout, ir.Rewrite, str, Any], Any]
+_RULES: dict[str, _Rule] = {
+    "nn.conv2d": _conv2d,
+    **dict.fromkeys(UNARY, _unary),
+    **dict.fromkeys(BINARY, _binary),
+    **dict.fromkeys(("nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d"), _pool),
+    **dict.fromkeys(("mean", "sum", "max", "min"), _reduce),
+    "concat": _concat,
+    "nn.pad": _pad,
+    "strided_slice": _strided_slice,
+    "image.resize2d": _resize2d,
+}
+
+
+def drop_transposes(module: tvm.IRModule) -> tvm.IRModule:
+    """What the layout change leaves at its edges.
+
+    permute_dims(permute_dims(x))     ->  one, or none where they cancel
+    mean(permute_dims(x), axes)       ->  mean(x, the same axes before the transpose), where the order of the rest stays
+    reshape(permute_dims(x), shape)   ->  reshape(x, shape), where only extents of one move
+    """
+
+    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
+        if not ir.is_call(value, "permute_dims", "mean", "sum", "max", "min", "reshape"):
+            return None
+        inner = state.value(value.args[0])
+        if not ir.is_call(inner, "permute_dims") or inner.attrs.axes is None or not ir.is_static(inner):
+            return None
+        x, order = inner.args[0], [int(a) for a in inner.attrs.axes]
+        if ir.is_call(value, "permute_dims"):
+            if value.attrs.axes is None:
+                return None
+            composed = [order[int(a)] for a in value.attrs.axes]
+            return x if composed == sorted(composed) else relax.op.permute_dims(x, composed)
+        if ir.is_call(value, "reshape"):
+            kept = [axis for axis in order if ir.shape_of(x)[axis] != 1]
+            return relax.op.reshape(x, ir.shape_of(value)) if kept == sorted(kept) else None
+        return _reduce_before(value, x, order)
+
+    return ir.rewrite(module, visit)
+
+
+def _reduce_before(call: Any, x: Any, order: list[int]) -> Any:
+    if call.attrs.axis is None or bool(call.attrs.keepdims):
+        return None
+    axes = {order[int(a) % len(order)] for a in call.attrs.axis}
+    rest = [axis for axis in order if axis not in axes]
+    if rest != sorted(rest):
+        return None
+    return getattr(relax.op, ir.op_name(call))(x, axis=sorted(axes), keepdims=False)

@@ -1,0 +1,137 @@
+"""Canonical Relax: inference form, batch norms folded into the layers before them, constants folded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from tvmq import interpret, ir
+
+Array = npt.NDArray[Any]
+_TRANSPARENT = ("dropout", "nn.dropout", "stop_lift_params")
+
+
+def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
+    """The stages of this file, in order."""
+    for stage in (drop_no_ops, fold_constants, fold_batch_norm, fold_constants, commute_constants):
+        module = stage(module)
+    return module
+
+
+def drop_no_ops(module: tvm.IRModule) -> tvm.IRModule:
+    """Operators that compute nothing in inference: dropout, casts to the same dtype, reshapes to the same shape.
+
+    y = reshape(x, shape of x)  ->  y is x
+    """
+
+    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
+        if isinstance(value, relax.TupleGetItem) and ir.is_call(state.value(value.tuple_value), *_TRANSPARENT):
+            return state.value(value.tuple_value).args[0]
+        if not ir.is_call(value, "reshape", "astype", "broadcast_to", "expand_dims", "squeeze", "strided_slice", "permute_dims"):
+            return None
+        x = value.args[0]
+        if not (ir.is_static(x) and ir.is_static(value)) or ir.shape_of(x) != ir.shape_of(value):
+            return None
+        if ir.is_call(value, "permute_dims") and not _identity_permutation(value, len(ir.shape_of(x))):
+            return None
+        if ir.is_call(value, "strided_slice") and not _keeps_order(value):
+            return None
+        return x if ir.dtype_of(x) == ir.dtype_of(value) else None
+
+    return ir.rewrite(module, visit)
+
+
+def _identity_permutation(call: Any, ndim: int) -> bool:
+    axes = call.attrs.axes
+    return axes is not None and [int(a) % ndim for a in axes] == list(range(ndim))
+
+
+def _keeps_order(call: Any) -> bool:
+    """A slice of the whole extent reverses it when its stride is negative."""
+    if len(call.args) < 5:
+        return True
+    return all(int(getattr(s, "value", s)) > 0 for s in getattr(call.args[4], "fields", call.args[4]))
+
+
+def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
+    """Calls whose every operand is a constant become constants; random and shape-valued ones stay."""
+
+    def visit(_state: ir.Rewrite, _name: str, value: Any) -> Any:
+        if not ir.is_call(value) or any(True for _ in ir.operands(value)):
+            return None
+        if not value.args or not isinstance(value.ty, relax.TensorType) or not ir.is_static(value):
+            return None
+        result = interpret.evaluate(value, {})
+        return ir.constant(result.astype(ir.dtype_of(value)).reshape(ir.shape_of(value)))
+
+    return ir.rewrite(module, visit)
+
+
+def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:
+    """Batch norm becomes part of the convolution before it, else a multiply and an add.
+
+    batch_norm(conv2d(x, w))[0]  ->  add(conv2d(x, w * a), b);  a = gamma / sqrt(var + eps), b = beta - mean * a
+
+    The fold needs constant statistics and a convolution that nobody else reads (a bias between the two is folded too).
+    """
+    readers = ir.users(module)
+
+    def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
+        if not isinstance(value, relax.TupleGetItem) or value.index != 0:
+            return None
+        norm = state.value(value.tuple_value)
+        if not ir.is_call(norm, "nn.batch_norm") or not all(ir.is_constant(arg) for arg in norm.args[1:]):
+            return None
+        gamma, beta, mean, var = (ir.to_numpy(arg).astype(np.float64) for arg in norm.args[1:])
+        a = gamma / np.sqrt(var + float(norm.attrs.epsilon))
+        b = beta - mean * a
+        x = norm.args[0]
+        axis = int(norm.attrs.axis) % len(ir.shape_of(x))
+        folded = _into_convolution(state, x, a, readers)
+        shape = [1] * len(ir.shape_of(x))
+        shape[axis] = -1
+        if folded is not None:
+            conv, bias, conv_name = folded
+            y = state.emit(conv, conv_name)
+            return relax.op.add(y, ir.constant((b + bias * a).reshape(shape).astype(np.float32)))
+        scaled = state.emit(relax.op.multiply(x, ir.constant(a.reshape(shape).astype(np.float32))), f"{name}_scaled")
+        return relax.op.add(scaled, ir.constant(b.reshape(shape).astype(np.float32)))
+
+    return ir.rewrite(module, visit)
+
+
+def _into_convolution(state: ir.Rewrite, x: Any, a: Array, readers: dict[Any, list[Any]]) -> tuple[Any, Array, str] | None:
+    """The convolution behind `x` with weights times `a`, the bias between them, and its name; None where it cannot be."""
+    bias: Array = np.zeros(1)
+    if not _sole_use(state, x, readers):
+        return None
+    var, call = x, state.value(x)
+    if ir.is_call(call, "add") and ir.is_constant(call.args[1]):
+        bias = ir.to_numpy(call.args[1]).astype(np.float64).reshape(-1)
+        if bias.size not in (1, a.size) or not _sole_use(state, call.args[0], readers):
+            return None
+        var, call = call.args[0], state.value(call.args[0])
+    if not ir.is_call(call, "nn.conv2d", "nn.conv1d", "nn.conv3d") or not ir.is_constant(call.args[1]):
+        return None
+    weight = ir.to_numpy(call.args[1])
+    scaled = (weight * a.reshape((-1,) + (1,) * (weight.ndim - 1))).astype(weight.dtype)
+    return relax.Call(call.op, [call.args[0], ir.constant(scaled)], call.attrs), bias, str(state.old_of[var].name)
+
+
+def _sole_use(state: ir.Rewrite, x: Any, readers: dict[Any, list[Any]]) -> bool:
+    return len(readers.get(state.old_of.get(x), ())) == 1
+
+
+def commute_constants(module: tvm.IRModule) -> tvm.IRModule:
+    """The constant of a commutative operator goes to the right: add(c, x) -> add(x, c)."""
+
+    def visit(_state: ir.Rewrite, _name: str, value: Any) -> Any:
+        if ir.is_call(value, "add", "multiply", "maximum", "minimum") and ir.is_constant(value.args[0]):
+            return relax.Call(value.op, [value.args[1], value.args[0]], value.attrs)
+        return None
+
+    return ir.rewrite(module, visit)

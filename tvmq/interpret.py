@@ -1,0 +1,308 @@
+"""A NumPy interpreter of Relax modules: float graphs, graphs with QDQ, and realized integer graphs (the oracle).
+
+Operators whose meaning tvmq defines are computed by `quantize.numerics`; well-known float operators by NumPy or PyTorch;
+anything else is legalized and compiled by TVM, one operator at a time, so that what is computed is what TVM would run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from tvmq import ir, ops
+from tvmq.quantize import numerics
+
+Array = npt.NDArray[Any]
+Value = Any  # an array, or a tuple of values
+Watch = Callable[[str, Array], None]
+
+
+def run(module: tvm.IRModule, inputs: Sequence[Array], watch: Watch | None = None) -> tuple[Array, ...]:
+    """Compute `main` on `inputs`; `watch(name, array)` sees each tensor that a variable is bound to, and the inputs."""
+    env: dict[Any, Value] = dict(zip(ir.main(module).params, inputs, strict=True))
+    if watch:
+        for var, array in env.items():
+            watch(str(var.name), array)
+    last_use = _last_uses(module)
+    for index, (var, value) in enumerate(ir.bindings(module)):
+        env[var] = evaluate(value, env)
+        if watch and isinstance(env[var], np.ndarray) and not isinstance(value, relax.Var):
+            watch(str(var.name), env[var])
+        for dead in last_use.get(index, ()):
+            env.pop(dead, None)
+    result = _lookup(ir.main(module).body.body, env)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def evaluate(value: Any, env: Mapping[Any, Value]) -> Value:
+    """The value of one bound expression."""
+    if not isinstance(value, relax.Call):
+        return _lookup(value, env)
+    args = [_lookup(arg, env) for arg in value.args]
+    name = ir.op_name(value) if isinstance(value.op, tvm.ir.Op) else ""
+    if name.startswith(ops.PREFIX):
+        return _TVMQ[name.removeprefix(ops.PREFIX)](value, args)
+    if name in _RELAX:
+        return _RELAX[name](value, args)
+    return _by_tvm(value, args)
+
+
+def _lookup(expr: Any, env: Mapping[Any, Value]) -> Value:
+    if isinstance(expr, relax.Var):
+        return env[expr]
+    if ir.is_constant(expr):
+        return ir.to_numpy(expr)
+    if isinstance(expr, relax.Tuple):
+        return tuple(_lookup(field, env) for field in expr.fields)
+    if isinstance(expr, relax.TupleGetItem):
+        return _lookup(expr.tuple_value, env)[expr.index]
+    return expr  # a shape, a number
+
+
+def _last_uses(module: tvm.IRModule) -> dict[int, list[Any]]:
+    last: dict[Any, int] = {}
+    for index, (_, value) in enumerate(ir.bindings(module)):
+        for operand in ir.operands(value):
+            last[operand] = index
+    for operand in ir.operands(ir.main(module).body.body):
+        last.pop(operand, None)
+    dead: dict[int, list[Any]] = {}
+    for var, index in last.items():
+        dead.setdefault(index, []).append(var)
+    return dead
+
+
+# --- tvmq operators: the oracle -----------------------------------------------------------------------------------
+
+
+def _conv2d(call: Any, args: list[Array]) -> Array:
+    attrs = _only(call, "strides", "padding", "dilation", "groups", "x_zero_point")
+    return numerics.epilogue(numerics.conv2d(args[0], args[1], **attrs), args[2:], ops.epilogue_of(call))
+
+
+def _matmul(call: Any, args: list[Array]) -> Array:
+    acc = numerics.matmul(args[0], args[1], **_only(call, "x_zero_point"))
+    return numerics.epilogue(acc, args[2:], ops.epilogue_of(call))
+
+
+def _avg_pool2d(call: Any, args: list[Array]) -> Array:
+    attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
+    return numerics.epilogue(numerics.avg_pool2d(args[0], **attrs), args[1:], ops.epilogue_of(call))
+
+
+def _max_pool2d(call: Any, args: list[Array]) -> Array:
+    return numerics.max_pool2d(args[0], **_only(call, "pool", "strides", "padding", "dilation"))
+
+
+def _map(call: Any, args: list[Array]) -> Array:
+    return numerics.epilogue(args[0], args[1:], ops.epilogue_of(call))
+
+
+def _concat(call: Any, args: list[Array]) -> Array:
+    parts = [numerics.epilogue(x, (), steps) for x, steps in zip(args, ops.concat_epilogues(call), strict=True)]
+    return np.concatenate(parts, axis=ops.attributes(call)["axis"])
+
+
+def _only(call: Any, *names: str) -> dict[str, Any]:
+    attrs = ops.attributes(call)
+    return {name: attrs[name] for name in names}
+
+
+_TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
+    "conv2d": _conv2d,
+    "matmul": _matmul,
+    "avg_pool2d": _avg_pool2d,
+    "max_pool2d": _max_pool2d,
+    "map": _map,
+    "concat": _concat,
+}
+
+
+# --- Relax operators ----------------------------------------------------------------------------------------------
+
+
+def _nn_conv2d(call: Any, args: list[Array]) -> Array:
+    import torch
+
+    a = call.attrs
+    x, weight = args
+    if str(a.data_layout) == "NHWC":
+        x = x.transpose(0, 3, 1, 2)
+    if str(a.kernel_layout) == "OHWI":
+        weight = weight.transpose(0, 3, 1, 2)
+    top, left, bottom, right = (int(p) for p in a.padding)
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    y = torch.nn.functional.conv2d(
+        torch.from_numpy(np.ascontiguousarray(x)),
+        torch.from_numpy(np.ascontiguousarray(weight)),
+        stride=[int(s) for s in a.strides],
+        dilation=[int(d) for d in a.dilation],
+        groups=int(a.groups),
+    ).numpy()
+    return y.transpose(0, 2, 3, 1) if str(a.data_layout) == "NHWC" else y
+
+
+def _nn_batch_norm(call: Any, args: list[Array]) -> Value:
+    x, gamma, beta, mean, var = args
+    shape = [1] * x.ndim
+    shape[int(call.attrs.axis)] = -1
+    scale = gamma / np.sqrt(var + np.float32(call.attrs.epsilon))
+    y = (x - mean.reshape(shape)) * scale.reshape(shape) + beta.reshape(shape)
+    return y.astype(x.dtype), mean, var
+
+
+def _quantize(call: Any, args: list[Array]) -> Array:
+    x, scale, zero_point = args
+    dtype = str(call.attrs.out_dtype)
+    low, high = numerics.INT_RANGE[dtype]
+    shape = _axis_shape(x, scale, int(call.attrs.axis))
+    return np.clip(
+        np.rint(x * numerics.reciprocal(scale).reshape(shape)) + zero_point.reshape(shape).astype(np.float32), low, high
+    ).astype(dtype)
+
+
+def _dequantize(call: Any, args: list[Array]) -> Array:
+    q, scale, zero_point = args
+    shape = _axis_shape(q, scale, int(call.attrs.axis))
+    return numerics.dequantize(q, scale.reshape(shape), zero_point.reshape(shape))
+
+
+def _axis_shape(x: Array, scale: Array, axis: int) -> list[int]:
+    shape = [1] * x.ndim
+    if scale.ndim:
+        shape[axis] = -1
+    return shape
+
+
+def _clip(call: Any, args: list[Any]) -> Array:
+    low, high = (np.asarray(getattr(limit, "value", limit), args[0].dtype) for limit in args[1:])
+    return np.clip(args[0], low, high)
+
+
+def _axes(call: Any, ndim: int) -> tuple[int, ...]:
+    axis = call.attrs.axis
+    return tuple(range(ndim)) if axis is None else tuple(int(a) for a in axis)
+
+
+def _mean(call: Any, args: list[Array]) -> Array:
+    x = args[0]
+    return np.asarray(x.mean(axis=_axes(call, x.ndim), keepdims=bool(call.attrs.keepdims)), x.dtype)
+
+
+def _permute(call: Any, args: list[Array]) -> Array:
+    axes = call.attrs.axes
+    return np.ascontiguousarray(args[0].transpose(None if axes is None else [int(a) for a in axes]))
+
+
+def _reshape(call: Any, args: list[Any]) -> Array:
+    return np.reshape(args[0], ir.shape_of(call))
+
+
+def _layer_norm(call: Any, args: list[Array]) -> Array:
+    x, gamma, beta = args
+    axes = tuple(int(a) for a in call.attrs.axes)
+    wide = x.astype(np.float64)
+    mean = wide.mean(axis=axes, keepdims=True)
+    scaled = (wide - mean) / np.sqrt(wide.var(axis=axes, keepdims=True) + float(call.attrs.epsilon))
+    return (scaled * gamma + beta).astype(x.dtype)
+
+
+def _softmax(call: Any, args: list[Array]) -> Array:
+    x = args[0]
+    axis = int(call.attrs.axis)
+    shifted = np.exp(x - x.max(axis=axis, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=axis, keepdims=True), x.dtype)
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Any, list[Any]], Array]:
+    return lambda call, args: np.asarray(function(args[0], args[1]), ir.dtype_of(call))
+
+
+def _unary(function: Callable[[Array], Array]) -> Callable[[Any, list[Any]], Array]:
+    return lambda call, args: np.asarray(function(args[0]), ir.dtype_of(call))
+
+
+_RELAX: dict[str, Callable[[Any, list[Any]], Value]] = {
+    "nn.conv2d": _nn_conv2d,
+    "nn.batch_norm": _nn_batch_norm,
+    "nn.layer_norm": _layer_norm,
+    "nn.softmax": _softmax,
+    "nn.relu": _unary(lambda x: np.maximum(x, 0)),
+    "nn.gelu": _unary(lambda x: numerics.activation(x, "gelu")),
+    "nn.gelu_tanh": _unary(lambda x: numerics.activation(x, "gelu_tanh")),
+    "nn.silu": _unary(lambda x: numerics.activation(x, "silu")),
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "clip": _clip,
+    "mean": _mean,
+    "permute_dims": _permute,
+    "reshape": _reshape,
+    "matmul": _binary(np.matmul),
+    "add": _binary(np.add),
+    "subtract": _binary(np.subtract),
+    "multiply": _binary(np.multiply),
+    "divide": _binary(np.divide),
+    "maximum": _binary(np.maximum),
+    "minimum": _binary(np.minimum),
+    "sqrt": _unary(np.sqrt),
+    "rsqrt": _unary(lambda x: 1.0 / np.sqrt(x)),
+    "negative": _unary(np.negative),
+    "astype": lambda call, args: args[0].astype(ir.dtype_of(call)),
+    "expand_dims": _reshape,
+    "squeeze": _reshape,
+    "flatten": _reshape,
+    "concat": lambda call, args: np.concatenate(args[0], axis=int(call.attrs.axis)),
+}
+
+
+def _by_tvm(call: Any, args: list[Value]) -> Value:
+    """Compute one call with TVM's own legalization, compiled for this machine."""
+    arrays: list[Array] = []
+    params: list[Any] = []
+
+    def lift(expr: Any, value: Value) -> Any:
+        if isinstance(value, np.ndarray):
+            arrays.append(value)
+            params.append(relax.Var(f"p{len(params)}", expr.ty))
+            return params[-1]
+        if isinstance(expr, relax.Tuple):
+            return relax.Tuple([lift(f, v) for f, v in zip(expr.fields, value, strict=True)])
+        return expr
+
+    lifted = relax.Call(call.op, [lift(a, v) for a, v in zip(call.args, args, strict=True)], call.attrs, call.ty_args)
+    builder = relax.BlockBuilder()
+    with builder.function("main", params):
+        builder.emit_func_output(builder.emit(lifted))
+    module = builder.get()
+    machine = _compiled(module.script(show_meta=True), _Carrier(module))
+    result = machine["main"](*(tvm.runtime.tensor(np.asarray(a, order="C")) for a in arrays))
+    return _to_numpy(result)
+
+
+class _Carrier:
+    """Takes a module past a cache whose key is the module's text: all carriers compare equal."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        self.module = module
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Carrier)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(_text: str, carrier: _Carrier) -> Any:
+    executable = relax.build(carrier.module, target=tvm.target.Target({"kind": "llvm"}))
+    return relax.VirtualMachine(executable, tvm.cpu())
+
+
+def _to_numpy(value: Any) -> Value:
+    return value.numpy() if hasattr(value, "numpy") else tuple(_to_numpy(item) for item in value)

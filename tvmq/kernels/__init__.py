@@ -1,0 +1,1 @@
+"""TensorIR kernels and the rules that choose them."""

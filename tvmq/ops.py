@@ -1,0 +1,254 @@
+"""tvmq's own Relax operators: an anchor (convolution, matmul, pool, map) and the epilogue that runs on each result.
+
+    tvmq.conv2d      (x NHWC, w [O, kh, kw, I / groups], epilogue tensors...)  -> NHWC
+    tvmq.matmul      (x [..., K], w [K, N], epilogue tensors...)               -> [..., N]
+    tvmq.avg_pool2d  (x NHWC, epilogue tensors...)                             -> NHWC
+    tvmq.max_pool2d  (x NHWC)                                                  -> NHWC
+    tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
+    tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
+
+Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
+(or one) in int32. The epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with
+that bit for bit. Attributes are plain data, so that a module prints, hashes and compares like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvmq.ir import Expr
+
+PREFIX = "tvmq."
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Add a tensor operand of shape [channels], in the accumulator's dtype."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Convert to float32 and multiply by a float32 tensor operand of shape [channels]."""
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """From integer q: `float32(q - zero_point) * float32(scale)`."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """Convert to float32 and multiply by one float32 number."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Add a tensor operand of the result's shape: as it is when float32; from integers `fma(q - zero_point, scale, v)`."""
+
+    scale: float | None = None
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Limit to [low, high]; None leaves a side open."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Activate:
+    """Apply a named float function: see `ACTIVATIONS`."""
+
+    function: str
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """To integer: `clip(nearbyint(v) + zero_point, qmin, qmax)`; v was scaled by an earlier step."""
+
+    zero_point: int
+    qmin: int
+    qmax: int
+    dtype: str
+
+
+Step = Bias | Scale | Dequantize | Multiply | Residual | Clip | Activate | Quantize
+Epilogue = tuple[Step, ...]
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid")
+_STEPS = {step.__name__.lower(): step for step in (Bias, Scale, Dequantize, Multiply, Residual, Clip, Activate, Quantize)}
+# Steps that read one tensor operand each, in order, after the anchor's own operands.
+OPERAND_STEPS = (Bias, Scale, Residual)
+
+
+def encode(epilogue: Epilogue) -> list[list[Any]]:
+    """An epilogue as plain lists, for operator attributes and JSON. None becomes the string "none"."""
+
+    def plain(value: Any) -> Any:
+        return "none" if value is None else value
+
+    return [
+        [type(step).__name__.lower(), *(plain(getattr(step, f.name)) for f in dataclasses.fields(step))]
+        for step in epilogue
+    ]
+
+
+def decode(encoded: Sequence[Any]) -> Epilogue:
+    """The inverse of `encode`."""
+
+    def value(item: Any) -> Any:
+        if isinstance(item, bool | int | float):
+            return item
+        return None if str(item) == "none" else str(item)
+
+    return tuple(_STEPS[str(item[0])](*(value(field) for field in list(item)[1:])) for item in encoded)
+
+
+def epilogue_of(call: Any) -> Epilogue:
+    """The epilogue of a tvmq call."""
+    return decode(call.attrs["epilogue"]) if "epilogue" in call.attrs.keys() else ()  # noqa: SIM118
+
+
+def attributes(call: Any) -> dict[str, Any]:
+    """The attributes of a tvmq call as Python values (tuples for lists); the epilogue stays out."""
+    return {str(k): _plain(call.attrs[k]) for k in call.attrs.keys() if str(k) != "epilogue"}  # noqa: SIM118
+
+
+def conv2d(
+    x: Expr,
+    weight: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.conv2d`; padding is (top, left, bottom, right) and holds `x_zero_point`."""
+    attrs = {
+        "strides": list(strides),
+        "padding": list(padding),
+        "dilation": list(dilation),
+        "groups": groups,
+        "x_zero_point": x_zero_point,
+    }
+    return _call("conv2d", [x, weight, *operands], attrs, epilogue, out_shape, out_dtype)
+
+
+def matmul(
+    x: Expr,
+    weight: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    x_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.matmul`."""
+    attrs = {"x_zero_point": x_zero_point}
+    return _call("matmul", [x, weight, *operands], attrs, epilogue, out_shape, out_dtype)
+
+
+def avg_pool2d(
+    x: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    pool: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+    x_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.avg_pool2d`: the sum over each window times float32(1 / count), count being the elements it averages."""
+    attrs = {
+        "pool": list(pool),
+        "strides": list(strides),
+        "padding": list(padding),
+        "count_include_pad": bool(count_include_pad),
+        "x_zero_point": x_zero_point,
+    }
+    return _call("avg_pool2d", [x, *operands], attrs, epilogue, out_shape, out_dtype)
+
+
+def max_pool2d(
+    x: Expr,
+    *,
+    pool: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.max_pool2d`: padding never wins."""
+    attrs = {"pool": list(pool), "strides": list(strides), "padding": list(padding), "dilation": list(dilation)}
+    return _call("max_pool2d", [x], attrs, (), out_shape, out_dtype)
+
+
+def elementwise(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str) -> Any:
+    """`tvmq.map`: an epilogue on its own."""
+    return _call("map", [x, *operands], {}, epilogue, out_shape, out_dtype)
+
+
+def concat(
+    tensors: Sequence[Expr], epilogues: Sequence[Epilogue], *, axis: int, out_shape: Sequence[int], out_dtype: str
+) -> Any:
+    """`tvmq.concat`: each tensor through its own epilogue (without tensor operands), joined along `axis`."""
+    attrs = {"axis": axis, "epilogues": [encode(epilogue) for epilogue in epilogues]}
+    return _call("concat", list(tensors), attrs, (), out_shape, out_dtype)
+
+
+def concat_epilogues(call: Any) -> tuple[Epilogue, ...]:
+    """The epilogues of a `tvmq.concat`, one a tensor."""
+    return tuple(decode(encoded) for encoded in call.attrs["epilogues"])
+
+
+def _call(
+    name: str, args: list[Expr], attrs: dict[str, Any], epilogue: Epilogue, out_shape: Sequence[int], out_dtype: str
+) -> Any:
+    plain = {**attrs, "epilogue": encode(epilogue), "out_shape": [int(n) for n in out_shape], "out_dtype": out_dtype}
+    return relax.Call(_operator(PREFIX + name), args, tvm.ir.DictAttrs(plain))
+
+
+@functools.cache
+def _operator(name: str) -> Any:
+    """The operator `name`, made known to TVM at its first use."""
+    tvm.ir._ffi_api.RegisterOp(name, "see tvmq/ops.py")
+    operator = tvm.ir.Op.get(name)
+    operator.set_attr("FInferType", _infer_type)
+    operator.set_attr("FPurity", True)
+    return operator
+
+
+def _infer_type(call: Any, _builder: Any) -> Any:
+    return relax.TensorType([int(n) for n in call.attrs["out_shape"]], str(call.attrs["out_dtype"]))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    return tuple(_plain(item) for item in value)

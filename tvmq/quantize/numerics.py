@@ -1,0 +1,252 @@
+"""The integer semantics in NumPy: what every compiled int8 kernel must equal, bit for bit.
+
+Activations are 8-bit integers q with value `float32(q - zero_point) * scale`; weights are symmetric int8 per output
+channel; accumulators are int32. All float arithmetic is IEEE float32, one rounding an operation, ties to even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvmq import ops
+
+Array = npt.NDArray[Any]
+F32 = np.float32
+INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
+
+
+@dataclass(frozen=True)
+class QParams:
+    """How a tensor is quantized: `value = float32(q - zero_point) * scale`, q in [qmin, qmax], int8.
+
+    Invariants: scale is a positive, normal float32; qmin <= zero_point <= qmax; [qmin, qmax] is inside int8.
+    """
+
+    scale: float
+    zero_point: int
+    qmin: int = -128
+    qmax: int = 127
+
+
+def choose_qparams(low: float, high: float, *, symmetric: bool = False) -> QParams:
+    """The int8 parameters for values in [low, high]; zero is always representable.
+
+    Symmetric: zero_point 0, scale = max(|low|, |high|) / 127, q in [-127, 127]. Asymmetric: scale = (high - low) / 255
+    with the zero point rounded to an integer. A range of zero width gets scale 1.
+    """
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if symmetric:
+        bound = max(-low, high)
+        return QParams(_sound_scale(bound / 127.0), 0, -127, 127)
+    scale = _sound_scale((high - low) / 255.0)
+    zero_point = int(np.clip(np.rint(-128.0 - low / scale), -128, 127))
+    return QParams(scale, zero_point)
+
+
+def _sound_scale(scale: float) -> float:
+    """`scale` as float32; 1 for a range so narrow that its reciprocal would overflow."""
+    rounded = float(F32(scale))
+    return rounded if rounded > 1e-30 else 1.0
+
+
+def weight_scales(weight: Array, axis: int) -> Array:
+    """Symmetric per-channel scales of a weight: max |w| / 127 along all axes but `axis`; float32 [channels]."""
+    others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
+    bound = np.abs(weight).max(axis=others) if weight.size else np.zeros(weight.shape[axis])
+    return np.array([_sound_scale(float(b) / 127.0) for b in bound.ravel()], F32)
+
+
+def quantize_weight(weight: Array, scales: Array, axis: int) -> Array:
+    """A float weight as int8 in [-127, 127]: `clip(nearbyint(w * float32(1 / s[c])))`."""
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return np.clip(np.rint(weight.astype(F32) * reciprocal(scales).reshape(shape)), -127, 127).astype(np.int8)
+
+
+def quantize(x: Array, scale: float, zero_point: int, qmin: int = -128, qmax: int = 127, dtype: str = "int8") -> Array:
+    """`clip(nearbyint(x * float32(1 / scale)) + zero_point, qmin, qmax)`."""
+    return to_integer(x.astype(F32) * F32(reciprocal(scale)), zero_point, qmin, qmax, dtype)
+
+
+def dequantize(q: Array, scale: float | Array, zero_point: int | Array) -> Array:
+    """`float32(q - zero_point) * float32(scale)`."""
+    return (q.astype(np.int32) - np.asarray(zero_point, np.int32)).astype(F32) * np.asarray(scale, F32)
+
+
+def requantize(acc: Array, multiplier: Array | float, zero_point: int, qmin: int, qmax: int, dtype: str = "int8") -> Array:
+    """`clip(nearbyint(float32(acc) * multiplier) + zero_point, qmin, qmax)` of int32 accumulators."""
+    return to_integer(acc.astype(F32) * np.asarray(multiplier, F32), zero_point, qmin, qmax, dtype)
+
+
+def to_integer(v: Array, zero_point: int, qmin: int, qmax: int, dtype: str) -> Array:
+    """`clip(nearbyint(v) + zero_point, qmin, qmax)`; computed as kernels do, clipping first, which is the same."""
+    limited = np.maximum(np.minimum(v.astype(F32), F32(qmax - zero_point)), F32(qmin - zero_point))
+    return (np.rint(limited).astype(np.int32) + zero_point).astype(dtype)
+
+
+def reciprocal(scale: float | Array) -> Any:
+    """float32(1 / scale), computed once in double precision."""
+    return (1.0 / np.asarray(scale, F32).astype(np.float64)).astype(F32)
+
+
+def fma(a: Array, b: float | Array, c: Array) -> Array:
+    """`a * b + c` of float32 with one rounding, as a hardware fused multiply-add gives.
+
+    The product is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and
+    correctly rounded sums: proved algorithms using rounding to odd", 2008), so that rounding it again to float32 is exact.
+    """
+    product = a.astype(F32).astype(np.float64) * np.asarray(b, F32).astype(np.float64)
+    addend = c.astype(F32).astype(np.float64)
+    total = product + addend
+    # Knuth's TwoSum: the exact error of `total`.
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    even = (total.view(np.int64) & 1) == 0
+    nudged = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & even, nudged, total).astype(F32)
+
+
+def conv2d(
+    x: Array,
+    weight: Array,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_zero_point: int = 0,
+) -> Array:
+    """Convolution of NHWC x with [O, kh, kw, I / groups] weights; int32 for integers, float32 for floats.
+
+    Integers: sum of `(x - x_zero_point) * w`, padding counts as zero. Exact: products and sums stay below 2**53.
+    """
+    windows = _windows(_wide(x, x_zero_point), weight.shape[1:3], strides, padding, dilation, 0.0)
+    n, oh, ow = windows.shape[:3]
+    out_channels, kh, kw, per_group = weight.shape
+    results = []
+    for g in range(groups):
+        taps = windows[..., g * per_group : (g + 1) * per_group].reshape(n * oh * ow, kh * kw * per_group)
+        part = weight[g * (out_channels // groups) : (g + 1) * (out_channels // groups)]
+        results.append(taps @ part.reshape(part.shape[0], -1).T.astype(taps.dtype))
+    return _narrow(np.concatenate(results, axis=1).reshape(n, oh, ow, out_channels), x)
+
+
+def matmul(x: Array, weight: Array, *, x_zero_point: int = 0) -> Array:
+    """`x @ weight` in int32 (of `x - x_zero_point`) for integers, float32 for floats."""
+    wide = _wide(x, x_zero_point)
+    return _narrow(wide @ weight.astype(wide.dtype), x)
+
+
+def avg_pool2d(
+    x: Array,
+    *,
+    pool: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+    x_zero_point: int = 0,
+) -> Array:
+    """`float32(sum of x - x_zero_point) * float32(1 / count)` over each window of NHWC x."""
+    windows = _windows(_wide(x, x_zero_point), pool, strides, padding, (1, 1), 0.0)
+    total = _narrow(windows.sum(axis=(3, 4)), x).astype(F32)
+    ones = np.ones((1, *x.shape[1:3], 1))
+    counted = _windows(ones, pool, strides, padding, (1, 1), 1.0 if count_include_pad else 0.0).sum(axis=(3, 4))
+    return total * reciprocal(counted)
+
+
+def max_pool2d(
+    x: Array, *, pool: Sequence[int], strides: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Array:
+    """The largest element of each window of NHWC x; padding never wins."""
+    lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
+    return _windows(x, pool, strides, padding, dilation, lowest).max(axis=(3, 4))
+
+
+def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Array:
+    """Run the steps of an epilogue on an anchor's result `v`; `operands` are their tensors, in order."""
+    remaining = iter(operands)
+    for step in steps:
+        v = _step(v, step, next(remaining) if isinstance(step, ops.OPERAND_STEPS) else None)
+    return v
+
+
+def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
+    match step:
+        case ops.Bias():
+            assert operand is not None
+            return v + operand
+        case ops.Scale():
+            return v.astype(F32) * np.asarray(operand, F32)
+        case ops.Dequantize(scale, zero_point):
+            return dequantize(v, scale, zero_point)
+        case ops.Multiply(factor):
+            return v.astype(F32) * F32(factor)
+        case ops.Residual(scale, zero_point):
+            assert operand is not None
+            if scale is None:
+                return v + operand
+            return fma((operand.astype(np.int32) - zero_point).astype(F32), F32(scale), v)
+        case ops.Clip(low, high):
+            return np.clip(v, None if low is None else F32(low), None if high is None else F32(high))
+        case ops.Activate(function):
+            return activation(v, function)
+        case ops.Quantize(zero_point, qmin, qmax, dtype):
+            return to_integer(v, zero_point, qmin, qmax, dtype)
+
+
+def activation(v: Array, function: str) -> Array:
+    """A named activation in float32. Not bit-exact: kernels may use other approximations of exp and erf."""
+    from scipy.special import erf
+
+    x = v.astype(np.float64)
+    sigmoid = 1.0 / (1.0 + np.exp(-np.clip(x, -700, 700)))
+    results = {
+        "gelu": lambda: 0.5 * x * (1.0 + erf(x / np.sqrt(2.0))),
+        "gelu_tanh": lambda: 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))),
+        "silu": lambda: x * sigmoid,
+        "sigmoid": lambda: sigmoid,
+        "tanh": lambda: np.tanh(x),
+        "hardswish": lambda: x * np.clip(x + 3.0, 0.0, 6.0) / 6.0,
+        "hardsigmoid": lambda: np.clip(x + 3.0, 0.0, 6.0) / 6.0,
+    }
+    return np.asarray(results[function](), F32)
+
+
+def sqnr_db(reference: Array, approximate: Array) -> float:
+    """Signal to quantization noise ratio in dB: `10 log10(sum r**2 / sum (r - a)**2)`; inf where they are equal."""
+    noise = float(np.square(reference.astype(np.float64) - approximate).sum())
+    signal = float(np.square(reference.astype(np.float64)).sum())
+    return float("inf") if noise == 0 else 10.0 * float(np.log10(max(signal, 1e-300) / noise))
+
+
+def _wide(x: Array, zero_point: int) -> Array:
+    """Integers as exact float64, whose matmul is fast and exact; floats unchanged."""
+    return x if x.dtype.kind == "f" else x.astype(np.float64) - zero_point
+
+
+def _narrow(result: Array, x: Array) -> Array:
+    """Exact float64 sums as int32 where x was an integer."""
+    return result if x.dtype.kind == "f" else result.astype(np.int64).astype(np.int32)
+
+
+def _windows(
+    x: Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    pad_value: float,
+) -> Array:
+    """The sliding windows of NHWC x: [n, oh, ow, kh, kw, c], a view of the padded image."""
+    top, left, bottom, right = padding
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=pad_value)
+    kh, kw = window
+    extent = ((kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
+    view = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=(1, 2))
+    view = view[:, :: strides[0], :: strides[1], :, :: dilation[0], :: dilation[1]]
+    return view.transpose(0, 1, 2, 4, 5, 3)
