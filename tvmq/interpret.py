@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,51 +22,91 @@ from tvmq.quantize import numerics
 Array = npt.NDArray[Any]
 Value = Any  # an array, or a tuple of values
 Watch = Callable[[str, Array], None]
+Fetch = Callable[[Mapping[Any, Value]], Value]
 
 
 def run(module: tvm.IRModule, inputs: Sequence[Array], watch: Watch | None = None) -> tuple[Array, ...]:
-    """Compute `main` on `inputs`; `watch(name, array)` sees each tensor that a variable is bound to, and the inputs."""
-    env: dict[Any, Value] = dict(zip(ir.main(module).params, inputs, strict=True))
-    if watch:
-        for var, array in env.items():
-            watch(str(var.name), array)
-    last_use = _last_uses(module)
-    for index, (var, value) in enumerate(ir.bindings(module)):
-        env[var] = evaluate(value, env)
-        if watch and isinstance(env[var], np.ndarray) and not isinstance(value, relax.Var):
-            watch(str(var.name), env[var])
-        for dead in last_use.get(index, ()):
-            env.pop(dead, None)
-    result = _lookup(ir.main(module).body.body, env)
-    return result if isinstance(result, tuple) else (result,)
+    """Compute `main` on `inputs` once. See `Program.run`; make a `Program` to run a module often."""
+    return Program(module).run(inputs, watch)
+
+
+class Program:
+    """A module ready to be interpreted: constants converted, operators looked up, last uses known."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        self.params = list(ir.main(module).params)
+        self.result = ir.main(module).body.body
+        dead = _dead_after(module)
+        self.steps = [
+            _Step(var, str(var.name), value, isinstance(value, relax.Var), dead.get(index, []), [_fetcher(arg) for arg in _args(value)])
+            for index, (var, value) in enumerate(ir.bindings(module))
+        ]
+
+    def run(self, inputs: Sequence[Array], watch: Watch | None = None) -> tuple[Array, ...]:
+        """Compute the outputs; `watch(name, array)` sees the inputs and each tensor that a variable is bound to."""
+        env: dict[Any, Value] = dict(zip(self.params, inputs, strict=True))
+        if watch:
+            for var, array in env.items():
+                watch(str(var.name), array)
+        for step in self.steps:
+            args = [fetch(env) for fetch in step.fetches]
+            result = _apply(step.value, args) if isinstance(step.value, relax.Call) else args[0]
+            env[step.var] = result
+            if watch and isinstance(result, np.ndarray) and not step.alias:
+                watch(step.name, result)
+            for var in step.dead:
+                env.pop(var, None)
+        outputs = _fetcher(self.result)(env)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@dataclass(frozen=True)
+class _Step:
+    var: Any
+    name: str
+    value: Any
+    alias: bool
+    dead: list[Any]
+    fetches: list[Fetch]
 
 
 def evaluate(value: Any, env: Mapping[Any, Value]) -> Value:
     """The value of one bound expression."""
-    if not isinstance(value, relax.Call):
-        return _lookup(value, env)
-    args = [_lookup(arg, env) for arg in value.args]
-    name = ir.op_name(value) if isinstance(value.op, tvm.ir.Op) else ""
+    args = [_fetcher(arg)(env) for arg in _args(value)]
+    return _apply(value, args) if isinstance(value, relax.Call) else args[0]
+
+
+def _args(value: Any) -> list[Any]:
+    return list(value.args) if isinstance(value, relax.Call) else [value]
+
+
+def _apply(call: Any, args: list[Value]) -> Value:
+    name = ir.op_name(call) if isinstance(call.op, tvm.ir.Op) else ""
     if name.startswith(ops.PREFIX):
-        return _TVMQ[name.removeprefix(ops.PREFIX)](value, args)
+        return _TVMQ[name.removeprefix(ops.PREFIX)](call, args)
     if name in _RELAX:
-        return _RELAX[name](value, args)
-    return _by_tvm(value, args)
+        return _RELAX[name](call, args)
+    return _by_tvm(call, args)
 
 
-def _lookup(expr: Any, env: Mapping[Any, Value]) -> Value:
+def _fetcher(expr: Any) -> Fetch:
+    """A function that looks `expr` up in an environment; constants are converted once, here."""
     if isinstance(expr, relax.Var):
-        return env[expr]
+        return lambda env: env[expr]
     if ir.is_constant(expr):
-        return ir.to_numpy(expr)
+        value = ir.to_numpy(expr)
+        return lambda env: value
     if isinstance(expr, relax.Tuple):
-        return tuple(_lookup(field, env) for field in expr.fields)
+        fields = [_fetcher(field) for field in expr.fields]
+        return lambda env: tuple(field(env) for field in fields)
     if isinstance(expr, relax.TupleGetItem):
-        return _lookup(expr.tuple_value, env)[expr.index]
-    return expr  # a shape, a number
+        whole, index = _fetcher(expr.tuple_value), int(expr.index)
+        return lambda env: whole(env)[index]
+    return lambda env: expr  # a shape, a number
 
 
-def _last_uses(module: tvm.IRModule) -> dict[int, list[Any]]:
+def _dead_after(module: tvm.IRModule) -> dict[int, list[Any]]:
+    """Binding index -> the variables that nobody reads after it."""
     last: dict[Any, int] = {}
     for index, (_, value) in enumerate(ir.bindings(module)):
         for operand in ir.operands(value):
@@ -93,7 +134,7 @@ def _matmul(call: Any, args: list[Array]) -> Array:
 
 def _avg_pool2d(call: Any, args: list[Array]) -> Array:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
-    return numerics.epilogue(numerics.avg_pool2d(args[0], **attrs), args[1:], ops.epilogue_of(call))
+    return numerics.epilogue(numerics.avg_pool2d(args[0], **attrs), args[1:], ops.epilogue_of(call)).reshape(ir.shape_of(call))
 
 
 def _max_pool2d(call: Any, args: list[Array]) -> Array:

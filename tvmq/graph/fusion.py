@@ -93,7 +93,7 @@ def find_chains(module: tvm.IRModule) -> list[Chain]:
     chains = []
     # Late anchors first: where two convolutions meet in an add, the later one takes it, and the other's result is ready.
     for var, call in reversed(list(ir.calls(module))):
-        if anchor_kind(call) in ("conv2d", "matmul", "avg_pool2d"):
+        if anchor_kind(call) in ("conv2d", "matmul", "avg_pool2d") and _constant_weight(call, values):
             chains.append(_grow(var, call, values, readers, order, taken))
             taken.update(chains[-1].members)
     for var, call in ir.calls(module):
@@ -118,6 +118,14 @@ def anchor_kind(call: Any) -> str | None:
     if ir.is_call(call, *CLIPS, *ACTIVATIONS):
         return "unary"
     return None
+
+
+def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
+    """Whether a weight, if there is one, is a constant, or a constant behind a dequantize."""
+    if len(call.args) < 2 or ir.is_constant(call.args[1]):
+        return True
+    weight = values.get(call.args[1])
+    return ir.is_call(weight, "dequantize") and ir.is_constant(weight.args[0])
 
 
 def _is_window_mean(call: Any) -> bool:

@@ -22,27 +22,25 @@ INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
 
 @dataclass(frozen=True)
 class QParams:
-    """How a tensor is quantized: `value = float32(q - zero_point) * scale`, q in [qmin, qmax], int8.
+    """How a tensor is quantized: `value = float32(q - zero_point) * scale`, q in int8.
 
-    Invariants: scale is a positive, normal float32; qmin <= zero_point <= qmax; [qmin, qmax] is inside int8.
+    Invariants: scale is a positive, normal float32; -128 <= zero_point <= 127.
     """
 
     scale: float
     zero_point: int
-    qmin: int = -128
-    qmax: int = 127
 
 
 def choose_qparams(low: float, high: float, *, symmetric: bool = False) -> QParams:
     """The int8 parameters for values in [low, high]; zero is always representable.
 
-    Symmetric: zero_point 0, scale = max(|low|, |high|) / 127, q in [-127, 127]. Asymmetric: scale = (high - low) / 255
+    Symmetric: zero_point 0, scale = max(|low|, |high|) / 127. Asymmetric: scale = (high - low) / 255
     with the zero point rounded to an integer. A range of zero width gets scale 1.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if symmetric:
         bound = max(-low, high)
-        return QParams(_sound_scale(bound / 127.0), 0, -127, 127)
+        return QParams(_sound_scale(bound / 127.0), 0)
     scale = _sound_scale((high - low) / 255.0)
     zero_point = int(np.clip(np.rint(-128.0 - low / scale), -128, 127))
     return QParams(scale, zero_point)

@@ -1,0 +1,145 @@
+"""What the user asks for: precision, calibration, and exceptions by layer; read from TOML or keywords."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import fnmatch
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvmq.errors import RecipeError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Precision(str, enum.Enum):
+    """The arithmetic of an operator, or of a model's operators by default."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+
+
+class Observer(str, enum.Enum):
+    """How a tensor's range is taken from its samples."""
+
+    MIN_MAX = "min_max"
+    MOVING_AVERAGE = "moving_average"
+    PERCENTILE = "percentile"
+
+
+KINDS = ("conv2d", "matmul", "add", "unary", "avg_pool2d", "max_pool2d", "concat")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose path, variable name or kind matches the glob `match` get `precision`; the first match wins."""
+
+    match: str
+    precision: Precision
+
+    def matches(self, *names: str) -> bool:
+        """Whether any of `names` fits the pattern."""
+        return any(fnmatch.fnmatchcase(name, self.match) for name in names)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model becomes a bundle.
+
+    precision: of every operator that no rule names. observer: how ranges are estimated; `percentile` (of |values|
+    in each direction, in percent) and `momentum` (the weight of a new batch) belong to two of them. symmetric: zero
+    points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. kinds: operator kinds
+    that may become integer. rules: exceptions.
+    """
+
+    precision: Precision = Precision.FP32
+    observer: Observer = Observer.MIN_MAX
+    percentile: float = 99.99
+    momentum: float = 0.1
+    symmetric: bool = False
+    per_channel: bool = True
+    kinds: tuple[str, ...] = KINDS
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", _enum(Precision, "precision", self.precision))
+        object.__setattr__(self, "observer", _enum(Observer, "observer", self.observer))
+        object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in self.kinds))
+        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
+        for name in ("symmetric", "per_channel"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
+        _between("percentile", self.percentile, 50.0, 100.0)
+        _between("momentum", self.momentum, 0.0, 1.0)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Raises RecipeError naming the key that is wrong."""
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"recipe {path}", seen=error.strerror) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path}", expected="a TOML file", seen=str(error)) from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain data, as `to_dict` gives it. Raises RecipeError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in data:
+            if key not in known:
+                raise RecipeError(f"recipe: unknown key {key!r}", expected=f"one of {', '.join(known)}", hint=nearest(key, known))
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and TOML."""
+        data = dataclasses.asdict(self)
+        data["precision"], data["observer"] = self.precision.value, self.observer.value
+        data["kinds"] = list(self.kinds)
+        data["rules"] = [{"match": rule.match, "precision": rule.precision.value} for rule in self.rules]
+        return data
+
+    def precision_of(self, kind: str, *names: str) -> tuple[Precision, str]:
+        """The precision asked for an operator of `kind` known by `names`, and why."""
+        for rule in self.rules:
+            if rule.matches(kind, *names):
+                return rule.precision, f"rule {rule.match!r}"
+        if self.precision is Precision.INT8 and kind not in self.kinds:
+            return Precision.FP32, f"the recipe's kinds leave out {kind}"
+        return self.precision, "the recipe's precision"
+
+
+def _enum(kind: type[Any], name: str, value: object) -> Any:
+    values = [member.value for member in kind]
+    try:
+        return kind(value)
+    except ValueError:
+        hint = nearest(str(value), values)
+        raise RecipeError(f"recipe: {name}", expected=f"one of {', '.join(values)}", seen=repr(value), hint=hint) from None
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise RecipeError("recipe: kinds", expected=f"some of {', '.join(KINDS)}", seen=repr(kind), hint=nearest(str(kind), KINDS))
+    return kind
+
+
+def _rule(rule: Rule | Mapping[str, Any]) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, Mapping) or set(rule) != {"match", "precision"}:
+        raise RecipeError("recipe: rules", expected="tables with match and precision", seen=repr(rule))
+    return Rule(str(rule["match"]), _enum(Precision, "rules.precision", rule["precision"]))
+
+
+def _between(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low < value <= high:
+        raise RecipeError(f"recipe: {name}", expected=f"a number above {low:g}, up to {high:g}", seen=repr(value))
