@@ -1,4 +1,4 @@
-"""Recorded machines, shortened to the files and lines that are read."""
+"""Machines as /proc and /sys show them: the Zen 4 one is recorded and shortened, the others written in the same form."""
 
 import dataclasses
 

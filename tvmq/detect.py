@@ -22,8 +22,8 @@ from tvmq.triple import Family, parse_triple, triple_of
 # a Cortex-A53's 32 KiB L1 and its quarter of a 512 KiB L2.
 _ASSUMED_L1D_KIB, _ASSUMED_L2_KIB = 32, 128
 
-# Cores with at least this share of the greatest capacity are the big cluster: in published device trees little cores
-# have at most 0.55 of the big ones (Cortex-A55 beside A76: 530 of 1024), big ones of two clocks at least 0.8.
+# Cores with at least this share of the greatest capacity are the big cluster. Linux device trees give Cortex-A55 beside
+# big cores 427 to 530 of 1024 (mt8192.dtsi, rk3588-base.dtsi); big cores whose clocks differ a little stay together.
 _BIG_SHARE = 0.75
 
 
