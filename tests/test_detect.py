@@ -1,4 +1,4 @@
-"""Machines as /proc and /sys show them: the Zen 4 one is recorded and shortened, the others written in the same form."""
+"""Machines as /proc and /sys show them, written by hand in that form and shortened to what is read."""
 
 import dataclasses
 
