@@ -1,0 +1,97 @@
+"""Element-wise kernels: an epilogue on its own, and concatenation with a conversion of each part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from tvmq import ops
+from tvmq.kernels import builder
+from tvmq.kernels.builder import Expr, Place
+from tvmq.kernels.pad import for_each
+
+# Elements that one parallel task takes at least: below that, waking a thread costs more than it gains.
+_GRAIN = 4096
+
+
+@dataclass(frozen=True)
+class Map:
+    """An epilogue over a tensor; `operands` are the (shape, dtype) of its tensors."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    out_dtype: str
+    epilogue: ops.Epilogue
+    operands: tuple[tuple[tuple[int, ...], str], ...]
+    lanes: int
+
+    def function(self) -> Any:
+        """The PrimFunc: (x, epilogue tensors..., out)."""
+        return builder.function(self._emit)
+
+    def _emit(self, f: builder.Function) -> None:
+        x, *operands, out = f.arguments((self.shape, self.dtype), *self.operands, (self.shape, self.out_dtype))
+        channels = self.shape[-1] if self.shape else 1
+
+        def run(row: Expr, at: Expr, lanes: int) -> None:
+            flat = row + at
+            place = Place(at, flat, lanes)
+            out.store(builder.run_epilogue(x.load(flat, lanes), self.dtype, self.epilogue, operands, place), flat, lanes)
+
+        if any(isinstance(step, ops.Bias | ops.Scale) for step in self.epilogue):
+            rows = math.prod(self.shape) // channels
+            with builder.parallel(rows) as row:
+                for_each(channels, self.lanes, lambda at, lanes: run(row * channels, at, lanes))
+        else:
+            in_blocks(math.prod(self.shape), self.lanes, lambda at, lanes: run(tirx.const(0, "int32"), at, lanes))
+
+
+def in_blocks(count: int, lanes: int, run: Callable[[Expr, int], None]) -> None:
+    """`run(offset, n)` over `count` elements, in parallel blocks of at least the grain."""
+    block = max(_GRAIN // lanes, 1) * lanes
+    blocks = count // block
+    if blocks:
+        with builder.parallel(blocks) as index:
+            for_each(block, lanes, lambda at, n: run(index * block + at, n))
+    rest = count - blocks * block
+    if rest:
+        start = tirx.const(blocks * block, "int32")
+        for_each(rest, lanes, lambda at, n: run(start + at, n))
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Tensors joined along `axis`, each through an epilogue without tensor operands."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    out_shape: tuple[int, ...]
+    out_dtype: str
+    axis: int
+    epilogues: tuple[ops.Epilogue, ...]
+    lanes: int
+
+    def function(self) -> Any:
+        """The PrimFunc: (x0, x1, ..., out)."""
+        return builder.function(self._emit)
+
+    def _emit(self, f: builder.Function) -> None:
+        *parts, out = f.arguments(*((shape, self.dtype) for shape in self.shapes), (self.out_shape, self.out_dtype))
+        rows = math.prod(self.out_shape[: self.axis])
+        pitch = math.prod(self.out_shape[self.axis :])
+        with builder.parallel(rows) as row:
+            start = 0
+            for part, shape, epilogue in zip(parts, self.shapes, self.epilogues, strict=True):
+                run = math.prod(shape[self.axis :])
+
+                def move(at: Expr, lanes: int, part: Any = part, run: int = run, start: int = start, steps: Any = epilogue) -> None:
+                    flat = row * pitch + start + at
+                    value = builder.run_epilogue(part.load(row * run + at, lanes), self.dtype, steps, (), Place(at, flat, lanes))
+                    out.store(value, flat, lanes)
+
+                for_each(run, self.lanes, move)
+                start += run

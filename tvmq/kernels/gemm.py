@@ -1,0 +1,339 @@
+"""The matrix template: convolution, dense and grouped convolution as register-tiled products over weight panels.
+
+A convolution over channels-last images is, for each tap row, a matmul whose rows overlap: output pixel (y, x) reads the
+`length` consecutive elements from `image + y * sy + x * sx + tap`. Where the dilation is 1, the `kw` taps of a row are
+one run of `kw * channels` elements, so that even a 3-channel stem has long runs. A 1x1 convolution and a dense layer have
+one tap; all their pixels are one row.
+
+Weights are packed when compiling: [group, panel, tap, length / kr, nr, kr], zero-padded; `nr` is a few vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+
+from tvmq import ops
+from tvmq.kernels import builder
+from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.kernels.micro import Micro
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution without padding (its input is padded already), in elements of flat buffers.
+
+    images, height, width: of the output. x_size: elements of the input buffer. sn, sy, sx: input distance of the next
+    image, output row and output pixel. taps: input offsets of the runs. length: elements of a run. sg: input distance of
+    the next group. channels: output channels of one group.
+    """
+
+    images: int
+    height: int
+    width: int
+    sn: int
+    sy: int
+    sx: int
+    taps: tuple[int, ...]
+    length: int
+    groups: int
+    sg: int
+    channels: int
+
+    def padded_length(self, kr: int) -> int:
+        """The run length in whole steps of `kr`."""
+        return -(-self.length // kr) * kr
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: `rows` x `columns` output pixels by `vectors` vectors of channels."""
+
+    rows: int
+    columns: int
+    vectors: int
+
+    @property
+    def pixels(self) -> int:
+        """Rows of A in the tile."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """`tile`, and how many tile rows one parallel task takes."""
+
+    tile: Tile
+    rows_per_task: int
+
+
+def conv_geometry(
+    padded: Sequence[int], kernel: Sequence[int], out: Sequence[int], strides: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    """The geometry of a convolution of a padded NHWC input with [O, kh, kw, I / groups] weights."""
+    n, hp, wp, c = padded
+    cout, kh, kw, per_group = kernel
+    _, oh, ow, _ = out
+    if kh == kw == 1 and tuple(strides) == (1, 1):
+        return Geometry(1, 1, n * oh * ow, 0, 0, c, (0,), per_group, groups, per_group, cout // groups)
+    row = wp * c
+    if groups == 1 and dilation[1] == 1:
+        taps = tuple(y * dilation[0] * row for y in range(kh))
+        length = kw * c
+    else:
+        taps = tuple(y * dilation[0] * row + x * dilation[1] * c for y in range(kh) for x in range(kw))
+        length = per_group
+    return Geometry(
+        n, oh, ow, hp * row, strides[0] * row, strides[1] * c, taps, length, groups, per_group, cout // groups
+    )
+
+
+def pack(weight: Array, geometry: Geometry, micro: Micro, vectors: int) -> Array:
+    """[O, kh, kw, I / groups] weights as [groups * panels * taps * length / kr * nr * kr], flat."""
+    g, nr = geometry, vectors * micro.lanes
+    panels, length = -(-g.channels // nr), g.padded_length(micro.kr)
+    runs = weight.reshape(g.groups, g.channels, len(g.taps), g.length)
+    full = np.zeros((g.groups, panels * nr, len(g.taps), length), weight.dtype)
+    full[:, : g.channels, :, : g.length] = runs
+    split = full.reshape(g.groups, panels, nr, len(g.taps), length // micro.kr, micro.kr)
+    return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 2, 5)).ravel()
+
+
+def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Blocking:
+    """The analytic default: the tile with the least estimated time, and tasks that fit L2 and fill the cores.
+
+    A step costs its products, its loads (one a broadcast, one a panel vector) or the latency of a product, whichever is
+    most: products and loads issue in parallel, about one of each a cycle.
+    """
+    best = min(_tiles(geometry, micro), key=lambda tile: (_cost(geometry, micro, tile), tile.pixels, -tile.vectors))
+    bands = -(-geometry.height // best.rows) * geometry.images
+    panels = geometry.groups * -(-geometry.channels // (best.vectors * micro.lanes))
+    if geometry.height * geometry.images == 1:
+        bands = -(-geometry.width // best.columns)
+    return Blocking(best, _band_rows(geometry, micro, bands, panels, cores, l2_bytes))
+
+
+def _tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
+    spare = micro.registers - 1 - (2 if micro.widened and micro.kr > 1 else 0) - (1 if micro.widened and micro.kr == 1 else 0)
+    vectors_needed = -(-geometry.channels // micro.lanes)
+    tiles = []
+    for vectors in range(1, min(8, vectors_needed) + 1):
+        most = (spare - vectors) // vectors
+        for rows in range(1, min(4, geometry.height) + 1):
+            tiles += [Tile(rows, columns, vectors) for columns in range(1, min(most // rows, geometry.width) + 1)]
+    return tiles
+
+
+# A product's latency in issue slots, and the work to finish a vector of results, in the same unit.
+_LATENCY = 5
+_FINISH = 6
+
+
+def _cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
+    panels = -(-geometry.channels // (tile.vectors * micro.lanes))
+    steps = len(geometry.taps) * geometry.padded_length(micro.kr) // micro.kr
+    total = 0.0
+    for rows, down in _split(geometry.height, tile.rows):
+        for columns, across in _split(geometry.width, tile.columns):
+            pixels = rows * columns
+            # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
+            products = pixels * tile.vectors * (2 if micro.widened and micro.kr > 1 else 1)
+            loads = pixels + tile.vectors * (2 if micro.widened else 1)
+            step = max(products, loads, _LATENCY) + 0.1 * min(products, loads)
+            total += down * across * (steps * step + pixels * tile.vectors * _FINISH)
+    return total * panels * geometry.images
+
+
+def _split(extent: int, part: int) -> list[tuple[int, int]]:
+    """(size, how many) of the pieces of `extent` cut into `part`s."""
+    whole = [(part, extent // part)] if extent >= part else []
+    return whole + ([(extent % part, 1)] if extent % part else [])
+
+
+def _band_rows(geometry: Geometry, micro: Micro, bands: int, panels: int, cores: int, l2_bytes: int) -> int:
+    """Tile rows a task: its input fits a quarter of L2, and there are enough equal tasks for the cores."""
+    item = {"float32": 4, "int16": 2}.get(micro.a_dtype, 1)
+    image = item * (geometry.sn if geometry.sn else geometry.width * geometry.sx) * geometry.images
+    split = max(1, math.ceil(image / (l2_bytes / 4)))
+    while split < bands and _imbalance(split * panels, cores) > 1.1:
+        split += 1
+    return -(-bands // min(split, bands))
+
+
+def _imbalance(tasks: int, cores: int) -> float:
+    return math.ceil(tasks / cores) * cores / tasks
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Everything that decides the code of one matrix kernel."""
+
+    geometry: Geometry
+    micro: Micro
+    blocking: Blocking
+    epilogue: ops.Epilogue
+    x_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    out_dtype: str
+    operands: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of each epilogue tensor
+
+    def function(self) -> Any:
+        """The PrimFunc: (x, panels, epilogue tensors..., out)."""
+        return builder.function(_Emitter(self).emit)
+
+
+class _Emitter:
+    def __init__(self, gemm: Gemm) -> None:
+        self.k = gemm
+        self.g, self.m, self.tile = gemm.geometry, gemm.micro, gemm.blocking.tile
+        self.nr = self.tile.vectors * self.m.lanes
+        self.panels = -(-self.g.channels // self.nr)
+        self.steps = self.g.padded_length(self.m.kr) // self.m.kr
+        self.panel_size = len(self.g.taps) * self.steps * self.nr * self.m.kr
+        self.cout = self.g.groups * self.g.channels
+
+    def emit(self, f: builder.Function) -> None:
+        k = self.k
+        panels = (self.g.groups * self.panels * self.panel_size,)
+        self.x, self.w, *self.operands, self.out = f.arguments(
+            (k.x_shape, self.m.a_dtype), (panels, self.m.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
+        )
+        self.f = f
+        if self.g.height * self.g.images == 1:
+            self._flat()
+        else:
+            self._image()
+
+    def _flat(self) -> None:
+        """One long row of pixels: bands are its tiles."""
+        bands = -(-self.g.width // self.tile.columns)
+        self._tasks(bands, lambda panel, band: self._columns(panel, 0, 0, 1, band))
+
+    def _image(self) -> None:
+        per_image = -(-self.g.height // self.tile.rows)
+
+        def band(panel: Expr, index: Expr) -> None:
+            image, row = tirx.floordiv(index, per_image), tirx.floormod(index, per_image)
+            rest = self.g.height % self.tile.rows
+            whole = row < self.g.height // self.tile.rows
+
+            def run(rows: int) -> None:
+                full = self.g.width // self.tile.columns
+                if full:
+                    with builder.serial(full) as column:
+                        self._micro_kernel(panel, image, row * self.tile.rows, column * self.tile.columns, rows, self.tile.columns)
+                if self.g.width % self.tile.columns:
+                    start = full * self.tile.columns
+                    self._micro_kernel(panel, image, row * self.tile.rows, start, rows, self.g.width % self.tile.columns)
+
+            _either(whole, self.g.height // self.tile.rows, rest, lambda: run(self.tile.rows), lambda: run(rest))
+
+        self._tasks(per_image * self.g.images, band)
+
+    def _columns(self, panel: Expr, image: Expr, row: Expr, rows: int, index: Expr) -> None:
+        full, rest = self.g.width // self.tile.columns, self.g.width % self.tile.columns
+        start = index * self.tile.columns
+        _either(
+            index < full,
+            full,
+            rest,
+            lambda: self._micro_kernel(panel, image, row, start, rows, self.tile.columns),
+            lambda: self._micro_kernel(panel, image, row, start, rows, rest),
+        )
+
+    def _tasks(self, bands: int, run: Callable[[Expr, Expr], None]) -> None:
+        """Parallel over (panel, block of bands); where the image is larger than the weights, over (block, panel)."""
+        per_task = self.k.blocking.rows_per_task
+        blocks = -(-bands // per_task)
+        panels = self.g.groups * self.panels
+        panel_first = panels * self.panel_size >= math.prod(self.k.x_shape)
+        with builder.parallel(blocks * panels) as task:
+            if panel_first:
+                panel, block = tirx.floordiv(task, blocks), tirx.floormod(task, blocks)
+            else:
+                block, panel = tirx.floordiv(task, panels), tirx.floormod(task, panels)
+            if bands % per_task == 0:
+                with builder.serial(per_task) as i:
+                    run(panel, block * per_task + i)
+            else:
+                with builder.serial(tirx.min(tirx.const(per_task, "int32"), bands - block * per_task)) as i:
+                    run(panel, block * per_task + i)
+
+    def _micro_kernel(self, panel: Expr, image: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
+        """One register tile: all products of its pixels with a panel, then the epilogue."""
+        m, lanes = self.m, self.m.lanes
+        group, index = tirx.floordiv(panel, self.panels), tirx.floormod(panel, self.panels)
+        base = image * self.g.sn + row * self.g.sy + column * self.g.sx + group * self.g.sg
+        pixels = [(y, x) for y in range(rows) for x in range(columns)]
+        acc = self.f.registers(len(pixels) * self.tile.vectors * lanes, m.acc_dtype)
+        slots = [(i, v, (i * self.tile.vectors + v) * lanes) for i in range(len(pixels)) for v in range(self.tile.vectors)]
+        steps = self.k.epilogue
+        starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias)
+        channel = group * self.g.channels + index * self.nr
+        for _, v, slot in slots:
+            initial = builder.number(0, m.acc_dtype, lanes)
+            if starts_with_bias and self._padded_operands():
+                initial = self.operands[0].load(channel + v * lanes, lanes)
+            acc.store(initial, slot, lanes)
+        with self._taps() as (tap, offset), builder.serial(self.steps) as step:
+            w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * m.kr)
+            for i, v, slot in slots:
+                y, x = pixels[i]
+                a = base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx)
+                product = m.step(acc.load(slot, lanes), self.x, a, self.w, w + v * lanes * m.kr)
+                acc.store(product, slot, lanes)
+        rest = steps[1:] if starts_with_bias and self._padded_operands() else steps
+        operands = self.operands[1:] if starts_with_bias and self._padded_operands() else self.operands
+        for i, v, slot in slots:
+            y, x = pixels[i]
+            pixel = (image * self.g.height + row + y) * self.g.width + column + x
+            first = index * self.nr + v * lanes
+            place = Place(group * self.g.channels + first, pixel * self.cout + group * self.g.channels + first, lanes)
+            self._finish(acc, slot, place, first, rest, operands)
+
+    def _padded_operands(self) -> bool:
+        """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""
+        return self.g.channels % self.nr == 0
+
+    def _finish(self, acc: Flat, slot: int, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]) -> None:
+        """The epilogue of one vector, and its store: whole, or the lanes that exist."""
+
+        def store(lanes: int) -> None:
+            at = Place(place.channel, place.flat, lanes)
+            value = builder.run_epilogue(acc.load(slot, lanes), self.m.acc_dtype, steps, operands, at)
+            self.out.store(value, place.flat, lanes)
+
+        lanes, channels = self.m.lanes, self.g.channels
+        if channels % self.nr == 0:
+            store(lanes)
+            return
+        rest = channels % lanes
+        with builder.when(first + lanes <= channels):
+            store(lanes)
+        if rest:
+            with builder.when(tirx.EQ(first, tirx.const(channels - rest, "int32"))):
+                store(rest)
+
+    def _taps(self) -> Any:
+        return builder.taps(self.g.taps)
+
+
+def _either(condition: Expr, whole: int, rest: int, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Both cases where both occur, else the one that does."""
+    if whole and rest:
+        with builder.when(condition):
+            then()
+        with builder.when(tirx.Not(condition)):
+            otherwise()
+    elif whole:
+        then()
+    else:
+        otherwise()

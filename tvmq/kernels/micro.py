@@ -1,0 +1,127 @@
+"""The micro-kernel table: for each instruction set, the inner product step that a register tile repeats.
+
+A step takes `kr` consecutive elements of a row of A, repeated in every lane, and `kr` times `lanes` elements of a weight
+panel, and adds their products to `lanes` accumulators. Its plain meaning is the same for all rows of the table:
+
+    acc[lane] += sum over i < kr of a[i] * w[lane, i]
+
+exact in int32 for integers. `Widened` rows read activations that were widened to int16, with the zero point subtracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.tirx.script.builder import ir as T
+
+from tvmq.isa import Int8Dot, Isa
+from tvmq.kernels.builder import Expr, Flat, cast, intrinsic, splat
+
+# (accumulators, A, index of the row's elements, panel, index of the panel's elements) -> accumulators
+Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One row of the table.
+
+    a_dtype: of the activations it reads; "int16" ones are widened and centred first. w_dtype: of the packed weights.
+    lanes: accumulators in a vector. kr: products a step sums. registers: vector registers of that width.
+    """
+
+    name: str
+    a_dtype: str
+    w_dtype: str
+    acc_dtype: str
+    lanes: int
+    kr: int
+    registers: int
+    step: Step
+
+    @property
+    def widened(self) -> bool:
+        """Whether activations are widened to int16 and centred before the kernel."""
+        return self.a_dtype == "int16"
+
+
+def float_micro(isa: Isa) -> Micro:
+    """float32: a broadcast, and a multiply and add that LLVM contracts where the machine can."""
+    lanes = max(isa.fp32_lanes, 4)
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        return acc + splat(a.load(i), lanes) * panel.load(j, lanes)
+
+    return Micro(_float_name(isa), "float32", "float32", "float32", lanes, 1, max(isa.vector_registers, 16), step)
+
+
+def int8_micro(isa: Isa) -> Micro:
+    """The best exact int8 step of an instruction set."""
+    dot = isa.int8_dot
+    if dot in (Int8Dot.AVX512_VNNI, Int8Dot.AMX):
+        return _vnni("avx512vnni", 512, isa)
+    if dot is Int8Dot.AVX_VNNI:
+        return _vnni("avxvnni", 256, isa)
+    if dot is Int8Dot.AVX512_PAIRS:
+        return _pairs("avx512bw", 512, isa)
+    if dot is Int8Dot.AVX2_PAIRS and isa.vector_bits >= 256:
+        return _pairs("avx2", 256, isa)
+    if dot in (Int8Dot.SDOT, Int8Dot.I8MM) and isa.family.value == "aarch64":
+        return _sdot(isa)
+    return _widening(isa)
+
+
+def _vnni(name: str, bits: int, isa: Isa) -> Micro:
+    """vpdpbusd: u8 x s8 quads into int32. LLVM 22 types its operands as bytes."""
+    lanes = bits // 32
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        quad = T.reinterpret("int32", a.load(i, 4))
+        repeated = T.reinterpret(f"int8x{4 * lanes}", splat(quad, lanes))
+        call = f"llvm.x86.avx512.vpdpbusd.{bits}"
+        return intrinsic(f"int32x{lanes}", call, acc, repeated, panel.load(j, 4 * lanes))
+
+    return Micro(name, "uint8", "int8", "int32", lanes, 4, isa.vector_registers, step)
+
+
+def _pairs(name: str, bits: int, isa: Isa) -> Micro:
+    """vpmaddwd: int16 pairs into int32, exact, where pmaddubsw would saturate. Weights are widened on load."""
+    lanes = bits // 32
+    call = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        pair = T.reinterpret("int32", a.load(i, 2))
+        repeated = T.reinterpret(f"int16x{2 * lanes}", splat(pair, lanes))
+        weights = cast(panel.load(j, 2 * lanes), "int16", 2 * lanes)
+        return acc + intrinsic(f"int32x{lanes}", call, repeated, weights)
+
+    return Micro(name, "int16", "int8", "int32", lanes, 2, isa.vector_registers, step)
+
+
+def _sdot(isa: Isa) -> Micro:
+    """sdot: s8 x s8 quads into int32."""
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        quad = T.reinterpret("int32", a.load(i, 4))
+        repeated = T.reinterpret("int8x16", splat(quad, 4))
+        return intrinsic("int32x4", "llvm.aarch64.neon.sdot", acc, panel.load(j, 16), repeated)
+
+    return Micro("sdot", "int8", "int8", "int32", 4, 4, isa.vector_registers, step)
+
+
+def _widening(isa: Isa) -> Micro:
+    """int16 x int16 into int32 in plain vector code, which LLVM turns into smlal on NEON."""
+    lanes = max(isa.vector_bits // 32, 4)
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        wide = cast(cast(panel.load(j, lanes), "int16", lanes), "int32", lanes)
+        return acc + splat(cast(a.load(i), "int32", 1), lanes) * wide
+
+    name = "neon" if isa.int8_dot is Int8Dot.NEON else "generic"
+    return Micro(name, "int16", "int8", "int32", lanes, 1, max(isa.vector_registers, 16), step)
+
+
+def _float_name(isa: Isa) -> str:
+    if isa.family.value == "x86":
+        return {512: "avx512", 256: "avx2" if isa.fma else "avx"}.get(isa.vector_bits, "sse")
+    return "neon" if isa.vector_bits == 128 and isa.family.value in ("aarch64", "arm") else "generic"

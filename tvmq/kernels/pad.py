@@ -1,0 +1,99 @@
+"""Padding of channels-last images, which also widens 8-bit integers where a micro-kernel wants int16.
+
+    out[n, y, x, c] = x[n, y - top, x - left, c] inside, `value` outside
+    widened: out = int16(x) - value inside, 0 outside
+
+A row of pixels is copied as one run. Convolutions read a padded image, so that their kernels know no borders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from tvmq.kernels import builder
+from tvmq.kernels.builder import Expr, Flat
+
+# Elements that one vector copy moves: 64 bytes of 8-bit, which LLVM splits for narrower machines.
+_LANES = {"uint8": 64, "int8": 64, "int16": 32, "float32": 16}
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Pads (top, left, bottom, right) pixels, and appends channels up to `channels`, to an NHWC image."""
+
+    x_shape: tuple[int, int, int, int]
+    x_dtype: str
+    padding: tuple[int, int, int, int]
+    channels: int
+    value: int
+    out_dtype: str
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """The padded shape."""
+        n, h, w, _ = self.x_shape
+        top, left, bottom, right = self.padding
+        return n, h + top + bottom, w + left + right, self.channels
+
+    @property
+    def copies(self) -> bool:
+        """Whether it does anything at all."""
+        return self.out_shape != self.x_shape or self.out_dtype != self.x_dtype
+
+    def function(self) -> Any:
+        """The PrimFunc: (x, out)."""
+        return builder.function(self._emit)
+
+    def _emit(self, f: builder.Function) -> None:
+        x, out = f.arguments((self.x_shape, self.x_dtype), (self.out_shape, self.out_dtype))
+        _, h, w, c = self.x_shape
+        n, hp, wp, cp = self.out_shape
+        top, left, _, right = self.padding
+        with builder.parallel(n * hp) as row:
+            image, y = tirx.floordiv(row, hp), tirx.floormod(row, hp) - top
+            inside = tirx.And(y >= 0, y < h)
+            start = row * (wp * cp)
+            with builder.when(inside):
+                source = (image * h + y) * (w * c)
+                self._fill(out, start, left * cp)
+                if c == cp:
+                    self._copy(x, source, out, start + left * cp, w * c)
+                else:
+                    with builder.serial(w) as pixel:
+                        target = start + (pixel + left) * cp
+                        self._copy(x, source + pixel * c, out, target, c)
+                        self._fill(out, target + c, cp - c)
+                self._fill(out, start + (left + w) * cp, right * cp)
+            with builder.when(tirx.Not(inside)):
+                self._fill(out, start, wp * cp)
+
+    def _fill(self, out: Flat, start: Expr, count: int) -> None:
+        value = 0 if self.out_dtype == "int16" else self.value
+        for_each(count, _LANES[self.out_dtype], lambda at, n: out.store(builder.number(value, self.out_dtype, n), start + at, n))
+
+    def _copy(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
+        def move(at: Expr, lanes: int) -> None:
+            value = x.load(source + at, lanes)
+            if self.out_dtype == "int16":
+                value = builder.cast(value, "int16", lanes) - builder.number(self.value, "int16", lanes)
+            out.store(value, target + at, lanes)
+
+        for_each(count, _LANES[self.out_dtype], move)
+
+
+def for_each(count: int, lanes: int, run: Any) -> None:
+    """`run(offset, n)` over `count` elements: whole vectors in a loop, then one shorter vector for the rest."""
+    if count >= lanes:
+        with builder.serial(count // lanes) as block:
+            run(block * lanes, lanes)
+    if count % lanes:
+        run(tirx.const(count - count % lanes, "int32"), count % lanes)
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """How many elements a shape has."""
+    return math.prod(shape)

@@ -1,0 +1,119 @@
+"""Max and average pooling of channels-last images: vectors of channels, parallel over output rows or channel blocks.
+
+The input is padded already (with the lowest value for max, with the zero point for average).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvmq import ops
+from tvmq.kernels import builder
+from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.quantize import numerics
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Everything that decides the code of one pooling kernel; shapes are NHWC, `x_shape` padded.
+
+    kind: "max", or "avg": the sum of x - zero_point, times the reciprocals of the counts (a tensor operand over the
+    output's pixels), then the epilogue.
+    """
+
+    kind: str
+    x_shape: tuple[int, int, int, int]
+    dtype: str
+    window: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    out_shape: tuple[int, int, int, int]
+    out_dtype: str
+    epilogue: ops.Epilogue
+    operands: tuple[tuple[tuple[int, ...], str], ...]
+    zero_point: int
+    lanes: int
+
+    def function(self) -> Any:
+        """The PrimFunc: (x, [reciprocals,] epilogue tensors..., out)."""
+        return builder.function(self._emit)
+
+    def _emit(self, f: builder.Function) -> None:
+        n, oh, ow, c = self.out_shape
+        pixels = [((oh * ow,), "float32")] if self.kind == "avg" else []
+        x, *middle, out = f.arguments(
+            (self.x_shape, self.dtype), *pixels, *self.operands, (self.out_shape, self.out_dtype)
+        )
+        blocks = -(-c // self.lanes)
+        rows_first = n * oh > 1
+        with builder.parallel(n * oh if rows_first else blocks) as outer:
+            with builder.serial(blocks if rows_first else 1) as inner, builder.serial(ow) as column:
+                row, block = (outer, inner) if rows_first else (inner, outer)
+                rest = c % self.lanes
+                if c >= self.lanes:
+                    with builder.when(block < c // self.lanes):
+                        self._pixel(f, x, middle, out, row, column, block, self.lanes)
+                if rest:
+                    with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
+                        self._pixel(f, x, middle, out, row, column, block, rest)
+
+    def _pixel(
+        self, f: builder.Function, x: Flat, middle: Sequence[Flat], out: Flat, row: Expr, column: Expr, block: Expr, lanes: int
+    ) -> None:
+        _, hp, wp, c = self.x_shape
+        _, oh, ow, _ = self.out_shape
+        image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
+        wide = self._sum_dtype()
+        acc = f.registers(lanes, wide)
+        acc.store(builder.number(self._initial(), wide, lanes), 0, lanes)
+        base = ((image * hp + y * self.strides[0]) * wp + column * self.strides[1]) * c + block * self.lanes
+        with builder.serial(self.window[0]) as ky, builder.serial(self.window[1]) as kx:
+            value = x.load(base + (ky * self.dilation[0] * wp + kx * self.dilation[1]) * c, lanes)
+            if self.kind == "max":
+                acc.store(T.max(acc.load(0, lanes), value), 0, lanes)
+            else:
+                value = value if wide == self.dtype else builder.cast(value, wide, lanes)
+                acc.store(acc.load(0, lanes) + value, 0, lanes)
+        pixel = (row * ow + column) * c + block * self.lanes
+        result = acc.load(0, lanes)
+        if self.kind == "avg":
+            count = middle[0].load(y * ow + column)
+            result = self._float(result, lanes) * builder.splat(count, lanes)
+            place = Place(block * self.lanes, pixel, lanes)
+            result = builder.run_epilogue(result, "float32", self.epilogue, middle[1:], place)
+        out.store(result, pixel, lanes)
+
+    def _sum_dtype(self) -> str:
+        return self.dtype if self.kind == "max" or self.dtype == "float32" else "int32"
+
+    def _initial(self) -> float:
+        """The lowest value for max; minus all zero points for a sum of integers."""
+        if self.kind == "max":
+            return float(np.finfo(np.float32).min) if self.dtype == "float32" else float(np.iinfo(self.dtype).min)
+        return float(-self.zero_point * self.window[0] * self.window[1])
+
+    def _float(self, value: Expr, lanes: int) -> Expr:
+        return value if self.dtype == "float32" else builder.cast(value, "float32", lanes)
+
+
+def reciprocal_counts(
+    image: tuple[int, int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+) -> Array:
+    """float32(1 / count) of each output pixel, flat: how many elements its average is over."""
+    ones = np.ones((1, *image, 1))
+    geometry = {"strides": strides, "padding": padding, "dilation": (1, 1)}
+    windows = numerics.windows(ones, window, pad_value=1.0 if count_include_pad else 0.0, **geometry)
+    return np.asarray(numerics.reciprocal(windows.sum(axis=(3, 4)))).ravel()
