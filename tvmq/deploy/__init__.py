@@ -1,0 +1,1 @@
+"""Build, cross-link, bundle and run compiled models."""

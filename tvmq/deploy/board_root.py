@@ -1,0 +1,264 @@
+"""Build, once, the root folder of an emulated aarch64 board: a C library, TVM's runtime, and our RPC server.
+
+    check tools -> Debian packages -> TVM's runtime libraries -> server -> rename into the cache
+
+`opt/tvmq` in it is all that a real board needs besides its own C and C++ libraries. The folder's name carries what it
+was built from, so a new TVM or a changed server is built anew and never mixed with an old root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tvmq.deploy.crosslink import user_cache, zig_cc
+from tvmq.errors import DeviceError, OutputError
+
+# What libtvm_runtime.so names as NEEDED, as Debian packages.
+DEBIAN_ARCHITECTURE = "arm64"
+DEBIAN_PACKAGES = ("libc6", "libstdc++6", "libgcc-s1")
+# Manuals, and converters between character sets: two thirds of libc6, which no inference asks for.
+UNUSED_FOLDERS = ("usr/share", "usr/lib/aarch64-linux-gnu/gconv")
+
+# The oldest C library that TVM's aarch64 wheels run on (manylinux_2_28), in the words of pip and of zig.
+WHEEL_PLATFORM = "manylinux_2_28_aarch64"
+ZIG_TRIPLE = "aarch64-linux-gnu.2.28"
+# No wheel's Python part is used; a version for which both wheels exist.
+WHEEL_PYTHON = "3.11"
+WHEEL_LIBRARIES = {
+    "apache-tvm": ("tvm/lib/libtvm_runtime.so", "tvm/lib/libtvm_runtime_extra.so"),
+    "apache-tvm-ffi": ("tvm_ffi/lib/libtvm_ffi.so",),
+}
+
+TVMQ_FOLDER = "opt/tvmq"
+SERVER = f"{TVMQ_FOLDER}/tvmq-board-server"
+SERVER_SOURCE = Path(__file__).with_name("board_server.c")
+
+# Command: the Debian package that has it.
+PREPARE_TOOLS = {"apt-get": "apt", "apt-config": "apt", "dpkg-deb": "dpkg"}
+# The wheel of TVM is 95 MB: 15 minutes is a line of 1 Mbit/s.
+DOWNLOAD_TIMEOUT_S = 900.0
+
+
+def default_cache() -> Path:
+    """`~/.cache/tvmq/aarch64`, or below XDG_CACHE_HOME where that is set. Raises OutputError where there is no home."""
+    base = user_cache()
+    if base is None:
+        raise OutputError(
+            "there is no folder to keep an emulated board in", seen="a user without a home", hint="set HOME"
+        )
+    return base / "tvmq" / "aarch64"
+
+
+def prepare(cache: Path | None = None) -> Path:
+    """The root of an emulated aarch64 board in `cache` (None: default_cache()), built where it is not there yet.
+
+    Downloads 110 MB and keeps 12 MB. Interrupted, it leaves nothing that a later call would use. Raises DeviceError
+    where a tool is missing or a download fails, OutputError where `cache` cannot be written.
+    """
+    cache = default_cache() if cache is None else cache
+    root = cache / root_name()
+    if root.is_dir():
+        return root
+    require_tools(PREPARE_TOOLS)
+    require_pip()
+    with _locked(cache), _scratch(cache) as scratch:
+        if not root.is_dir():  # another process may have built it while this one waited for the lock
+            building = scratch / "root"
+            install_debian_packages(building, scratch / "apt")
+            install_tvm_runtime(building, scratch / "wheels")
+            build_server(building)
+            building.rename(root)
+    return root
+
+
+def root_name() -> str:
+    """A folder name that differs where anything differs that a root is built from."""
+    versions = [f"{package}=={importlib.metadata.version(package)}" for package in WHEEL_LIBRARIES]
+    parts = [*versions, *DEBIAN_PACKAGES, *UNUSED_FOLDERS, ZIG_TRIPLE, SERVER_SOURCE.read_text(encoding="utf-8")]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return f"root-{importlib.metadata.version('apache-tvm')}-{digest}"
+
+
+def require_tools(tools: Mapping[str, str]) -> None:
+    """Raise DeviceError where one of `tools` (command: Debian package) is not on the PATH."""
+    missing = {command: package for command, package in tools.items() if shutil.which(command) is None}
+    if missing:
+        hint = f"on Debian: apt-get install {' '.join(dict.fromkeys(missing.values()))}"
+        raise DeviceError("cannot emulate a board", seen=f"no {' and no '.join(missing)} on the PATH", hint=hint)
+
+
+def require_pip() -> None:
+    """Raise DeviceError where this Python has no pip."""
+    if importlib.util.find_spec("pip") is None:
+        hint = f"get it: {sys.executable} -m ensurepip"
+        raise DeviceError("cannot emulate a board", seen=f"no pip in {sys.executable}", hint=hint)
+
+
+# ---- Debian packages ----
+
+
+def install_debian_packages(root: Path, scratch: Path) -> None:
+    """Unpack the board's C and C++ libraries into `root`, from the package index that this machine uses."""
+    configuration = apt_configuration(scratch)
+    packages = scratch / "packages"
+    packages.mkdir()
+    environment = os.environ | {"APT_CONFIG": str(configuration)}
+    _run(["apt-get", "-qq", "update"], f"cannot read the {DEBIAN_ARCHITECTURE} package index", environment)
+    _run(["apt-get", "-qq", "download", *DEBIAN_PACKAGES], "cannot download Debian packages", environment, packages)
+    for package in sorted(packages.glob("*.deb")):
+        _run(["dpkg-deb", "-x", str(package), str(root)], f"cannot unpack {package.name}")
+    # Newer Debian packages have their files below usr/ and leave this link to the installer.
+    if not (root / "lib").exists():
+        (root / "lib").symlink_to("usr/lib")
+    for unused in UNUSED_FOLDERS:
+        shutil.rmtree(root / unused, ignore_errors=True)
+
+
+def apt_configuration(folder: Path) -> Path:
+    """Write into `folder` an apt configuration for the board's architecture that keeps its state there.
+
+    Sources, keys, proxies and certificates are this machine's.
+    """
+    dump = _run(["apt-config", "dump"], "cannot read apt's configuration")
+    # Hooks are commands for this machine: the one in Docker's images empties the system's cache.
+    kept = [line for line in dump.splitlines() if "-Invoke" not in line and not line.startswith("APT::Architecture")]
+    ours = [
+        f'APT::Architecture "{DEBIAN_ARCHITECTURE}";',
+        f'APT::Architectures {{ "{DEBIAN_ARCHITECTURE}"; }};',
+        # apt as root downloads as the user _apt, who cannot write a private folder.
+        'APT::Sandbox::User "root";',
+        f'Dir::State "{folder / "state"}";',
+        f'Dir::State::status "{folder / "status"}";',
+        f'Dir::Cache "{folder / "cache"}";',
+        # Already in the dump; read again they would bring the hooks back.
+        'Dir::Etc::main "/dev/null";',
+        'Dir::Etc::parts "/dev/null";',
+    ]
+    (folder / "state/lists/partial").mkdir(parents=True)
+    (folder / "cache/archives/partial").mkdir(parents=True)
+    (folder / "status").touch()
+    path = folder / "apt.conf"
+    path.write_text("\n".join([*kept, *ours, ""]), encoding="utf-8")
+    return path
+
+
+# ---- TVM ----
+
+
+def install_tvm_runtime(root: Path, scratch: Path) -> None:
+    """Put TVM's aarch64 runtime libraries, of the versions installed here, into `root`."""
+    folder = root / TVMQ_FOLDER
+    folder.mkdir(parents=True)
+    for package, libraries in WHEEL_LIBRARIES.items():
+        wheel = download_wheel(package, importlib.metadata.version(package), scratch / package)
+        unpack_libraries(wheel, libraries, folder)
+
+
+def download_wheel(package: str, version: str, folder: Path) -> Path:
+    """Download the aarch64 wheel of `package` into `folder`, from the index that pip uses here."""
+    wanted = ["--platform", WHEEL_PLATFORM, "--python-version", WHEEL_PYTHON, "--only-binary=:all:", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--dest",
+        str(folder),
+        *wanted,
+        f"{package}=={version}",
+    ]
+    _run(command, f"cannot download the {WHEEL_PLATFORM} wheel of {package} {version}")
+    return next(folder.glob("*.whl"))
+
+
+def unpack_libraries(wheel: Path, libraries: Sequence[str], folder: Path) -> None:
+    """Write the files `libraries` of `wheel` into `folder`, without their folders."""
+    with zipfile.ZipFile(wheel) as archive:
+        missing = sorted(set(libraries) - set(archive.namelist()))
+        if missing:
+            raise DeviceError(f"cannot use {wheel.name}", expected=" and ".join(libraries), seen=f"no {missing[0]}")
+        for library in libraries:
+            (folder / Path(library).name).write_bytes(archive.read(library))
+
+
+def build_server(root: Path) -> None:
+    """Compile the RPC server into `root`, beside the libraries that it loads."""
+    import tvm_ffi.libinfo
+
+    folder = root / TVMQ_FOLDER
+    includes = {tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()}
+    # The server calls libtvm_ffi only; the others are linked for the functions they register when they are loaded.
+    libraries = ["-Wl,--no-as-needed", "-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", f"-L{folder}"]
+    # libstdc++ is found on the board, not here; $ORIGIN: the libraries are where the server is.
+    link = ["-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN", "-s"]
+    headers = [f"-I{include}" for include in sorted(includes)]
+    zig_cc(ZIG_TRIPLE, ["-O2", *headers, str(SERVER_SOURCE), *libraries, *link], root / SERVER)
+    (root / SERVER).chmod(0o755)
+
+
+# ---- Shared steps ----
+
+
+@contextlib.contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    """Let one process at a time build in `cache`."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write {cache}", seen=error.strerror or str(error)) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _scratch(cache: Path) -> Iterator[Path]:
+    """A folder in `cache` that is gone afterwards.
+
+    The caller has the lock: what a killed process left behind is ours to remove.
+    """
+    for stale in cache.glob(".part-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=cache) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {cache}", seen=error.strerror or str(error)) from error
+
+
+def _run(
+    command: Sequence[str], what: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> str:
+    """The stdout of `command`. Raises DeviceError(what) with the last line it said where it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DOWNLOAD_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DeviceError(what, seen=f"no answer of {command[0]} in {DOWNLOAD_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise DeviceError(what, seen=said[-1] if said else f"exit code {done.returncode} of {command[0]}")
+    return done.stdout
