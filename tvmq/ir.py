@@ -7,7 +7,7 @@ of tensors. Everything in tvmq that looks at a graph goes through this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -75,8 +75,8 @@ def to_numpy(constant: Any) -> Array:
 
 
 def constant(value: Array) -> Any:
-    """A tensor constant."""
-    return relax.const(np.ascontiguousarray(value) if value.ndim else value)
+    """A tensor constant of the dtype of `value` (left to itself, TVM turns int64 into int32 and float64 into float32)."""
+    return relax.const(np.ascontiguousarray(value) if value.ndim else value, str(value.dtype))
 
 
 def shape_of(expr: Expr) -> tuple[int, ...]:
@@ -146,6 +146,12 @@ class Rewrite:
     values: dict[Any, Expr]  # new variable -> its value, in order
     names: dict[Any, str]  # new variable -> the name it should have
     current: Any = None  # the old variable whose binding is being visited
+    added: list[Any] = field(default_factory=list)  # new parameters of `main`, after the old ones
+
+    def parameter(self, name: str, like: Array) -> Any:
+        """A new parameter of `main`, with the shape and dtype of `like`."""
+        self.added.append(relax.Var(name, relax.TensorType(list(like.shape), str(like.dtype))))
+        return self.added[-1]
 
     def emit(self, value: Expr, name: str) -> Any:
         """Bind `value` now under `name` (made unique at the end), and return its variable; nested calls come first."""
@@ -192,7 +198,7 @@ def rewrite(module: tvm.IRModule, visit: Visit) -> tvm.IRModule:
         state.new_of[var] = value
     result = substitute(function.body.body, state.new_of)
     result = result if isinstance(result, relax.Tuple) else relax.Tuple([result])
-    return _module(list(function.params), state, result, _attrs(function))
+    return _module([*function.params, *state.added], state, result, _attrs(function))
 
 
 def _is_leaf(value: Expr) -> bool:

@@ -29,6 +29,13 @@ def pack(weight: Array, lanes: int) -> Array:
     return np.ascontiguousarray(full.reshape(blocks, lanes, kh * kw).transpose(0, 2, 1)).ravel()
 
 
+def unpack(packed: Array, shape: tuple[int, ...], lanes: int) -> Array:
+    """The inverse of `pack`: [C, kh, kw, 1] weights of `shape`."""
+    c, kh, kw, _ = shape
+    full = packed.reshape(-1, kh * kw, lanes).transpose(0, 2, 1).reshape(-1, kh * kw)
+    return np.ascontiguousarray(full[:c]).reshape(shape)
+
+
 @dataclass(frozen=True)
 class Depthwise:
     """Everything that decides the code of one depthwise kernel; shapes are NHWC, `x_shape` padded."""

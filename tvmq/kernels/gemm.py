@@ -96,15 +96,24 @@ def conv_geometry(
     )
 
 
-def pack(weight: Array, geometry: Geometry, micro: Micro, vectors: int) -> Array:
-    """[O, kh, kw, I / groups] weights as [groups * panels * taps * length / kr * nr * kr], flat."""
-    g, nr = geometry, vectors * micro.lanes
-    panels, length = -(-g.channels // nr), g.padded_length(micro.kr)
-    runs = weight.reshape(g.groups, g.channels, len(g.taps), g.length)
-    full = np.zeros((g.groups, panels * nr, len(g.taps), length), weight.dtype)
-    full[:, : g.channels, :, : g.length] = runs
-    split = full.reshape(g.groups, panels, nr, len(g.taps), length // micro.kr, micro.kr)
+def pack(weight: Array, taps: int, groups: int, nr: int, kr: int) -> Array:
+    """[O, kh, kw, I / groups] weights as [groups * panels * taps * length / kr * nr * kr], flat, zero-padded."""
+    channels = weight.shape[0] // groups
+    length = weight[0].size // taps
+    panels, padded = -(-channels // nr), -(-length // kr) * kr
+    full = np.zeros((groups, panels * nr, taps, padded), weight.dtype)
+    full[:, :channels, :, :length] = weight.reshape(groups, channels, taps, length)
+    split = full.reshape(groups, panels, nr, taps, padded // kr, kr)
     return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 2, 5)).ravel()
+
+
+def unpack(packed: Array, shape: tuple[int, ...], taps: int, groups: int, nr: int, kr: int) -> Array:
+    """The inverse of `pack`: [O, kh, kw, I / groups] weights of `shape`."""
+    channels, length = shape[0] // groups, math.prod(shape[1:]) // taps
+    panels, padded = -(-channels // nr), -(-length // kr) * kr
+    split = packed.reshape(groups, panels, taps, padded // kr, nr, kr).transpose(0, 1, 4, 2, 3, 5)
+    full = split.reshape(groups, panels * nr, taps, padded)
+    return np.ascontiguousarray(full[:, :channels, :, :length]).reshape(shape)
 
 
 def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Blocking:

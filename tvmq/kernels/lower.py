@@ -29,11 +29,35 @@ _SHORT = {"float32": "f32", "int8": "s8", "uint8": "u8", "int16": "s16", "int32"
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a weight of `shape` was packed: see `gemm.pack` and `depthwise.pack` (where nr is the number of lanes)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    taps: int
+    groups: int
+    nr: int
+    kr: int
+
+    def unpack(self, packed: Array) -> Array:
+        """The weight as it was."""
+        if self.kind == "depthwise":
+            return depthwise.unpack(packed, self.shape, self.nr)
+        return gemm.unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
+
+
+@dataclass(frozen=True)
 class Lowered:
-    """`module`: main and its kernels. `kernels`: variable of main -> the name of the kernel that computes it."""
+    """`module`: main and its kernels. `kernels`: variable of main -> the name of the kernel that computes it.
+
+    `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
+    operator -> (name of its packed weight, how to unpack it).
+    """
 
     module: tvm.IRModule
     kernels: dict[str, str]
+    parameters: dict[str, Array]
+    packed: dict[str, tuple[str, Packing]]
 
 
 def lower(module: tvm.IRModule, target: Target) -> Lowered:
@@ -42,7 +66,7 @@ def lower(module: tvm.IRModule, target: Target) -> Lowered:
     main = ir.rewrite(module, lowering.visit)
     functions = {"main": ir.main(main)}
     lowered = tvm.IRModule({**functions, **{var: f for var, f in lowering.functions.values()}})
-    return Lowered(lowered, lowering.names)
+    return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed)
 
 
 @dataclass
@@ -50,6 +74,8 @@ class _Lowering:
     target: Target
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
     names: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Array] = field(default_factory=dict)
+    packed: dict[str, tuple[str, Packing]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.builder = relax.BlockBuilder()
@@ -57,8 +83,10 @@ class _Lowering:
         self.int8 = micro.int8_micro(self.target.isa)
 
     def visit(self, state: ir.Rewrite, name: str, value: Any) -> Any:
-        if not ir.is_call(value) or not ir.op_name(value).startswith(ops.PREFIX):
+        if not ir.is_call(value):
             return None
+        if not ir.op_name(value).startswith(ops.PREFIX):
+            return relax.Call(value.op, self.lift(state, name, value.args), value.attrs, value.ty_args)
         rule = _RULES[ir.op_name(value).removeprefix(ops.PREFIX)]
         return rule(self, state, name, value)
 
@@ -70,6 +98,22 @@ class _Lowering:
             function = kernel.function().with_attrs({"global_symbol": symbol, "op_pattern": 8})
             self.functions[kernel] = (self.builder.add_func(function, symbol), function)
         return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), relax.TensorType(list(shape), dtype))
+
+    def parameter(self, state: ir.Rewrite, name: str, value: Array) -> Any:
+        """`value` as a parameter of main: weights live beside the code, not in it. Equal names are made distinct."""
+        unique = name if name not in self.parameters else f"{name}_{len(self.parameters)}"
+        self.parameters[unique] = np.ascontiguousarray(value)
+        return state.parameter(unique, value)
+
+    def lift(self, state: ir.Rewrite, name: str, args: Sequence[Any]) -> list[Any]:
+        """`args` with each constant tensor (not scalar) as a parameter."""
+
+        def one(arg: Any, index: int) -> Any:
+            if ir.is_constant(arg) and ir.shape_of(arg):
+                return self.parameter(state, f"{name}_{index}", ir.to_numpy(arg))
+            return relax.Tuple(self.lift(state, name, arg.fields)) if isinstance(arg, relax.Tuple) else arg
+
+        return [one(arg, index) for index, arg in enumerate(args)]
 
     def pad(self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: int, dtype: str) -> Any:
         """`x` (4-D) padded and converted; `x` itself where there is nothing to do."""
@@ -99,7 +143,7 @@ def _conv2d(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any
     padded = lowering.pad(state, name, x, padding, wide, a["x_zero_point"], m.a_dtype)
     out = ir.shape_of(call)
     geometry = gemm.conv_geometry(ir.shape_of(padded), kernel.shape, out, a["strides"], a["dilation"], a["groups"])
-    return _gemm(lowering, name, "conv2d", call, padded, kernel, geometry, operands)
+    return _gemm(lowering, state, name, "conv2d", call, padded, kernel, geometry, operands)
 
 
 def _matmul(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -114,11 +158,12 @@ def _matmul(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any
     kernel = np.ascontiguousarray(ir.to_numpy(weight).T).reshape(-1, 1, 1, depth)
     cout = kernel.shape[0]
     geometry = gemm.conv_geometry((1, 1, rows, wide), kernel.shape, (1, 1, rows, cout), (1, 1), (1, 1), 1)
-    return _gemm(lowering, name, "matmul", call, x, kernel, geometry, operands)
+    return _gemm(lowering, state, name, "matmul", call, x, kernel, geometry, operands)
 
 
 def _gemm(
     lowering: _Lowering,
+    state: ir.Rewrite,
     name: str,
     kind: str,
     call: Any,
@@ -135,14 +180,18 @@ def _gemm(
     epilogue = ops.epilogue_of(call)
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
-    packed = gemm.pack(kernel, geometry, m, blocking.tile.vectors)
+    packing = Packing("gemm", kernel.shape, len(geometry.taps), geometry.groups, blocking.tile.vectors * m.lanes, m.kr)
+    packed = gemm.pack(kernel, packing.taps, packing.groups, packing.nr, packing.kr)
     spec = gemm.Gemm(
         geometry, m, blocking, epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], _declared(operands)
     )
     tile = f"{blocking.tile.pixels}x{blocking.tile.vectors * m.lanes}"
     title = f"{_SHORT[a['out_dtype']]}-{_SHORT[m.w_dtype]}-{kind}-{tile}-{m.name}"
     lowering.names[name] = title
-    return lowering.call(spec, title, [x, ir.constant(packed), *operands], ir.shape_of(call), a["out_dtype"])
+    weights = lowering.parameter(state, f"{name}_weight", packed)
+    lowering.packed[name] = (f"{name}_weight", packing)
+    args = [x, weights, *lowering.lift(state, name, operands)]
+    return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
 
 def _depthwise(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
@@ -168,8 +217,10 @@ def _depthwise(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any, ker
     )
     title = f"{_SHORT[a['out_dtype']]}-{_SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
     lowering.names[name] = title
-    packed = ir.constant(depthwise.pack(kernel, m.lanes))
-    return lowering.call(spec, title, [padded, packed, *operands], ir.shape_of(call), a["out_dtype"])
+    packed = lowering.parameter(state, f"{name}_weight", depthwise.pack(kernel, m.lanes))
+    lowering.packed[name] = (f"{name}_weight", Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1))
+    args = [padded, packed, *lowering.lift(state, name, operands)]
+    return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
 
 def _fold_zero_point(
@@ -218,17 +269,18 @@ def _pool(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     )
     title = f"{_SHORT[a['out_dtype']]}-{kind}pool2d-{window[0]}x{window[1]}"
     lowering.names[name] = title
-    result = lowering.call(spec, title, [padded, *counts, *operands], out, a["out_dtype"])
+    args = [padded, *lowering.lift(state, name, [*counts, *operands])]
+    result = lowering.call(spec, title, args, out, a["out_dtype"])
     return result if out == ir.shape_of(call) else relax.op.reshape(state.emit(result, f"{name}_image"), ir.shape_of(call))
 
 
-def _map(lowering: _Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
+def _map(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     x, *operands = call.args
     out_dtype = ir.dtype_of(call)
     spec = Map(ir.shape_of(x), ir.dtype_of(x), out_dtype, ops.epilogue_of(call), _declared(operands), lowering.float.lanes)
     title = f"{_SHORT[out_dtype]}-{_SHORT[ir.dtype_of(x)]}-map"
     lowering.names[name] = title
-    return lowering.call(spec, title, [x, *operands], ir.shape_of(call), out_dtype)
+    return lowering.call(spec, title, [x, *lowering.lift(state, name, operands)], ir.shape_of(call), out_dtype)
 
 
 def _concat(lowering: _Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:

@@ -14,10 +14,9 @@ from tvmq.target import Target
 _GRAIN = 2048
 
 
-def build(module: tvm.IRModule, target: Target) -> Any:
-    """The VM executable of a lowered module."""
-    tvm_target = target.tvm_target()
-    with tvm_target, tvm.transform.PassContext(opt_level=3):
+def schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """A lowered module with every remaining operator legalized, fused and scheduled: calls of kernels only."""
+    with target.tvm_target(), tvm.transform.PassContext(opt_level=3):
         legal = tvm.transform.Sequential(
             [
                 relax.backend.DispatchSampling(),
@@ -28,17 +27,22 @@ def build(module: tvm.IRModule, target: Target) -> Any:
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
                 relax.transform.DeadCodeElimination(["main"]),
+                relax.transform.RewriteDataflowReshape(),
             ]
         )(module)
-        scheduled = schedule_rest(legal, max(target.isa.fp32_lanes, 4))
-        return relax.build(scheduled, target=tvm_target, relax_pipeline=_lowering_pipeline())
+    return schedule_rest(legal, max(target.isa.fp32_lanes, 4))
+
+
+def build(module: tvm.IRModule, target: Target) -> Any:
+    """The VM executable of a scheduled module."""
+    with tvm.transform.PassContext(opt_level=3):
+        return relax.build(module, target=target.tvm_target(), relax_pipeline=_lowering_pipeline())
 
 
 def _lowering_pipeline() -> Any:
     """TVM's CPU pipeline after fusion."""
     return tvm.transform.Sequential(
         [
-            relax.transform.RewriteDataflowReshape(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),

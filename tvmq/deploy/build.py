@@ -1,0 +1,194 @@
+"""From a scheduled module to a bundle: compile, link for the target, run once where this machine can, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvmq._version import __version__
+from tvmq import ir
+from tvmq.cpuinfo import host_features
+from tvmq.deploy import bundle
+from tvmq.deploy.bundle import Bundle
+from tvmq.deploy.crosslink import linker
+from tvmq.deploy.executor import Executor
+from tvmq.deploy.session import LocalSession
+from tvmq.deploy.steps import Step, extract
+from tvmq.errors import CheckFailed
+from tvmq.kernels.lower import Lowered
+from tvmq.kernels.schedule import build
+from tvmq.model import Model
+from tvmq.quantize.plan import Decision
+from tvmq.quantize.table import CalibrationTable
+from tvmq.recipe import Precision, Recipe
+from tvmq.target import Target, describe
+
+Array = npt.NDArray[Any]
+# A float graph on another instruction set sums in another order: errors relative to the largest output.
+FLOAT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Product:
+    """Everything that a bundle is made of, before it is compiled. `lowered.module` is scheduled."""
+
+    model: Model
+    target: Target
+    recipe: Recipe
+    table: CalibrationTable | None
+    decisions: tuple[Decision, ...]
+    realized: tvm.IRModule
+    lowered: Lowered
+
+    @property
+    def steps(self) -> list[Step]:
+        """The kernel calls of an inference."""
+        return extract(self.lowered.module, self.lowered.kernels)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every result is promised bit for bit: all arithmetic is tvmq's, on integers."""
+        return all(step.precision != "fp32" or step.kernel == "reshape" or _moves(step) for step in self.steps) and any(
+            step.precision == "int8" for step in self.steps
+        )
+
+
+def _moves(step: Step) -> bool:
+    """Transposes and the like compute nothing."""
+    return "permute_dims" in step.kernel or "transpose" in step.kernel or "reshape" in step.kernel
+
+
+def compile_library(product: Product) -> bytes:
+    """The shared library of the target. Raises OutputError or DeviceError where linking fails."""
+    executable = build(product.lowered.module, product.target)
+    with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
+        path = Path(folder) / bundle.LIBRARY
+        executable.export_library(str(path), fcompile=linker(product.target.zig_triple))
+        return path.read_bytes()
+
+
+def check(product: Product, library: bytes, expected: tuple[Array, ...]) -> None:
+    """Run the library here on the example, where this machine has the instructions, and compare with the oracle.
+
+    Raises CheckFailed: the bundle is not written.
+    """
+    if not runs_here(product.target):
+        return
+    executor = Executor(Bundle(_manifest(product), _members(product, library, expected)), LocalSession())
+    for index, (want, got) in enumerate(zip(expected, executor(*product.model.example), strict=True)):
+        if not agrees(want, got, product.exact):
+            worst = float(np.abs(want.astype(np.float64) - got).max())
+            raise CheckFailed(
+                f"the compiled {product.model.name} disagrees with the oracle in output {index}",
+                expected="equal bits" if product.exact else f"a relative error below {FLOAT_TOLERANCE:g}",
+                seen=f"a difference of {worst:.3g}",
+                hint="this is a bug in tvmq: please report the model",
+            )
+
+
+def agrees(want: Array, got: Array, exact: bool) -> bool:
+    """Equal bits, or equal within the float tolerance, relative to the largest expected magnitude."""
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return False
+    if exact or want.dtype.kind in "iub":
+        return bool(np.array_equal(want, got, equal_nan=want.dtype.kind == "f"))
+    scale = float(np.abs(want).max(initial=0.0))
+    return bool(np.allclose(want, got, rtol=0.0, atol=FLOAT_TOLERANCE * scale + 1e-12, equal_nan=True))
+
+
+def runs_here(target: Target) -> bool:
+    """Whether this machine has the architecture and the instructions of `target`."""
+    return target.triple.split("-", maxsplit=1)[0] == platform.machine() and not target.missing_features(host_features())
+
+
+def write_bundle(
+    product: Product, library: bytes, expected: tuple[Array, ...], out: str | Path
+) -> tuple[Path, int, list[dict[str, Any]]]:
+    """Write the bundle; returns its path, its size in bytes and the operator rows. Raises OutputError."""
+    manifest = _manifest(product)
+    size = bundle.write(out, manifest, _members(product, library, expected))
+    return Path(out), size, manifest["operators"]
+
+
+def _manifest(product: Product) -> dict[str, Any]:
+    _, index = bundle.pack_parameters(product.lowered.parameters)
+    model = product.model
+    return {
+        "name": model.name,
+        "target": describe(product.target),
+        "isa": {"required_features": list(product.target.isa.required_features)},
+        "signature": {
+            "inputs": [dataclasses.asdict(spec) for spec in model.signature.inputs],
+            "outputs": [dataclasses.asdict(spec) for spec in model.signature.outputs],
+        },
+        "recipe": product.recipe.to_dict(),
+        "calibration_sha256": product.table.sha256() if product.table else None,
+        "versions": {name: _version(name) for name in ("tvmq", "apache-tvm", "apache-tvm-ffi", "torch", "numpy")},
+        "exact": product.exact,
+        "operators": operators(product),
+        "parameters": index,
+        "packed": {
+            name: {"parameter": parameter, **dataclasses.asdict(packing)}
+            for name, (parameter, packing) in product.lowered.packed.items()
+        },
+        "steps": [dataclasses.asdict(step) for step in product.steps],
+    }
+
+
+def _members(product: Product, library: bytes, expected: tuple[Array, ...]) -> dict[str, bytes]:
+    parameters, _ = bundle.pack_parameters(product.lowered.parameters)
+    members = {
+        bundle.LIBRARY: library,
+        bundle.PARAMETERS: parameters,
+        bundle.GOLDEN: bundle.pack_golden(product.model.example, expected),
+        bundle.ORACLE: oracle(product).encode(),
+    }
+    if product.table is not None:
+        members[bundle.CALIBRATION] = product.table.to_json().encode()
+    return members
+
+
+def oracle(product: Product) -> str:
+    """The realized graph as JSON; weights that were packed are parameters, to be unpacked from the bundle's own."""
+    packed = product.lowered.packed
+
+    def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
+        if name not in packed:
+            return None
+        weight = ir.to_numpy(value.args[1])
+        args = [value.args[0], state.parameter(packed[name][0], weight), *value.args[2:]]
+        return tvm.relax.Call(value.op, args, value.attrs)
+
+    return str(tvm.ir.save_json(ir.rewrite(product.realized, visit)))
+
+
+def operators(product: Product) -> list[dict[str, Any]]:
+    """One row an operator of the realized graph: name, path, kind, precision, kernel, reason."""
+    kernels = {step.out: step.kernel for step in product.steps}
+    rows = []
+    for decision in product.decisions:
+        kernel = kernels.get(decision.name, "fused with a neighbour")
+        rows.append(
+            {
+                "name": decision.name,
+                "path": product.model.paths.get(decision.name, decision.name),
+                "kind": decision.kind,
+                "precision": decision.precision.value,
+                "kernel": kernel,
+                "reason": "" if decision.precision is Precision.INT8 else decision.reason,
+            }
+        )
+    return rows
+
+
+def _version(package: str) -> str:
+    return __version__ if package == "tvmq" else metadata.version(package)

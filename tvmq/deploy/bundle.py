@@ -1,0 +1,201 @@
+"""The bundle: one zip with the library, the parameters, the calibration table, a golden pair and a manifest of hashes.
+
+    manifest.json     schema, target, signature, recipe, versions, steps, sha256 and size of every other member
+    lib.so            the compiled module
+    params.bin        the parameters, each at a multiple of 64 bytes
+    golden.npz        example inputs, and the outputs that the model must give
+    oracle.json       the realized graph in Relax, its packed weights named, for op by op verification
+    calibration.json  the calibration table (integer bundles)
+
+A bundle is untrusted until it was read: names, sizes and hashes are checked, and nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvmq.errors import BundleError, SignatureError
+from tvmq.files import atomic_path
+from tvmq.model import Signature, TensorSpec
+
+Array = npt.NDArray[Any]
+SCHEMA = 1
+LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION = "lib.so", "params.bin", "golden.npz", "oracle.json", "calibration.json"
+MANIFEST = "manifest.json"
+_MEMBERS = {LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION}
+# A cache line, and what any vector load needs.
+_ALIGNMENT = 64
+# No manifest comes near this; a larger one is an attack or an accident.
+_MANIFEST_LIMIT = 64 << 20
+# Deflate shrinks code a lot and weights little: parameters are stored at its fastest level.
+_LEVELS = {PARAMETERS: 1}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle in memory: its manifest, and its other members by name."""
+
+    manifest: Mapping[str, Any]
+    members: Mapping[str, bytes]
+    path: Path | None = None
+
+    @property
+    def signature(self) -> Signature:
+        """The model's inputs and outputs."""
+        return Signature(*(tuple(_spec(s) for s in self.manifest["signature"][side]) for side in ("inputs", "outputs")))
+
+    @property
+    def required_features(self) -> tuple[str, ...]:
+        """LLVM features that a machine must have to run it."""
+        return tuple(self.manifest["isa"]["required_features"])
+
+    def parameters(self) -> dict[str, Array]:
+        """The parameters by name, as views of the file's bytes. Raises BundleError."""
+        data = self.members[PARAMETERS]
+        arrays = {}
+        for entry in self.manifest["parameters"]:
+            dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), int(entry["offset"])
+            count = int(np.prod(shape, dtype=np.int64))
+            if offset < 0 or offset + count * dtype.itemsize > len(data):
+                raise BundleError(f"{self._where()}: parameter {entry['name']!r}", expected="inside params.bin", seen=f"offset {offset}")
+            arrays[entry["name"]] = np.frombuffer(data, dtype, count, offset).reshape(shape)
+        return arrays
+
+    def golden(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """The example inputs and outputs."""
+        with np.load(io.BytesIO(self.members[GOLDEN]), allow_pickle=False) as archive:
+            sides = [[archive[f"{side}{i}"] for i in range(int(archive[f"{side}s"]))] for side in ("input", "output")]
+        return tuple(sides[0]), tuple(sides[1])
+
+    def _where(self) -> str:
+        return f"bundle {self.path}" if self.path else "bundle"
+
+
+def pack_parameters(parameters: Mapping[str, Array]) -> tuple[bytes, list[dict[str, Any]]]:
+    """All parameters in one block, and where each is."""
+    block, index = bytearray(), []
+    for name, array in parameters.items():
+        block.extend(b"\0" * (-len(block) % _ALIGNMENT))
+        index.append({"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "offset": len(block)})
+        block.extend(np.ascontiguousarray(array).tobytes())
+    return bytes(block), index
+
+
+def pack_golden(inputs: tuple[Array, ...], outputs: tuple[Array, ...]) -> bytes:
+    """The golden pair as a .npz."""
+    named: dict[str, Array] = {"inputs": np.array(len(inputs)), "outputs": np.array(len(outputs))}
+    named.update({f"input{i}": array for i, array in enumerate(inputs)})
+    named.update({f"output{i}": array for i, array in enumerate(outputs)})
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **named)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def write(path: str | Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> int:
+    """Write a bundle, whole or not at all, and return its size in bytes. Raises OutputError."""
+    listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(members.items())}
+    document = json.dumps({"schema": SCHEMA, **manifest, "members": listed}, indent=1).encode()
+    with atomic_path(path) as temporary:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, data in [(MANIFEST, document), *sorted(members.items())]:
+                # A fixed date: the same model and recipe give the same file.
+                info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+                info.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(info, data, compresslevel=_LEVELS.get(name, 6))
+        return temporary.stat().st_size
+
+
+def read(path: str | Path) -> Bundle:
+    """Read and check a bundle. Raises BundleError that says what is wrong with it."""
+    file = Path(path)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _checked(archive, file)
+    except FileNotFoundError as error:
+        raise BundleError(f"bundle {file}", seen="no such file") from error
+    except IsADirectoryError as error:
+        raise BundleError(f"bundle {file}", expected="a file", seen="a folder") from error
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        seen = f"a damaged or truncated file ({error})"
+        raise BundleError(f"bundle {file}", expected="a .tvmq bundle", seen=seen, hint="copy or compile it again") from error
+
+
+def _checked(archive: zipfile.ZipFile, file: Path) -> Bundle:
+    names = archive.namelist()
+    for name in names:
+        if name != MANIFEST and name not in _MEMBERS:
+            raise BundleError(f"bundle {file}: member {name!r}", expected=f"one of {', '.join(sorted(_MEMBERS))}", hint="do not use this file")
+    if len(names) != len(set(names)):
+        raise BundleError(f"bundle {file}", expected="each member once", seen="a name twice", hint="do not use this file")
+    if MANIFEST not in names or archive.getinfo(MANIFEST).file_size > _MANIFEST_LIMIT:
+        raise BundleError(f"bundle {file}", expected=f"a {MANIFEST}", seen="none, or one of absurd size")
+    manifest = _manifest(_read(archive, MANIFEST, file), file)
+    listed = manifest["members"]
+    if set(listed) != set(names) - {MANIFEST}:
+        raise BundleError(f"bundle {file}", expected=f"members {sorted(listed)}", seen=sorted(set(names) - {MANIFEST}))
+    members = {}
+    for name, entry in listed.items():
+        if archive.getinfo(name).file_size != entry["size"]:
+            raise BundleError(f"bundle {file}: {name}", expected=f"{entry['size']} bytes", seen=archive.getinfo(name).file_size)
+        data = _read(archive, name, file)
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            hint = "it was changed after it was made: copy or compile it again"
+            raise BundleError(f"bundle {file}: {name}", expected=f"sha256 {entry['sha256'][:12]}...", seen="another", hint=hint)
+        members[name] = data
+    return Bundle(manifest, members, file)
+
+
+def _read(archive: zipfile.ZipFile, name: str, file: Path) -> bytes:
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise BundleError(f"bundle {file}: {name}", expected="its bytes", seen=f"damage ({error})", hint="copy or compile it again") from error
+
+
+_REQUIRED: dict[str, type] = {
+    "name": str,
+    "target": dict,
+    "isa": dict,
+    "signature": dict,
+    "recipe": dict,
+    "versions": dict,
+    "parameters": list,
+    "steps": list,
+    "operators": list,
+    "members": dict,
+}
+
+
+def _manifest(data: bytes, file: Path) -> dict[str, Any]:
+    where = f"bundle {file}: {MANIFEST}"
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise BundleError(where, expected="JSON", seen=str(error)) from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        seen = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BundleError(where, expected=f"schema {SCHEMA}", seen=seen, hint="compile the model with this version of tvmq")
+    for key, kind in _REQUIRED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(where, expected=f"{key!r} of type {kind.__name__}", seen=type(manifest.get(key)).__name__)
+    for name, entry in manifest["members"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
+            raise BundleError(where, expected=f"size and sha256 of {name!r}", seen=entry)
+    return manifest
+
+
+def _spec(entry: Any) -> TensorSpec:
+    try:
+        return TensorSpec(str(entry["name"]), tuple(int(n) for n in entry["shape"]), str(entry["dtype"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SignatureError("bundle signature", expected="name, shape and dtype", seen=entry) from error

@@ -1,0 +1,193 @@
+"""Runs a bundle: set inputs, run, get outputs, benchmark, profile; on this machine or on a board."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import relax
+
+from tvmq.deploy import bundle as bundles
+from tvmq.deploy.bundle import Bundle
+from tvmq.deploy.session import Session, connect
+from tvmq.errors import DeviceError, SignatureError
+from tvmq.model import Signature, as_array
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds an inference, over the repeats of a benchmark."""
+
+    mean_ms: float
+    median_ms: float
+    p90_ms: float
+    min_ms: float
+    max_ms: float
+    std_ms: float
+    repeat: int
+    number: int
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3f} ms median, {self.p90_ms:.3f} p90 ({self.repeat} repeats, {self.threads} threads)"
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """One kernel call of an inference: the operator's variable, the kernel, its precision, milliseconds."""
+
+    name: str
+    kernel: str
+    precision: str
+    ms: float
+
+
+def load(path: str | Path | Bundle, device: str = "host", *, threads: int = 0) -> Executor:
+    """An executor for the bundle at `path` on `device` ("host" or "rpc://host:port").
+
+    `threads`: 0 means all real cores here, and the target's cores on a board.
+    Raises BundleError, IsaError, DeviceError.
+    """
+    bundle = path if isinstance(path, Bundle) else bundles.read(path)
+    return Executor(bundle, connect(device), threads=threads)
+
+
+class Executor:
+    """A bundle on a device, with the habits of a graph executor. `threads`: how many it runs on."""
+
+    def __init__(self, bundle: Bundle, session: Session, *, threads: int = 0) -> None:
+        session.check(bundle)
+        self.bundle, self.session = bundle, session
+        self.signature: Signature = bundle.signature
+        wanted = threads if threads or session.name == "host" else int(bundle.manifest["target"]["cores"])
+        self.threads = session.configure_threads(wanted)
+        self.library = session.load(bundle)
+        self._machine = relax.VirtualMachine(self.library, session.device)
+        self._parameters = [session.tensor(array) for array in bundle.parameters().values()]
+        self._inputs: dict[str, Any] = {}
+        self._outputs: list[Any] | None = None
+
+    def set_input(self, key: str | int | None = None, value: object = None, **inputs: object) -> None:
+        """Set one input by name or index, or several by keyword. Raises SignatureError."""
+        if key is not None:
+            inputs = {self._input_name(key): value, **inputs}
+        for name, item in inputs.items():
+            spec = self.signature.inputs[self._input_index(name)]
+            self._inputs[name] = self.session.tensor(spec.check(as_array(item)))
+        self._outputs = None
+
+    def run(self) -> None:
+        """One inference on the inputs that were set. Raises SignatureError where one is missing."""
+        self._bind()
+        self._call(lambda: self._machine.invoke_stateful("main"))
+        result = self._call(lambda: self._machine.get_outputs("main"))
+        self._outputs = list(result) if isinstance(result, tuple | list) or hasattr(result, "__len__") and not hasattr(result, "numpy") else [result]
+
+    def get_output(self, index: int = 0) -> Array:
+        """Output `index` of the last run. Raises SignatureError where there is none."""
+        if self._outputs is None:
+            raise SignatureError("get_output", expected="a run before it", seen="none since the inputs were set")
+        if not 0 <= index < len(self._outputs):
+            raise SignatureError("get_output", expected=f"an index below {len(self._outputs)}", seen=index)
+        return np.asarray(self._outputs[index].numpy())
+
+    def __call__(self, *inputs: object, **named: object) -> tuple[Array, ...]:
+        """One inference: inputs in order or by name, NumPy arrays or torch tensors; all outputs. Raises SignatureError."""
+        values: object = named if named else inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs
+        for spec, array in zip(self.signature.inputs, self.signature.arrays(values), strict=True):
+            self._inputs[spec.name] = self.session.tensor(array)
+        self.run()
+        return tuple(self.get_output(i) for i in range(len(self.signature.outputs)))
+
+    def benchmark(self, repeat: int = 10, number: int = 1, min_repeat_ms: int = 50, warmup: int = 3) -> Latency:
+        """Latency over `repeat` measurements of at least `number` inferences and `min_repeat_ms`, after `warmup` runs.
+
+        Inputs that were not set are the golden ones.
+        """
+        self._fill()
+        self._bind()
+        for _ in range(warmup):
+            self._call(lambda: self._machine.invoke_stateful("main"))
+        timer = self._machine.time_evaluator(
+            "invoke_stateful", self.session.device, number=number, repeat=repeat, min_repeat_ms=min_repeat_ms
+        )
+        times = np.array(self._call(lambda: timer("main")).results) * 1e3
+        return latency(times, repeat, number, self.threads)
+
+    def profile(self, *inputs: object, repeat: int = 5) -> list[OpTime]:
+        """Milliseconds of each kernel call, median over `repeat` rounds, in order.
+
+        Kernels are timed one after another with the tensors of a real inference.
+        """
+        from tvmq.deploy.steps import StepRunner
+
+        if inputs:
+            for spec, array in zip(self.signature.inputs, self.signature.arrays(inputs), strict=True):
+                self._inputs[spec.name] = self.session.tensor(array)
+        self._fill()
+        runner = StepRunner(self.bundle, self.session, self.library)
+        return self._call(lambda: runner.profile(self._inputs, self._parameters, repeat))
+
+    def _fill(self) -> None:
+        golden, _ = self.bundle.golden()
+        for spec, array in zip(self.signature.inputs, golden, strict=True):
+            if spec.name not in self._inputs:
+                self._inputs[spec.name] = self.session.tensor(array)
+
+    def _bind(self) -> None:
+        missing = [spec.name for spec in self.signature.inputs if spec.name not in self._inputs]
+        if missing:
+            raise SignatureError("run", expected="every input set", seen=f"nothing for {', '.join(missing)}")
+        values = [self._inputs[spec.name] for spec in self.signature.inputs]
+        self._call(lambda: self._machine.set_input("main", *values, *self._parameters))
+
+    def _call(self, action: Any) -> Any:
+        """Run something on the device; a lost board is one clear line."""
+        if self.session.name == "host":
+            return action()
+        from tvm.error import RPCError  # type: ignore[attr-defined]
+
+        try:
+            return action()
+        except (RPCError, RuntimeError, OSError) as error:
+            text = str(error).strip().splitlines()
+            seen = text[-1][:200] if text else type(error).__name__
+            raise DeviceError(f"device {self.session.name}", expected="an answer", seen=seen, hint="reconnect and load again") from error
+
+    def _input_name(self, key: str | int) -> str:
+        if isinstance(key, str):
+            return key
+        if not 0 <= key < len(self.signature.inputs):
+            raise SignatureError("set_input", expected=f"an index below {len(self.signature.inputs)}", seen=key)
+        return self.signature.inputs[key].name
+
+    def _input_index(self, name: str) -> int:
+        names = [spec.name for spec in self.signature.inputs]
+        if name not in names:
+            raise SignatureError("set_input", expected=f"one of {', '.join(names)}", seen=repr(name))
+        return names.index(name)
+
+
+def latency(times_ms: Array, repeat: int, number: int, threads: int) -> Latency:
+    """The statistics of a list of times in milliseconds."""
+    return Latency(
+        mean_ms=float(times_ms.mean()),
+        median_ms=float(np.median(times_ms)),
+        p90_ms=float(np.percentile(times_ms, 90)),
+        min_ms=float(times_ms.min()),
+        max_ms=float(times_ms.max()),
+        std_ms=float(times_ms.std()),
+        repeat=repeat,
+        number=number,
+        threads=threads,
+    )

@@ -1,0 +1,132 @@
+"""Compares a bundle, operator by operator, with the NumPy oracle: equal bits for integers, a tolerance for floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvmq import interpret
+from tvmq.deploy import bundle as bundles
+from tvmq.deploy.build import agrees
+from tvmq.deploy.bundle import Bundle
+from tvmq.deploy.executor import Executor
+from tvmq.deploy.session import connect
+from tvmq.deploy.steps import StepRunner
+from tvmq.kernels.lower import Packing
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """One operator's comparison: how many of its elements differ, and by how much at most."""
+
+    name: str
+    kernel: str
+    precision: str
+    agrees: bool
+    elements: int
+    differing: int
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify`. `exact`: integers are equal bit for bit. `unchecked`: results that fusion hides."""
+
+    bundle: str
+    device: str
+    ops: list[OpCheck]
+    unchecked: list[str]
+    outputs_agree: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agrees."""
+        return self.outputs_agree and all(op.agrees for op in self.ops)
+
+    @property
+    def first_difference(self) -> OpCheck | None:
+        """The first operator that differs."""
+        return next((op for op in self.ops if not op.agrees), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "ok": self.ok}
+
+    def __str__(self) -> str:
+        exact = sum(op.precision == "int8" for op in self.ops)
+        if self.ok:
+            return f"{len(self.ops)} operators agree with the oracle on {self.device}, {exact} of them bit for bit"
+        bad = self.first_difference
+        return f"differs from the oracle on {self.device}: {bad.name if bad else 'the outputs'}"
+
+
+def verify(
+    path: str | Path | Bundle, device: str = "host", inputs: object = None, *, save: str | Path | None = None
+) -> Verification:
+    """Run a bundle on `device`, each operator on the oracle's own inputs to it, and compare.
+
+    `inputs`: None means the golden ones. `save`: a folder that receives the inputs and results of the first operator
+    that differs, as .npy files. Raises BundleError, IsaError, DeviceError, SignatureError.
+    """
+    bundle = path if isinstance(path, Bundle) else bundles.read(path)
+    executor = Executor(bundle, connect(device))
+    arrays = bundle.golden()[0] if inputs is None else bundle.signature.arrays(inputs)
+    expected, outputs = _oracle(bundle, arrays)
+    checks, unchecked = [], []
+    runner = StepRunner(bundle, executor.session, executor.library)
+    tensors = {name: executor.session.tensor(array) for name, array in bundle.parameters().items()}
+    tensors.update({spec.name: executor.session.tensor(a) for spec, a in zip(bundle.signature.inputs, arrays, strict=True)})
+    for step, args, result in runner.run(tensors):
+        if step.out not in expected:
+            unchecked.append(step.out)
+            continue
+        want, got = expected[step.out], result.numpy()
+        checks.append(_compare(step.out, step.kernel, step.precision, want, got))
+        if not checks[-1].agrees and save is not None and all(check.agrees for check in checks[:-1]):
+            _save(Path(save), step.out, [arg.numpy() for arg in args], want, got)
+        # The next operators read what the oracle says, so that each is judged alone.
+        tensors[step.out] = executor.session.tensor(want)
+    exact = bool(bundle.manifest.get("exact"))
+    agree = all(agrees(want, got, exact) for want, got in zip(outputs, executor(*arrays), strict=True))
+    return Verification(str(bundle.path or bundle.manifest["name"]), device, checks, unchecked, agree)
+
+
+def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    """Every tensor of the realized graph, and its outputs, in NumPy."""
+    module = tvm.ir.load_json(bundle.members[bundles.ORACLE].decode())
+    expected: dict[str, Array] = {}
+    outputs = interpret.run(module, [*inputs, *_weights(bundle)], lambda name, array: expected.update({name: array}))
+    return expected, outputs
+
+
+def _weights(bundle: Bundle) -> list[Array]:
+    """The oracle's weights, unpacked from the bundle's parameters, in the order of its own."""
+    parameters = bundle.parameters()
+    weights = []
+    kinds: Mapping[str, str] = {row["name"]: row["kind"] for row in bundle.manifest["operators"]}
+    for name, entry in bundle.manifest["packed"].items():
+        packing = Packing(**{k: tuple(v) if k == "shape" else v for k, v in entry.items() if k != "parameter"})
+        weight = packing.unpack(parameters[entry["parameter"]])
+        weights.append(weight.reshape(weight.shape[0], -1).T if kinds.get(name) == "matmul" else weight)
+    return weights
+
+
+def _compare(name: str, kernel: str, precision: str, want: Array, got: Array) -> OpCheck:
+    exact = want.dtype.kind in "iub" or (precision == "int8" and "tvm-" not in kernel)
+    difference = np.abs(want.astype(np.float64) - got.astype(np.float64))
+    ok = agrees(want, got, exact)
+    return OpCheck(name, kernel, precision, ok, want.size, int((want != got).sum()), float(difference.max(initial=0.0)))
+
+
+def _save(folder: Path, name: str, args: list[Array], want: Array, got: Array) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, array in [*((f"arg{i}", a) for i, a in enumerate(args)), ("expected", want), ("got", got)]:
+        np.save(folder / f"{name}.{label}.npy", array, allow_pickle=False)

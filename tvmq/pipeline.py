@@ -1,0 +1,168 @@
+"""The table of contents: a model becomes a bundle in the stages below, in this order, each of which can be dumped.
+
+    layout      channels-last image tensors                                       graph/layout.py
+    calibrate   the range of each tensor, over calibration data                   quantize/calibrate.py
+    plan        what becomes integer, and why the rest does not                   quantize/plan.py
+    annotate    explicit quantize and dequantize pairs                            quantize/annotate.py
+    realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
+    lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py
+    schedule    TVM legalizes the rest; a generic rule schedules it               kernels/schedule.py
+    build       LLVM compiles; ziglang links                                      deploy/build.py
+    check       where this machine can run the result, it does, once              deploy/build.py
+    bundle      one file                                                          deploy/bundle.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from tvmq import interpret, ir
+from tvmq.deploy import build
+from tvmq.errors import CalibrationError
+from tvmq.files import atomic_write_text
+from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.kernels.lower import Lowered, lower
+from tvmq.kernels.schedule import schedule
+from tvmq.model import Model
+from tvmq.quantize.annotate import annotate
+from tvmq.quantize.calibrate import calibrate as observe
+from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan
+from tvmq.quantize.realize import realize
+from tvmq.quantize.table import CalibrationTable
+from tvmq.recipe import Precision, Recipe
+from tvmq.target import Target, load_target
+
+Progress = Callable[[str, int], None]
+STAGES = ("layout", "calibrate", "plan", "annotate", "realize", "lower", "schedule", "build", "check", "bundle")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model after quantization, before any target: the float module, the QDQ module, and what was decided."""
+
+    module: tvm.IRModule
+    qdq: tvm.IRModule
+    table: CalibrationTable | None
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A finished bundle: where it is, its size in bytes, and its operators as `explain` shows them."""
+
+    path: Path
+    size: int
+    operators: list[dict[str, Any]]
+
+
+def compile_model(
+    model: Model,
+    target: str | Path | Target = "host",
+    recipe: Recipe | None = None,
+    calibration: Iterable[Any] | CalibrationTable | None = None,
+    out: str | Path = "model.tvmq",
+    *,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile `model` for `target` into the bundle `out`.
+
+    `calibration`: batches (arrays, tuples or dicts by input name) or a finished table; needed where the recipe makes
+    anything integer. `dump`: a folder that receives the Relax of every stage. `progress(stage, n)` is called as stages
+    begin, and with n = 1, 2, ... for each calibration inference.
+    Raises TargetError, RecipeError, CalibrationError, OutputError.
+    """
+    spec, recipe = load_target(target), recipe or Recipe()
+    report = progress or (lambda _stage, _n: None)
+    stages = _Dump(dump)
+    quantized = quantize(model, recipe, calibration, report, stages)
+    report("realize", 0)
+    realized = stages("realize", realize(quantized.qdq, spec.isa.activation_dtype))
+    report("lower", 0)
+    lowered = lower(realized, spec)
+    stages("lower", lowered.module)
+    report("schedule", 0)
+    scheduled = stages("schedule", schedule(lowered.module, spec))
+    report("build", 0)
+    product = build.Product(model, spec, recipe, quantized.table, quantized.decisions, realized, _with(lowered, scheduled))
+    library = build.compile_library(product)
+    report("check", 0)
+    expected = interpret.run(realized, model.example)
+    build.check(product, library, expected)
+    report("bundle", 0)
+    return Compiled(*build.write_bundle(product, library, expected, out))
+
+
+def quantize(
+    model: Model,
+    recipe: Recipe,
+    calibration: Iterable[Any] | CalibrationTable | None = None,
+    progress: Progress | None = None,
+    stages: _Dump | None = None,
+) -> Quantized:
+    """The target-independent stages: layout, calibrate, plan, annotate. Raises CalibrationError."""
+    report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
+    report("layout", 0)
+    module = stages("layout", drop_transposes(to_nhwc(model.module)))
+    if not wants_integers(recipe):
+        return Quantized(module, module, None, float_decisions(module, "the recipe asks for float"))
+    report("calibrate", 0)
+    table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
+    report("plan", 0)
+    plan = make_plan(module, table, recipe, model.paths)
+    report("annotate", 0)
+    return Quantized(module, stages("annotate", annotate(module, plan, recipe)), table, plan.decisions)
+
+
+def calibrate(
+    model: Model,
+    recipe: Recipe,
+    calibration: Iterable[Any] | CalibrationTable | None,
+    progress: Callable[[int], None] | None = None,
+    module: tvm.IRModule | None = None,
+) -> CalibrationTable:
+    """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError."""
+    module = module if module is not None else drop_transposes(to_nhwc(model.module))
+    if isinstance(calibration, CalibrationTable):
+        known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
+        unknown = sorted(set(calibration.tensors) - known)
+        if unknown:
+            hint = "it belongs to another model, or to another version of this one"
+            raise CalibrationError(f"calibration table: tensor {unknown[0]!r}", expected=f"a tensor of {model.name}", hint=hint)
+        return calibration
+    if calibration is None:
+        hint = "pass calibration=batches, or --calibrate DATA"
+        raise CalibrationError("calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint)
+    return observe(module, model.signature, calibration, recipe, name=model.name, progress=progress)
+
+
+def wants_integers(recipe: Recipe) -> bool:
+    """Whether anything could become integer under `recipe`."""
+    return recipe.precision is not Precision.FP32 or any(rule.precision is not Precision.FP32 for rule in recipe.rules)
+
+
+def _with(lowered: Lowered, module: tvm.IRModule) -> Lowered:
+    return Lowered(module, lowered.kernels, lowered.parameters, lowered.packed)
+
+
+class _Dump:
+    """Writes the Relax of each stage to a folder, in order; without a folder it only passes modules on."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.count = 0
+
+    def __call__(self, stage: str, module: tvm.IRModule) -> tvm.IRModule:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.folder / f"{self.count:02d}_{stage}.py", module.script(show_meta=False))
+            self.count += 1
+        return module
+
+
+__all__ = ["STAGES", "Compiled", "Plan", "Quantized", "calibrate", "compile_model", "quantize", "wants_integers"]
