@@ -1,19 +1,19 @@
 """Every error that tvmq raises on purpose, as one tree.
 
-    TvmqError                 a sentence for the user; the command line prints it and exits with `exit_code`
-    ├── InputError            2   a file, value or option that tvmq cannot use
-    │   ├── TargetError           an unknown or unsound target description
-    │   ├── RecipeError           an unknown or unsound recipe
-    │   ├── ModelError            a model that cannot be read or imported
-    │   │   ├── UnsupportedOpError    an operator without a converter
-    │   │   └── ImportMismatchError   the imported model computes something else than its source
-    │   ├── CalibrationError      calibration data or a calibration table that cannot be used
-    │   ├── BundleError           a bundle that is damaged, unsafe or of another version
-    │   │   └── IsaError          a bundle that needs instructions this machine lacks
-    │   ├── SignatureError        an input with the wrong name, shape or dtype
-    │   ├── DeviceError           a device that cannot be reached, or that failed
-    │   └── OutputError           a result that cannot be written
-    └── CheckFailed           1   a check was made and said no (verify, significance)
+TvmqError                 a sentence for the user; the command line prints it and exits with `exit_code`
+├── InputError            2   a file, value or option that tvmq cannot use
+│   ├── TargetError           an unknown or unsound target description
+│   ├── RecipeError           an unknown or unsound recipe
+│   ├── ModelError            a model that cannot be read or imported
+│   │   ├── UnsupportedOpError    an operator without a converter
+│   │   └── ImportMismatchError   the imported model computes something else than its source
+│   ├── CalibrationError      calibration data or a calibration table that cannot be used
+│   ├── BundleError           a bundle that is damaged, unsafe or of another version
+│   │   └── IsaError          a bundle that needs instructions this machine lacks
+│   ├── SignatureError        an input with the wrong name, shape or dtype
+│   ├── DeviceError           a device that cannot be reached, or that failed
+│   └── OutputError           a result that cannot be written
+└── CheckFailed           1   a check was made and said no (verify, significance)
 """
 
 from __future__ import annotations

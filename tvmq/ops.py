@@ -55,7 +55,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Residual:
-    """Add a tensor operand of the result's shape: as it is when float32; from integers `fma(q - zero_point, scale, v)`."""
+    """Add a tensor operand of the result's shape: as it is when float32; else `fma(q - zero_point, scale, v)`."""
 
     scale: float | None = None
     zero_point: int = 0
@@ -90,7 +90,9 @@ Step = Bias | Scale | Dequantize | Multiply | Residual | Clip | Activate | Quant
 Epilogue = tuple[Step, ...]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid")
-_STEPS = {step.__name__.lower(): step for step in (Bias, Scale, Dequantize, Multiply, Residual, Clip, Activate, Quantize)}
+_STEPS = {
+    step.__name__.lower(): step for step in (Bias, Scale, Dequantize, Multiply, Residual, Clip, Activate, Quantize)
+}
 # Steps that read one tensor operand each, in order, after the anchor's own operands.
 OPERAND_STEPS = (Bias, Scale, Residual)
 
@@ -150,7 +152,7 @@ def conv2d(
         "groups": groups,
         "x_zero_point": x_zero_point,
     }
-    return _call("conv2d", [x, weight, *operands], attrs, epilogue, out_shape, out_dtype)
+    return _call("conv2d", [x, weight, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def matmul(
@@ -165,7 +167,7 @@ def matmul(
 ) -> Any:
     """`tvmq.matmul`."""
     attrs = {"x_zero_point": x_zero_point}
-    return _call("matmul", [x, weight, *operands], attrs, epilogue, out_shape, out_dtype)
+    return _call("matmul", [x, weight, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def avg_pool2d(
@@ -189,7 +191,7 @@ def avg_pool2d(
         "count_include_pad": bool(count_include_pad),
         "x_zero_point": x_zero_point,
     }
-    return _call("avg_pool2d", [x, *operands], attrs, epilogue, out_shape, out_dtype)
+    return _call("avg_pool2d", [x, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def max_pool2d(
@@ -204,12 +206,14 @@ def max_pool2d(
 ) -> Any:
     """`tvmq.max_pool2d`: padding never wins."""
     attrs = {"pool": list(pool), "strides": list(strides), "padding": list(padding), "dilation": list(dilation)}
-    return _call("max_pool2d", [x], attrs, (), out_shape, out_dtype)
+    return _call("max_pool2d", [x], attrs, (), out_shape=out_shape, out_dtype=out_dtype)
 
 
-def elementwise(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str) -> Any:
+def elementwise(
+    x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str
+) -> Any:
     """`tvmq.map`: an epilogue on its own."""
-    return _call("map", [x, *operands], {}, epilogue, out_shape, out_dtype)
+    return _call("map", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def concat(
@@ -217,7 +221,7 @@ def concat(
 ) -> Any:
     """`tvmq.concat`: each tensor through its own epilogue (without tensor operands), joined along `axis`."""
     attrs = {"axis": axis, "epilogues": [encode(epilogue) for epilogue in epilogues]}
-    return _call("concat", list(tensors), attrs, (), out_shape, out_dtype)
+    return _call("concat", list(tensors), attrs, (), out_shape=out_shape, out_dtype=out_dtype)
 
 
 def concat_epilogues(call: Any) -> tuple[Epilogue, ...]:
@@ -226,7 +230,7 @@ def concat_epilogues(call: Any) -> tuple[Epilogue, ...]:
 
 
 def _call(
-    name: str, args: list[Expr], attrs: dict[str, Any], epilogue: Epilogue, out_shape: Sequence[int], out_dtype: str
+    name: str, args: list[Expr], attrs: dict[str, Any], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str
 ) -> Any:
     plain = {**attrs, "epilogue": encode(epilogue), "out_shape": [int(n) for n in out_shape], "out_dtype": out_dtype}
     return relax.Call(_operator(PREFIX + name), args, tvm.ir.DictAttrs(plain))

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import fnmatch
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Rule:
     match: str
     precision: Precision
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str):
+            raise RecipeError("recipe: rules.match", expected="a pattern of names", seen=repr(self.match))
+        object.__setattr__(self, "precision", _enum(Precision, "rules.precision", self.precision))
+
     def matches(self, *names: str) -> bool:
         """Whether any of `names` fits the pattern."""
         return any(fnmatch.fnmatchcase(name, self.match) for name in names)
@@ -53,8 +58,8 @@ class Rule:
 class Recipe:
     """How a model becomes a bundle.
 
-    precision: of every operator that no rule names. observer: how ranges are estimated; `percentile` (of |values|
-    in each direction, in percent) and `momentum` (the weight of a new batch) belong to two of them. symmetric: zero
+    precision: of every operator that no rule names. observer: how ranges are estimated; `percentile` (of a tensor's
+    elements that its range holds) and `momentum` (the weight of a new inference) belong to two of them. symmetric: zero
     points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. kinds: operator kinds
     that may become integer. rules: exceptions.
     """
@@ -71,8 +76,8 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", _enum(Precision, "precision", self.precision))
         object.__setattr__(self, "observer", _enum(Observer, "observer", self.observer))
-        object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in self.kinds))
-        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
+        object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in _items("kinds", self.kinds)))
+        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in _items("rules", self.rules)))
         for name in ("symmetric", "per_channel"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
@@ -96,7 +101,8 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise RecipeError(f"recipe: unknown key {key!r}", expected=f"one of {', '.join(known)}", hint=nearest(key, known))
+                expected = f"one of {', '.join(known)}"
+                raise RecipeError(f"recipe: unknown key {key!r}", expected=expected, hint=nearest(str(key), known))
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,13 +129,21 @@ def _enum(kind: type[Any], name: str, value: object) -> Any:
         return kind(value)
     except ValueError:
         hint = nearest(str(value), values)
-        raise RecipeError(f"recipe: {name}", expected=f"one of {', '.join(values)}", seen=repr(value), hint=hint) from None
+        expected = f"one of {', '.join(values)}"
+        raise RecipeError(f"recipe: {name}", expected=expected, seen=repr(value), hint=hint) from None
 
 
 def _known_kind(kind: str) -> str:
     if kind not in KINDS:
-        raise RecipeError("recipe: kinds", expected=f"some of {', '.join(KINDS)}", seen=repr(kind), hint=nearest(str(kind), KINDS))
+        expected = f"some of {', '.join(KINDS)}"
+        raise RecipeError("recipe: kinds", expected=expected, seen=repr(kind), hint=nearest(str(kind), KINDS))
     return kind
+
+
+def _items(name: str, value: object) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise RecipeError(f"recipe: {name}", expected="a list", seen=repr(value))
+    return value
 
 
 def _rule(rule: Rule | Mapping[str, Any]) -> Rule:
@@ -137,7 +151,7 @@ def _rule(rule: Rule | Mapping[str, Any]) -> Rule:
         return rule
     if not isinstance(rule, Mapping) or set(rule) != {"match", "precision"}:
         raise RecipeError("recipe: rules", expected="tables with match and precision", seen=repr(rule))
-    return Rule(str(rule["match"]), _enum(Precision, "rules.precision", rule["precision"]))
+    return Rule(rule["match"], rule["precision"])
 
 
 def _between(name: str, value: object, low: float, high: float) -> None:

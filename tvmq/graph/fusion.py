@@ -7,7 +7,7 @@ quantize inside one; the realizer asks again on the graph with QDQ, and gets the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,32 +91,27 @@ def find_chains(module: tvm.IRModule) -> list[Chain]:
     readers = ir.users(module)
     taken: set[Any] = set()
     chains = []
-    # Late anchors first: where two convolutions meet in an add, the later one takes it, and the other's result is ready.
+    # Late anchors first: where two convolutions meet in an add, the later one takes it; the other's result is ready.
     for var, call in reversed(list(ir.calls(module))):
         if anchor_kind(call) in ("conv2d", "matmul", "avg_pool2d") and _constant_weight(call, values):
-            chains.append(_grow(var, call, values, readers, order, taken))
+            chains.append(_grow(var, values, readers, taken))
             taken.update(chains[-1].members)
     for var, call in ir.calls(module):
         if var not in taken and anchor_kind(call) in ("add", "unary"):
-            chains.append(_grow(var, call, values, readers, order, taken))
+            chains.append(_grow(var, values, readers, taken))
             taken.update(chains[-1].members)
     return sorted(chains, key=lambda chain: order[chain.anchor])
 
 
 def anchor_kind(call: Any) -> str | None:
     """The kind of chain that `call` can start, or None."""
-    if not ir.is_static(call) or not call.args or not ir.dtype_of(call).startswith("float"):
+    if not call.args or not all(
+        ir.is_static(tensor) and ir.dtype_of(tensor) == "float32" for tensor in (call, call.args[0])
+    ):
         return None
-    if ir.is_call(call, "nn.conv2d"):
-        return "conv2d" if str(call.attrs.data_layout) == "NHWC" else None
-    if ir.is_call(call, "matmul"):
-        return "matmul" if len(ir.shape_of(call.args[1])) == 2 and len(ir.shape_of(call.args[0])) >= 2 else None
-    if ir.is_call(call, "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean"):
-        return "avg_pool2d" if _is_window_mean(call) else None
-    if ir.is_call(call, "add"):
-        return "add" if _same_shape_tensors(call) else None
-    if ir.is_call(call, *CLIPS, *ACTIVATIONS):
-        return "unary"
+    for kind, (names, condition) in _ANCHORS.items():
+        if ir.is_call(call, *names):
+            return kind if condition(call) else None
     return None
 
 
@@ -124,8 +119,16 @@ def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
     """Whether a weight, if there is one, is a constant, or a constant behind a dequantize."""
     if len(call.args) < 2 or ir.is_constant(call.args[1]):
         return True
-    weight = values.get(call.args[1])
+    weight: Any = values.get(call.args[1])
     return ir.is_call(weight, "dequantize") and ir.is_constant(weight.args[0])
+
+
+def _is_channels_last_conv2d(call: Any) -> bool:
+    return str(call.attrs.data_layout) == "NHWC" and str(call.attrs.kernel_layout) == "OHWI"
+
+
+def _has_matrix_weight(call: Any) -> bool:
+    return len(ir.shape_of(call.args[1])) == 2 and len(ir.shape_of(call.args[0])) >= 2
 
 
 def _is_window_mean(call: Any) -> bool:
@@ -145,16 +148,19 @@ def _same_shape_tensors(call: Any) -> bool:
     return all(isinstance(arg, relax.Var) and ir.shape_of(arg) == ir.shape_of(call) for arg in call.args)
 
 
-def _grow(
-    var: Any,
-    call: Any,
-    values: Mapping[Any, Any],
-    readers: Mapping[Any, list[Any]],
-    order: Mapping[Any, int],
-    taken: set[Any],
-) -> Chain:
+_ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
+    "conv2d": (("nn.conv2d",), _is_channels_last_conv2d),
+    "matmul": (("matmul",), _has_matrix_weight),
+    "avg_pool2d": (("nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean"), _is_window_mean),
+    "add": (("add",), _same_shape_tensors),
+    "unary": ((*CLIPS, *ACTIVATIONS), lambda _call: True),
+}
+
+
+def _grow(var: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]], taken: set[Any]) -> Chain:
+    call = values[var]
     kind = anchor_kind(call) or ""
-    members, followers = [var], []
+    members, followers = [var], list[Follower]()
     if kind == "add":
         followers.append(AddTensor(call.args[1]))
     elif kind == "unary":

@@ -2,12 +2,13 @@
 
     y = conv2d(x, w)   ->   q = quantize(x, s, z);  d = dequantize(q, s, z);  y = conv2d(d, dequantize(w_q, s_w, 0))
 
-The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on the
-target.
+The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on
+the target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.graph.fusion import AddBias, Chain
 from tvmq.quantize import numerics
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.plan import Plan
 from tvmq.recipe import Recipe
 
 Array = npt.NDArray[Any]
+Pair = Callable[[ir.Rewrite, Any, Any], Any]
 # The axis of a weight that holds its output channels.
 CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 
@@ -44,10 +47,10 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
         old = state.current
         new = value
         if old in readers and ir.is_call(value):
-            new = _read_quantized(state, old, value, readers[old], plan, pair)
+            new = ir.substitute(value, _twins(state, value, readers[old] - plan.produced, pair))
         if old in weights:
             chain = weights[old]
-            weight = _weight(new.args[1], CHANNEL_AXIS[chain.kind], recipe.per_channel)
+            weight = _weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe.per_channel)
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
@@ -68,25 +71,17 @@ def _integer_readers(plan: Plan) -> dict[Any, set[Any]]:
     return readers
 
 
-def _read_quantized(state: ir.Rewrite, old: Any, value: Any, tensors: set[Any], plan: Plan, pair: Any) -> Any:
-    """`value` with its planned operands replaced by their dequantized twins (float producers are quantized here)."""
-    swap = {}
-    for operand in set(ir.operands(value)):
-        origin = _origin(state, operand)
-        if origin in tensors and origin not in plan.produced:
-            swap[operand] = pair(state, origin, operand)
-    return ir.substitute(value, swap) if swap else value
+def _twins(state: ir.Rewrite, value: Any, tensors: set[Any], pair: Pair) -> dict[Any, Any]:
+    """The operands of `value` that stand for `tensors` (made by float operators), and their dequantized twins."""
+    origins = {operand: state.old_of.get(operand, operand) for operand in ir.operands(value)}
+    return {operand: pair(state, old, operand) for operand, old in origins.items() if old in tensors}
 
 
-def _origin(state: ir.Rewrite, operand: Any) -> Any:
-    """The old variable behind a new one; parameters stand for themselves."""
-    return state.old_of.get(operand, operand)
-
-
-def _weight(constant: Any, axis: int, per_channel: bool) -> Any:
-    """dequantize(int8 weight, scales, 0)."""
-    weight = ir.to_numpy(constant)
-    scales = numerics.weight_scales(weight, axis)
+def _weight(constant: Any, chain: Chain, x_scale: float, per_channel: bool) -> Any:
+    """dequantize(int8 weight, scales, 0), with scales that the chain's bias can be expressed in."""
+    weight, axis = ir.to_numpy(constant), CHANNEL_AXIS[chain.kind]
+    bias = chain.followers[0].value if chain.followers and isinstance(chain.followers[0], AddBias) else np.zeros(1)
+    scales = numerics.weight_scales(weight, axis, numerics.bias_floor(bias, x_scale))
     if not per_channel:
         scales = np.full_like(scales, scales.max())
     quantized = numerics.quantize_weight(weight, scales, axis)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tvm
+from tvm import relax
 
 from tvmq import interpret, ir
 from tvmq.errors import CalibrationError
@@ -39,9 +41,10 @@ def calibrate(
     watched = {tensor: observers.make(recipe) for tensor in _tensors(module)}
 
     def watch(tensor: str, value: Array) -> None:
-        if tensor in watched and value.size:
+        if tensor in watched:
             if not np.isfinite([value.min(), value.max()]).all():
-                raise CalibrationError(f"calibration: tensor {tensor!r}", expected="finite numbers", seen="NaN or infinity")
+                seen = "NaN or infinity"
+                raise CalibrationError(f"calibration: tensor {tensor!r}", expected="finite numbers", seen=seen)
             watched[tensor].see(value)
 
     program = interpret.Program(module)
@@ -61,7 +64,8 @@ def calibrate(
 
 
 def _tensors(module: tvm.IRModule) -> list[str]:
-    """The float tensors that are not inside a fusion chain, inputs included, in order."""
+    """The float tensors that are not inside a fusion chain, inputs and parts of tuples included, in order."""
     inside = {member for chain in find_chains(module) for member in chain.members[:-1]}
-    variables = [*ir.main(module).params, *(var for var, _ in ir.calls(module))]
-    return [str(v.name) for v in variables if v not in inside and ir.is_static(v) and ir.dtype_of(v) == "float32"]
+    results = (var for var, value in ir.bindings(module) if isinstance(value, relax.Call | relax.TupleGetItem))
+    variables = [var for var in (*ir.main(module).params, *results) if var not in inside and ir.is_static(var)]
+    return [str(v.name) for v in variables if ir.dtype_of(v) == "float32" and math.prod(ir.shape_of(v)) > 0]

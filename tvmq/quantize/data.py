@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.errors import CalibrationError
-from tvmq.model import Signature, as_array
+from tvmq.model import Signature, TensorSpec, as_array
 
 Array = npt.NDArray[Any]
 
@@ -37,73 +39,111 @@ def inferences(batches: Iterable[Any], signature: Signature) -> Iterator[tuple[A
     """Each batch cut into inputs of the signature's shape, checked: float inputs are finite.
 
     A batch is an array, a tuple, or a mapping by input name; its first axis may be a multiple of the signature's.
+    One array or mapping alone is one batch.
     Raises CalibrationError naming the batch, input, what was expected and what was seen.
     """
-    if isinstance(batches, np.ndarray) or hasattr(batches, "detach"):
+    if isinstance(batches, np.ndarray | Mapping) or hasattr(batches, "detach"):
         batches = [batches]
+    if isinstance(batches, str | Path) or not isinstance(batches, Iterable):
+        expected = "an iterable of arrays, tuples or mappings"
+        raise CalibrationError("calibration data", expected=expected, seen=type(batches).__name__)
     for index, batch in enumerate(batches):
         arrays = _in_order(batch, signature, index)
-        pieces = {_pieces(array, spec.shape, spec.name, index) for array, spec in zip(arrays, signature.inputs, strict=True)}
-        if len(pieces) != 1:
-            raise CalibrationError(f"calibration batch {index}", expected="the same number of samples in each input")
-        for piece in range(pieces.pop()):
+        pieces = [_pieces(array, spec, index) for array, spec in zip(arrays, signature.inputs, strict=True)]
+        if len(set(pieces)) != 1:
+            expected = "the same number of samples in each input"
+            raise CalibrationError(f"calibration batch {index}", expected=expected, seen=pieces)
+        for piece in range(pieces[0]):
             yield tuple(
-                _checked(_cut(array, spec.shape, piece), spec.dtype, spec.name, index)
+                _checked(_cut(array, spec.shape, piece), spec, index)
                 for array, spec in zip(arrays, signature.inputs, strict=True)
             )
+
+
+def _where(index: int, name: str) -> str:
+    return f"calibration batch {index}, input {name!r}"
 
 
 def _in_order(batch: Any, signature: Signature, index: int) -> list[Array]:
     names = [spec.name for spec in signature.inputs]
     if isinstance(batch, Mapping):
         if len(names) == 1 and len(batch) == 1:
-            return [as_array(next(iter(batch.values())))]
-        if set(batch) != set(names):
-            raise CalibrationError(f"calibration batch {index}", expected=f"inputs {names}", seen=sorted(map(str, batch)))
-        return [as_array(batch[name]) for name in names]
-    values = list(batch) if isinstance(batch, tuple | list) else [batch]
+            values = list(batch.values())
+        elif set(batch) == set(names):
+            values = [batch[name] for name in names]
+        else:
+            seen = sorted(map(str, batch))
+            raise CalibrationError(f"calibration batch {index}", expected=f"inputs {names}", seen=seen)
+    else:
+        values = list(batch) if isinstance(batch, tuple | list) else [batch]
     if len(values) != len(names):
         raise CalibrationError(f"calibration batch {index}", expected=f"{len(names)} inputs {names}", seen=len(values))
-    return [as_array(value) for value in values]
+    return [_array(value, _where(index, name)) for value, name in zip(values, names, strict=True)]
 
 
-def _pieces(array: Array, shape: tuple[int, ...], name: str, index: int) -> int:
+def _array(value: object, where: str) -> Array:
+    try:
+        return as_array(value)
+    except (TypeError, ValueError) as error:  # a ragged list, a dtype that NumPy lacks
+        raise CalibrationError(where, expected="an array", seen=str(error).split("\n")[0]) from error
+
+
+def _pieces(array: Array, spec: TensorSpec, index: int) -> int:
+    shape = spec.shape
     if array.shape == shape:
         return 1
-    if array.ndim == len(shape) and shape and array.shape[1:] == shape[1:] and array.shape[0] % shape[0] == 0:
-        return array.shape[0] // shape[0]
+    if array.size and array.ndim == len(shape) and array.shape[1:] == shape[1:] and array.shape[0] % shape[0] == 0:
+        return int(array.shape[0] // shape[0])
     expected = f"shape {list(shape)} or a multiple of it along the first axis"
-    raise CalibrationError(f"calibration batch {index}, input {name!r}", expected=expected, seen=list(array.shape))
+    raise CalibrationError(_where(index, spec.name), expected=expected, seen=list(array.shape))
 
 
 def _cut(array: Array, shape: tuple[int, ...], piece: int) -> Array:
     return array if array.shape == shape else array[piece * shape[0] : (piece + 1) * shape[0]]
 
 
-def _checked(array: Array, dtype: str, name: str, index: int) -> Array:
-    where = f"calibration batch {index}, input {name!r}"
-    if not np.can_cast(array.dtype, dtype, casting="same_kind"):
-        raise CalibrationError(where, expected=f"dtype {dtype}", seen=array.dtype)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise CalibrationError(where, expected="finite numbers", seen="NaN or infinity", hint="drop that sample")
-    return np.ascontiguousarray(array, dtype)
+def _checked(array: Array, spec: TensorSpec, index: int) -> Array:
+    if not np.can_cast(array.dtype, spec.dtype, casting="same_kind"):
+        raise CalibrationError(_where(index, spec.name), expected=f"dtype {spec.dtype}", seen=array.dtype)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is an infinity, and refused below
+        cast = np.ascontiguousarray(array, spec.dtype)
+    if cast.dtype.kind == "f" and not np.isfinite(cast).all():
+        seen = "NaN or infinity"
+        raise CalibrationError(_where(index, spec.name), expected="finite numbers", seen=seen, hint="drop that sample")
+    return cast
+
+
+# What np.load raises for files that are damaged, or hold pickled objects.
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def _load(path: Path) -> Array:
-    try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise CalibrationError(f"calibration data {path}", expected="a .npy array", seen=str(error).split("\n")[0]) from error
+    with _reading(path, "a .npy array"):
+        value = np.load(path, allow_pickle=False)
+    if not isinstance(value, np.ndarray):
+        value.close()
+        raise CalibrationError(f"calibration data {path}", expected="a .npy array", seen="a .npz archive")
+    return value
 
 
 def _load_npz(path: Path) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
+    if not path.exists():
+        raise CalibrationError(f"calibration data {path}", seen="no such file")
+    with _reading(path, "a .npz archive"):
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise CalibrationError(f"calibration data {path}", expected="a .npz archive", seen="a .npy array")
+        with archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    except FileNotFoundError as error:
-        raise CalibrationError(f"calibration data {path}", seen="no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(f"calibration data {path}", expected="a .npz archive", seen=str(error).split("\n")[0]) from error
     if not arrays:
         raise CalibrationError(f"calibration data {path}", expected="arrays", seen="an empty archive")
     return arrays
+
+
+@contextlib.contextmanager
+def _reading(path: Path, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        seen = str(error).split("\n")[0] or type(error).__name__
+        raise CalibrationError(f"calibration data {path}", expected=expected, seen=seen) from error

@@ -6,7 +6,7 @@ channel; accumulators are int32. All float arithmetic is IEEE float32, one round
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from tvmq import ops
 Array = npt.NDArray[Any]
 F32 = np.float32
 INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
+# Half of int32 for the bias leaves the other half to the products: 2**30 / (255 * 127) = 33155 of the largest.
+BIAS_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,42 @@ def _sound_scale(scale: float) -> float:
     return rounded if rounded > 1e-30 else 1.0
 
 
-def weight_scales(weight: Array, axis: int) -> Array:
-    """Symmetric per-channel scales of a weight: max |w| / 127 along all axes but `axis`; float32 [channels]."""
+def weight_scales(weight: Array, axis: int, floor: Array | float = 0.0) -> Array:
+    """Symmetric per-channel scales of a weight: max |w| / 127 along all axes but `axis`; float32 [channels].
+
+    floor: what no scale falls below, [channels] or one number; see `bias_floor`.
+    """
     others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     bound = np.abs(weight).max(axis=others) if weight.size else np.zeros(weight.shape[axis])
-    return np.array([_sound_scale(float(b) / 127.0) for b in bound.ravel()], F32)
+    scales = np.maximum(bound.ravel().astype(np.float64) / 127.0, floor)
+    return np.array([_sound_scale(float(scale)) for scale in scales], F32)
+
+
+def bias_floor(bias: Array, x_scale: float) -> Array:
+    """The weight scales below which `bias / (x_scale * scale)` leaves [-BIAS_LIMIT, BIAS_LIMIT]; float64 [channels].
+
+    A channel whose weights are all but zero (a batch norm that learned gamma = 0) may have a bias that is not.
+    """
+    return np.asarray(np.abs(bias).astype(np.float64) / (x_scale * BIAS_LIMIT))
+
+
+def quantize_bias(bias: Array, x_scale: float, weight_scales: Array) -> Array:
+    """A float bias in units of the accumulators: `nearbyint(bias / (x_scale * weight_scales))`, int32 [channels]."""
+    product = np.float64(x_scale) * weight_scales.astype(np.float64)
+    return np.asarray(np.clip(np.rint(bias / product), -BIAS_LIMIT, BIAS_LIMIT), np.int32)
 
 
 def quantize_weight(weight: Array, scales: Array, axis: int) -> Array:
     """A float weight as int8 in [-127, 127]: `clip(nearbyint(w * float32(1 / s[c])))`."""
     shape = [1] * weight.ndim
     shape[axis] = -1
-    return np.clip(np.rint(weight.astype(F32) * reciprocal(scales).reshape(shape)), -127, 127).astype(np.int8)
+    scaled = weight.astype(F32) * reciprocal(scales).reshape(shape)
+    return np.asarray(np.clip(np.rint(scaled), -127, 127), np.int8)
 
 
-def quantize(x: Array, scale: float, zero_point: int, qmin: int = -128, qmax: int = 127, dtype: str = "int8") -> Array:
+def quantize(
+    x: Array, scale: float, zero_point: int, *, qmin: int = -128, qmax: int = 127, dtype: str = "int8"
+) -> Array:
     """`clip(nearbyint(x * float32(1 / scale)) + zero_point, qmin, qmax)`."""
     return to_integer(x.astype(F32) * F32(reciprocal(scale)), zero_point, qmin, qmax, dtype)
 
@@ -76,7 +99,9 @@ def dequantize(q: Array, scale: float | Array, zero_point: int | Array) -> Array
     return (q.astype(np.int32) - np.asarray(zero_point, np.int32)).astype(F32) * np.asarray(scale, F32)
 
 
-def requantize(acc: Array, multiplier: Array | float, zero_point: int, qmin: int, qmax: int, dtype: str = "int8") -> Array:
+def requantize(
+    acc: Array, multiplier: Array | float, zero_point: int, *, qmin: int = -128, qmax: int = 127, dtype: str = "int8"
+) -> Array:
     """`clip(nearbyint(float32(acc) * multiplier) + zero_point, qmin, qmax)` of int32 accumulators."""
     return to_integer(acc.astype(F32) * np.asarray(multiplier, F32), zero_point, qmin, qmax, dtype)
 
@@ -96,7 +121,8 @@ def fma(a: Array, b: float | Array, c: Array) -> Array:
     """`a * b + c` of float32 with one rounding, as a hardware fused multiply-add gives.
 
     The product is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and
-    correctly rounded sums: proved algorithms using rounding to odd", 2008), so that rounding it again to float32 is exact.
+    correctly rounded sums: proved algorithms using rounding to odd", 2008), so that rounding it again to float32 is
+    exact.
     """
     product = a.astype(F32).astype(np.float64) * np.asarray(b, F32).astype(np.float64)
     addend = c.astype(F32).astype(np.float64)
@@ -123,12 +149,13 @@ def conv2d(
 
     Integers: sum of `(x - x_zero_point) * w`, padding counts as zero. Exact: products and sums stay below 2**53.
     """
-    windows = _windows(_wide(x, x_zero_point), weight.shape[1:3], strides, padding, dilation, 0.0)
-    n, oh, ow = windows.shape[:3]
+    geometry = {"strides": strides, "padding": padding, "dilation": dilation}
+    image = windows(_wide(x, x_zero_point), weight.shape[1:3], pad_value=0.0, **geometry)
+    n, oh, ow = image.shape[:3]
     out_channels, kh, kw, per_group = weight.shape
     results = []
     for g in range(groups):
-        taps = windows[..., g * per_group : (g + 1) * per_group].reshape(n * oh * ow, kh * kw * per_group)
+        taps = image[..., g * per_group : (g + 1) * per_group].reshape(n * oh * ow, kh * kw * per_group)
         part = weight[g * (out_channels // groups) : (g + 1) * (out_channels // groups)]
         results.append(taps @ part.reshape(part.shape[0], -1).T.astype(taps.dtype))
     return _narrow(np.concatenate(results, axis=1).reshape(n, oh, ow, out_channels), x)
@@ -150,11 +177,12 @@ def avg_pool2d(
     x_zero_point: int = 0,
 ) -> Array:
     """`float32(sum of x - x_zero_point) * float32(1 / count)` over each window of NHWC x."""
-    windows = _windows(_wide(x, x_zero_point), pool, strides, padding, (1, 1), 0.0)
-    total = _narrow(windows.sum(axis=(3, 4)), x).astype(F32)
+    geometry = {"strides": strides, "padding": padding, "dilation": (1, 1)}
+    image = windows(_wide(x, x_zero_point), pool, pad_value=0.0, **geometry)
+    total = _narrow(image.sum(axis=(3, 4)), x).astype(F32)
     ones = np.ones((1, *x.shape[1:3], 1))
-    counted = _windows(ones, pool, strides, padding, (1, 1), 1.0 if count_include_pad else 0.0).sum(axis=(3, 4))
-    return total * reciprocal(counted)
+    counted = windows(ones, pool, pad_value=1.0 if count_include_pad else 0.0, **geometry).sum(axis=(3, 4))
+    return np.asarray(total * reciprocal(counted), F32)
 
 
 def max_pool2d(
@@ -162,7 +190,8 @@ def max_pool2d(
 ) -> Array:
     """The largest element of each window of NHWC x; padding never wins."""
     lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
-    return _windows(x, pool, strides, padding, dilation, lowest).max(axis=(3, 4))
+    image = windows(x, pool, strides=strides, padding=padding, dilation=dilation, pad_value=lowest)
+    return np.asarray(image.max(axis=(3, 4)))
 
 
 def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Array:
@@ -173,7 +202,7 @@ def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Array:
     return v
 
 
-def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
+def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:  # noqa: PLR0911 (a case a step)
     match step:
         case ops.Bias():
             assert operand is not None
@@ -188,9 +217,10 @@ def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
             assert operand is not None
             if scale is None:
                 return v + operand
-            return fma((operand.astype(np.int32) - zero_point).astype(F32), F32(scale), v)
+            return fma((operand.astype(np.int32) - zero_point).astype(F32), scale, v)
         case ops.Clip(low, high):
-            return np.clip(v, None if low is None else F32(low), None if high is None else F32(high))
+            v = v if low is None else np.maximum(v, F32(low))
+            return v if high is None else np.minimum(v, F32(high))
         case ops.Activate(function):
             return activation(v, function)
         case ops.Quantize(zero_point, qmin, qmax, dtype):
@@ -203,7 +233,7 @@ def activation(v: Array, function: str) -> Array:
 
     x = v.astype(np.float64)
     sigmoid = 1.0 / (1.0 + np.exp(-np.clip(x, -700, 700)))
-    results = {
+    results: dict[str, Callable[[], Any]] = {
         "gelu": lambda: 0.5 * x * (1.0 + erf(x / np.sqrt(2.0))),
         "gelu_tanh": lambda: 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))),
         "silu": lambda: x * sigmoid,
@@ -232,9 +262,10 @@ def _narrow(result: Array, x: Array) -> Array:
     return result if x.dtype.kind == "f" else result.astype(np.int64).astype(np.int32)
 
 
-def _windows(
+def windows(
     x: Array,
     window: Sequence[int],
+    *,
     strides: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],

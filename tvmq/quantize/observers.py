@@ -75,11 +75,13 @@ class Percentile:
     """
 
     BINS = 8192
+    # Narrower ranges get no scale of their own (`numerics.choose_qparams`), and their reciprocal would overflow.
+    NARROWEST = 1e-30
 
     def __init__(self, percent: float) -> None:
         self.percent = percent
         self.counts = np.zeros(self.BINS, np.int64)
-        self.bound = 0.0
+        self.bound: float = 0.0
         self.low, self.high = np.inf, -np.inf
 
     def see(self, sample: Array) -> None:
@@ -88,12 +90,12 @@ class Percentile:
         self.low, self.high = min(self.low, low), max(self.high, high)
         reach = max(-low, high)
         if self.bound == 0.0:
-            self.bound = max(reach, np.finfo(np.float32).tiny)
+            self.bound = max(reach, self.NARROWEST)
         while reach > self.bound:
             self._double()
-        width = 2.0 * self.bound / self.BINS
-        index = np.clip(((sample.ravel() + self.bound) / width).astype(np.int64), 0, self.BINS - 1)
-        self.counts += np.bincount(index, minlength=self.BINS)
+        # Scaled to bins before the shift: `sample + bound` may overflow where either alone does not.
+        scaled = sample.ravel() * (self.BINS / (2.0 * self.bound)) + self.BINS / 2
+        self.counts += np.bincount(np.clip(scaled.astype(np.int64), 0, self.BINS - 1), minlength=self.BINS)
 
     def range(self) -> tuple[float, float]:
         """The cut range, never wider than what was seen."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
-from tvm import relax
 
 from tvmq import ir
 from tvmq.graph.fusion import Chain, find_chains
@@ -19,7 +18,9 @@ from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Precision, Recipe
 
-PASS_THROUGH = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice", "nn.pad", "nn.max_pool2d")
+MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice")
+# Operators whose result holds elements of their input only, so that both have one range.
+PASS_THROUGH = (*MOVES, "nn.pad", "nn.max_pool2d")
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,15 @@ class _Planner:
         self.integer: set[Any] = set()
         self.wanted: set[Any] = set()
         self.decisions: list[Decision] = []
-        self.residuals: dict[Any, list[Any]] = {}  # chain end -> the added tensors that it reads as integers
 
     def plan(self) -> Plan:
         for var, call in ir.calls(self.module):
             if var not in self.inside:
                 self._decide(var, call)
         source = self._propagate()
-        qparams = {var: self.table.tensors[str(source[var].name)].qparams for var in self.wanted}
+        variables = (*ir.main(self.module).params, *(var for var, _ in ir.bindings(self.module)))
+        wanted = [var for var in variables if var in self.wanted]
+        qparams = {var: self.table.tensors[str(source[var].name)].qparams for var in wanted}
         produced = frozenset(var for var in self.wanted if var in self.integer)
         return Plan(tuple(self.chains), qparams, frozenset(self.integer), produced, tuple(self.decisions))
 
@@ -75,14 +77,16 @@ class _Planner:
         chain = self.chain_of_end.get(var)
         kind = chain.kind if chain else ir.op_name(call)
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
-            self._note(var, kind, Precision.FP32, "no integer kernel for this operator")
+            two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
+            reason = "both operands are activations" if two else "no integer kernel for this operator"
+            self._note(var, kind, Precision.FP32, reason)
             return
-        reason = self._chain_reason(chain) if chain else self._follower_reason(var, call)
-        if reason is None:
+        declined = self._chain_reason(chain) if chain else self._follower_reason(var, call)
+        if declined is None:
             self.integer.add(var)
             self._note(var, kind, Precision.INT8, "")
         else:
-            self._note(var, kind, Precision.FP32, reason)
+            self._note(var, kind, Precision.FP32, declined)
 
     def _chain_reason(self, chain: Chain) -> str | None:
         """Why a chain stays float; None where it becomes integer (and then its inputs are wanted)."""
@@ -90,42 +94,35 @@ class _Planner:
         precision, why = self.recipe.precision_of(chain.kind, *names, *(self.paths.get(name, name) for name in names))
         if precision is Precision.FP32:
             return why
-        if chain.kind in ("conv2d", "matmul") and not ir.is_constant(chain.call.args[1]):
-            return "both operands are activations"
         # A convolution reads its input as integers whoever made it; other kinds only what is integer already.
         anchored = chain.kind in ("conv2d", "matmul")
-        if not anchored and chain.x not in self.integer:
-            return f"its input {_name(chain.x)} is float"
-        if missing := self._missing(chain.x):
-            return missing
-        added = chain.activations[1:]
-        if not anchored and not all(operand in self.integer for operand in added):
-            return "one of its inputs is float"
-        integers = [operand for operand in added if operand in self.integer and not self._missing(operand)]
-        if chain.kind == "add" and len(integers) != len(added):
-            return self._missing(added[0])
-        self.wanted.update([chain.x, *integers])
+        needed = [chain.x] if anchored else chain.activations
+        for operand in needed:
+            if not anchored and operand not in self.integer:
+                return f"its input {_name(operand)} is float"
+            if missing := self._missing(operand):
+                return missing
+        self.wanted.update(needed)
+        self.wanted.update(x for x in chain.activations[1:] if x in self.integer and not self._missing(x))
         return None
 
     def _follower_reason(self, var: Any, call: Any) -> str | None:
         """Why a concat or a pass-through operator stays float."""
-        sources = list(ir.operands(call))
-        if not sources or any(source not in self.integer for source in sources):
-            return "its input is float"
-        if ir.is_call(call, "nn.pad") and not _pads_zero(call):
-            return "pads with another value than zero"
-        if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
-            return "max pooling in this layout or with ceil_mode has no integer kernel"
-        kind = "concat" if ir.is_call(call, "concat") else "max_pool2d" if ir.is_call(call, "nn.max_pool2d") else None
+        sources = _tensors(call)
+        for source in sources:
+            if ir.is_constant(source):
+                return "one of its inputs is a constant"
+            if source not in self.integer:
+                return f"its input {_name(source)} is float"
+        if declined := no_integer_form(call):
+            return declined
+        kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call))
         if kind is not None:
             name = str(var.name)
             precision, why = self.recipe.precision_of(kind, name, self.paths.get(name, name))
             if precision is Precision.FP32:
                 return why
-        for source in [*sources, var]:
-            if missing := self._missing(source):
-                return missing
-        return None
+        return next((missing for tensor in [*sources, var] if (missing := self._missing(tensor))), None)
 
     def _missing(self, var: Any) -> str | None:
         entry = self.table.tensors.get(str(var.name))
@@ -134,7 +131,10 @@ class _Planner:
         return f"the calibration table keeps {_name(var)} float" if entry.keep_float else None
 
     def _propagate(self) -> dict[Any, Any]:
-        """Quantize what wanted pass-through results and concats read; each result names the tensor whose range it shares."""
+        """Quantize what wanted concats and pass-through operators read.
+
+        Returns, for each wanted variable, the one whose range it shares.
+        """
         values = dict(ir.bindings(self.module))
         for var, _ in reversed(list(ir.calls(self.module))):
             if var in self.wanted and var in self.integer and var not in self.chain_of_end:
@@ -161,9 +161,33 @@ class _Planner:
         ]
 
 
-def _pads_zero(call: Any) -> bool:
-    return str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0.0
+def no_integer_form(call: Any) -> str | None:
+    """Why a concat or pass-through operator cannot be computed on integers; None where it can."""
+    if ir.is_call(call, "nn.pad") and not (
+        str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0.0
+    ):
+        return "pads with another value than zero"
+    if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
+        return "max pooling in this layout or with ceil_mode has no integer kernel"
+    return None
+
+
+def _tensors(call: Any) -> list[Any]:
+    """The tensors that a concat or pass-through operator reads, constants included."""
+    return list(call.args[0].fields) if ir.is_call(call, "concat") else [call.args[0]]
 
 
 def _name(var: Any) -> str:
-    return repr(str(var.name)) if isinstance(var, relax.Var) else "a constant"
+    return repr(str(var.name))
+
+
+def float_decisions(module: tvm.IRModule, reason: str) -> tuple[Decision, ...]:
+    """The decisions for a module that stays float: one an operator that becomes a kernel."""
+    chains = find_chains(module)
+    inside = {member for chain in chains for member in chain.members[:-1]}
+    kinds = {chain.end: chain.kind for chain in chains}
+    return tuple(
+        Decision(str(var.name), kinds.get(var, ir.op_name(call)), Precision.FP32, reason)
+        for var, call in ir.calls(module)
+        if var not in inside
+    )

@@ -21,7 +21,8 @@ from tvmq import ir, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
 from tvmq.quantize import numerics
-from tvmq.quantize.plan import PASS_THROUGH
+from tvmq.quantize.annotate import CHANNEL_AXIS
+from tvmq.quantize.plan import PASS_THROUGH, no_integer_form
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +34,14 @@ class Stored:
     var: Any
     scale: float
     zero_point: int
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight's constant, and its float32 [channels] scales; None for a float weight."""
+
+    value: Any
+    scales: Array | None
 
 
 def realize(module: tvm.IRModule, storage: str = "int8") -> tvm.IRModule:
@@ -108,7 +117,7 @@ class _Realizer:
 
     def _source(self, var: Any) -> Stored | None:
         """The stored tensor that an old float variable dequantizes; None where it is float."""
-        call = self.values.get(var)
+        call: Any = self.values.get(var)
         return self.stored.get(call.args[0]) if ir.is_call(call, "dequantize") else None
 
     # --- chains ---
@@ -116,52 +125,60 @@ class _Realizer:
     def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None) -> Any:
         """One tvmq operator for `chain`, quantized as `out` asks, or float where that is None."""
         x = self._source(chain.x)
-        if chain.kind in ("conv2d", "matmul"):
-            weight = self._weight(chain.call.args[1])
-            if weight is None or (x is None) != (weight[1] is None):
+        weight = None
+        if chain.kind in CHANNEL_AXIS:
+            weight = self._weight(chain)
+            if weight is None:
                 return None
-        else:
-            weight = None
+            if weight.scales is None:
+                x = None  # a float weight: x is read as float, whatever it was made from
+            elif x is None:
+                return None
         sums = _Epilogue(self, state, chain, x, out)
-        if weight is not None and weight[1] is not None:
-            sums.integer_products(weight[1])
+        if weight is not None and weight.scales is not None:
+            sums.integer_products(weight.scales)
         sums.follow()
-        return self._anchor(state, chain, x, weight, sums, out)
+        return self._anchor(chain, weight, sums)
 
-    def _weight(self, expr: Any) -> tuple[Any, Array | None] | None:
-        """(constant, scales) of an anchor's weight; scales are None for a float one. None where it is no constant."""
+    def _weight(self, chain: Chain) -> _Weight | None:
+        """The weight of a chain; None where it is no constant, or quantized in another way than `annotate` does."""
+        expr = chain.call.args[1]
         if ir.is_constant(expr):
-            return expr, None
-        call = self.values.get(expr)
-        if ir.is_call(call, "dequantize") and ir.is_constant(call.args[0]):
-            return call.args[0], ir.to_numpy(call.args[1])
-        return None
+            return _Weight(expr, None)
+        call: Any = self.values.get(expr)
+        if not ir.is_call(call, "dequantize") or not all(ir.is_constant(arg) for arg in call.args):
+            return None
+        scales, zero_points = (ir.to_numpy(arg) for arg in call.args[1:3])
+        axis, shape = CHANNEL_AXIS[chain.kind], ir.shape_of(expr)
+        if ir.dtype_of(call.args[0]) != "int8" or zero_points.any():
+            return None
+        if scales.size > 1 and int(call.attrs.axis) % len(shape) != axis:
+            return None
+        return _Weight(call.args[0], np.broadcast_to(scales.reshape(-1), (shape[axis],)))
 
-    def _anchor(
-        self, state: ir.Rewrite, chain: Chain, x: Stored | None, weight: Any, sums: _Epilogue, out: Stored | None
-    ) -> Any:
-        operand = x.var if x is not None else state.new_of.get(chain.x, chain.x)
-        common = {
+    def _anchor(self, chain: Chain, weight: _Weight | None, sums: _Epilogue) -> Any:
+        x, steps, operands, a = sums.x, tuple(sums.steps), sums.operands, chain.call.attrs
+        operand = x.var if x is not None else sums.state.new_of.get(chain.x, chain.x)
+        common: dict[str, Any] = {
             "out_shape": ir.shape_of(chain.call),
-            "out_dtype": self.storage if out is not None else "float32",
+            "out_dtype": self.storage if sums.out is not None else "float32",
         }
-        zero = {"x_zero_point": x.zero_point if x is not None else 0}
-        steps, operands = tuple(sums.steps), sums.operands
-        a = chain.call.attrs
-        if chain.kind == "conv2d":
-            geometry = {name: [int(v) for v in getattr(a, name)] for name in ("strides", "padding", "dilation")}
-            return ops.conv2d(operand, weight[0], operands, steps, groups=int(a.groups), **geometry, **zero, **common)
-        if chain.kind == "matmul":
-            return ops.matmul(operand, weight[0], operands, steps, **zero, **common)
+        zero = x.zero_point if x is not None else 0
+        if weight is not None and chain.kind == "conv2d":
+            common |= {name: [int(v) for v in getattr(a, name)] for name in ("strides", "padding", "dilation")}
+            groups = int(a.groups)
+            return ops.conv2d(operand, weight.value, operands, steps, groups=groups, x_zero_point=zero, **common)
+        if weight is not None:
+            return ops.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)
         if chain.kind == "avg_pool2d":
-            return ops.avg_pool2d(operand, operands, steps, **_window(chain.call), **zero, **common)
+            return ops.avg_pool2d(operand, operands, steps, x_zero_point=zero, **_window(chain.call), **common)
         return ops.elementwise(operand, operands, steps, **common)
 
     # --- operators that move integers ---
 
     def _pass_through(self, call: Any, out: Stored) -> Any:
         x = self._source(call.args[0])
-        if x is None or (x.scale, x.zero_point) != (out.scale, out.zero_point):
+        if x is None or (x.scale, x.zero_point) != (out.scale, out.zero_point) or no_integer_form(call):
             return None
         if ir.is_call(call, "nn.max_pool2d"):
             return _max_pool(call, x.var, self.storage)
@@ -191,7 +208,9 @@ class _Epilogue:
     a chain with an activation function or a float residual is computed in real units and divided at the end.
     """
 
-    def __init__(self, realizer: _Realizer, state: ir.Rewrite, chain: Chain, x: Stored | None, out: Stored | None) -> None:
+    def __init__(
+        self, realizer: _Realizer, state: ir.Rewrite, chain: Chain, x: Stored | None, out: Stored | None
+    ) -> None:
         self.realizer, self.state, self.chain, self.x, self.out = realizer, state, chain, x, out
         self.steps: list[ops.Step] = []
         self.operands: list[Any] = []
@@ -207,10 +226,10 @@ class _Epilogue:
     def integer_products(self, weight_scales: Array) -> None:
         """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel."""
         assert self.x is not None
+        if self.followers and isinstance(bias := self.followers[0], fusion.AddBias):
+            del self.followers[0]
+            self._operand(ops.Bias(), ir.constant(numerics.quantize_bias(bias.value, self.x.scale, weight_scales)))
         product = np.float64(self.x.scale) * weight_scales.astype(np.float64)
-        if self.followers and isinstance(self.followers[0], fusion.AddBias):
-            bias = np.clip(np.rint(self.followers.pop(0).value / product), -(2**30), 2**30)
-            self._operand(ops.Bias(), ir.constant(bias.astype(np.int32)))
         self._operand(ops.Scale(), ir.constant((product / self.unit).astype(np.float32)))
 
     def follow(self) -> None:
@@ -238,16 +257,17 @@ class _Epilogue:
                 else:
                     scale = float(np.float32(source.scale / self.unit))
                     self._operand(ops.Residual(scale, source.zero_point), source.var)
+            case fusion.Limit(None, None):
+                pass
             case fusion.Limit(low, high):
                 self.steps.append(ops.Clip(self._scaled(low), self._scaled(high)))
             case fusion.Apply(function):
                 self.steps.append(ops.Activate(function))
 
     def _linear(self) -> bool:
-        return not any(
-            isinstance(f, fusion.Apply) or (isinstance(f, fusion.AddTensor) and self.realizer._source(f.operand) is None)
-            for f in self.followers
-        )
+        added = [f.operand for f in self.followers if isinstance(f, fusion.AddTensor)]
+        activated = any(isinstance(f, fusion.Apply) for f in self.followers)
+        return not activated and all(self.realizer._source(operand) is not None for operand in added)
 
     def _in_output_unit(self) -> bool:
         return self.out is not None and self.unit == self.out.scale

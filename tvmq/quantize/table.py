@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tvmq.errors import CalibrationError, nearest
 from tvmq.files import atomic_write_text
 from tvmq.quantize.numerics import QParams
 
 SCHEMA = 1
+ABOUT = "int8 calibration: value = (q - zero_point) * scale. Delete a tensor, or set keep_float, to keep it float."
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class CalibrationTable:
-    """The entries by tensor name; `samples` counts the inferences behind them. Delete an entry to keep its tensor float."""
+    """The entries by tensor name; `samples` counts the inferences behind them.
+
+    A tensor without an entry stays float.
+    """
 
     model: str
     observer: str
@@ -53,7 +59,7 @@ class CalibrationTable:
         }
         document = {
             "schema": SCHEMA,
-            "about": "int8 calibration: value = (q - zero_point) * scale. Delete a tensor, or set keep_float, to keep it float.",
+            "about": ABOUT,
             "model": self.model,
             "observer": self.observer,
             "samples": self.samples,
@@ -85,34 +91,65 @@ class CalibrationTable:
         """Parse the file's text. Raises CalibrationError."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(name, expected="JSON", seen=str(error)) from error
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA or not isinstance(data.get("tensors"), dict):
+        if not isinstance(data, dict) or "schema" not in data or not isinstance(data.get("tensors"), dict):
             raise CalibrationError(name, expected=f"a calibration table of schema {SCHEMA}", seen="another document")
+        if data["schema"] != SCHEMA:
+            raise CalibrationError(name, expected=f"schema {SCHEMA}", seen=data["schema"])
+        _known(name, data, _DOCUMENT)
+        samples = data.get("samples", 0)
+        if isinstance(samples, bool) or not isinstance(samples, int):
+            raise CalibrationError(f"{name}: samples", expected="an integer", seen=repr(samples))
         tensors = {tensor: _entry(name, tensor, value) for tensor, value in data["tensors"].items()}
-        return cls(str(data.get("model", "")), str(data.get("observer", "")), int(data.get("samples", 0)), tensors)
+        return cls(str(data.get("model", "")), str(data.get("observer", "")), samples, tensors)
 
 
+_DOCUMENT = ("schema", "about", "model", "observer", "samples", "tensors")
 _KEYS = ("min", "max", "scale", "zero_point", "keep_float")
+# Between these a scale and its reciprocal are normal float32 numbers.
+_SCALE_MIN, _SCALE_MAX = 1e-30, 1e37
+
+
+def _known(where: str, value: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in value:
+        if key not in keys:
+            hint = nearest(key, keys)
+            raise CalibrationError(f"{where}: unknown key {key!r}", expected=f"one of {', '.join(keys)}", hint=hint)
 
 
 def _entry(table: str, tensor: str, value: Any) -> Entry:
     where = f"{table}: tensor {tensor!r}"
     if not isinstance(value, dict):
         raise CalibrationError(where, expected="an object", seen=type(value).__name__)
-    for key in value:
-        if key not in _KEYS:
-            raise CalibrationError(f"{where}: unknown key {key!r}", expected=", ".join(_KEYS), hint=nearest(key, _KEYS))
-    scale, zero_point = value.get("scale"), value.get("zero_point")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or not 1e-30 < scale < 1e30:
-        raise CalibrationError(f"{where}: scale", expected="a positive number", seen=scale)
+    _known(where, value, _KEYS)
+    scale = _number(where, "scale", value.get("scale"))
+    if not _SCALE_MIN < scale < _SCALE_MAX:
+        expected = f"a number between {_SCALE_MIN:g} and {_SCALE_MAX:g}"
+        raise CalibrationError(f"{where}: scale", expected=expected, seen=scale)
+    zero_point = value.get("zero_point")
     if isinstance(zero_point, bool) or not isinstance(zero_point, int) or not -128 <= zero_point <= 127:
-        raise CalibrationError(f"{where}: zero_point", expected="an integer from -128 to 127", seen=zero_point)
+        raise CalibrationError(f"{where}: zero_point", expected="an integer from -128 to 127", seen=repr(zero_point))
+    keep_float = value.get("keep_float", False)
+    if not isinstance(keep_float, bool):
+        raise CalibrationError(f"{where}: keep_float", expected="true or false", seen=repr(keep_float))
     low, high = (_number(where, key, value.get(key, 0.0)) for key in ("min", "max"))
-    return Entry(low, high, QParams(float(scale), zero_point), value.get("keep_float") is True)
+    return Entry(low, high, QParams(float(np.float32(scale)), zero_point), keep_float)
 
 
 def _number(where: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CalibrationError(f"{where}: {key}", expected="a finite number", seen=value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        raise CalibrationError(f"{where}: {key}", expected="a finite number", seen=_short(value))
     return float(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,361 @@
+"""Small PyTorch models, imported once a session, and their way through quantization."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from torch import nn
+from torch.nn import functional
+
+from tvmq import interpret, ir
+from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.importer import torch_export
+from tvmq.importer.canonical import canonicalize
+from tvmq.model import Signature, TensorSpec
+from tvmq.quantize.annotate import annotate
+from tvmq.quantize.calibrate import calibrate
+from tvmq.quantize.plan import Decision, Plan, make_plan
+from tvmq.quantize.realize import realize
+from tvmq.quantize.table import CalibrationTable
+from tvmq.recipe import Recipe
+
+INT8 = Recipe(precision="int8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in PyTorch and in channels-last Relax; `batches[0]` is what tests run it on."""
+
+    torch_module: nn.Module
+    module: tvm.IRModule
+    signature: Signature
+    paths: dict[str, str]
+    batches: tuple[tuple[np.ndarray, ...], ...]
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        return self.batches[0]
+
+    def reference(self) -> tuple[np.ndarray, ...]:
+        with torch.no_grad():
+            outputs = self.torch_module(*(torch.from_numpy(x) for x in self.inputs))
+        return tuple(y.numpy() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    def table(self, recipe: Recipe = INT8) -> CalibrationTable:
+        return calibrate(self.module, self.signature, self.batches, recipe)
+
+    def plan(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> Plan:
+        return make_plan(self.module, table or self.table(recipe), recipe, self.paths)
+
+    def decisions(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.plan(recipe, table).decisions}
+
+    def qdq(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> tvm.IRModule:
+        return annotate(self.module, self.plan(recipe, table), recipe)
+
+    def realized(
+        self, recipe: Recipe = INT8, table: CalibrationTable | None = None, storage: str = "int8"
+    ) -> tvm.IRModule:
+        return realize(self.qdq(recipe, table), storage)
+
+    def run(self, module: tvm.IRModule) -> tuple[np.ndarray, ...]:
+        return interpret.run(module, self.inputs)
+
+
+def make_case(torch_module: nn.Module, *shapes: tuple[int, ...], batches: int = 4, scale: float = 1.0) -> Case:
+    """Import `torch_module`, with seeded normal inputs of `shapes`."""
+    torch_module.eval()
+    rng = np.random.default_rng(0)
+    data = tuple(tuple((scale * rng.standard_normal(s)).astype(np.float32) for s in shapes) for _ in range(batches))
+    program = torch_export.export(torch_module, tuple(torch.from_numpy(x) for x in data[0]))
+    translation = torch_export.translate(program)
+    module = drop_transposes(to_nhwc(canonicalize(translation.module)))
+
+    def spec(expr: object, name: str) -> TensorSpec:
+        return TensorSpec(name, ir.shape_of(expr), ir.dtype_of(expr))
+
+    inputs = tuple(spec(param, str(param.name)) for param in ir.main(module).params)
+    outputs = tuple(spec(output, f"output{i}") for i, output in enumerate(ir.outputs(module)))
+    return Case(torch_module, module, Signature(inputs, outputs), dict(translation.paths), data)
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Case]:
+    """`make_case`, for a model that one test needs."""
+    return make_case
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[[str], Case]:
+    """The case of a model in `MODELS` by name, imported at its first use."""
+    cases: dict[str, Case] = {}
+
+    def get(name: str) -> Case:
+        if name not in cases:
+            torch.manual_seed(0)
+            factory, *shapes = MODELS[name]
+            cases[name] = make_case(_with_statistics(factory()), *shapes)
+        return cases[name]
+
+    return get
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `any_case` runs on every model."""
+    if "any_case" in metafunc.fixturenames:
+        metafunc.parametrize("any_case", list(MODELS), indirect=True)
+
+
+@pytest.fixture
+def any_case(request: pytest.FixtureRequest, model_of: Callable[[str], Case]) -> Case:
+    return model_of(request.param)
+
+
+def _with_statistics(module: nn.Module) -> nn.Module:
+    """Batch norms as after training: statistics and factors that are not the identity."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor, low, high in ((layer.running_mean, -0.5, 0.5), (layer.running_var, 0.5, 2.0)):
+                nn.init.uniform_(tensor, low, high)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return module
+
+
+def _conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class ConvBnRelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = _conv_bn(3, 8), _conv_bn(8, 16, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(self.second(functional.relu(self.first(x))))
+
+
+class Residual(nn.Module):
+    """A basic block with a 1x1 shortcut, then one with an identity shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_bn(3, 8)
+        self.a1, self.a2, self.down = _conv_bn(8, 16, stride=2), _conv_bn(16, 16), _conv_bn(8, 16, 1, 2)
+        self.b1, self.b2 = _conv_bn(16, 16), _conv_bn(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(x))
+        x = functional.relu(self.a2(functional.relu(self.a1(x))) + self.down(x))
+        return functional.relu(self.b2(functional.relu(self.b1(x))) + x)
+
+
+class DepthwiseSeparable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.depthwise, self.project = _conv_bn(8, 24, 1), _conv_bn(24, 24, groups=24), _conv_bn(24, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.relu6(self.depthwise(functional.relu6(self.expand(x))))
+        return functional.relu6(self.project(y)) + x
+
+
+class Concat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = _conv_bn(3, 8), _conv_bn(3, 4, 1), _conv_bn(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.cat([functional.relu(self.left(x)), self.right(x)], 1))
+
+
+class Pools(nn.Module):
+    """Max and average pools (padding counted and not), a global mean, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = _conv_bn(3, 8), _conv_bn(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(functional.relu(self.first(x)), 3, 2, 1)
+        x = functional.avg_pool2d(self.second(x), 3, 1, 1, count_include_pad=True)
+        x = functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return self.fc(x.mean((2, 3)))
+
+
+class FlattenLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = _conv_bn(3, 4), nn.Linear(4 * 4 * 4, 10), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(functional.relu(self.conv(x)), 2)
+        return self.fc2(functional.relu(self.fc1(x.flatten(1))))
+
+
+class PadShortcut(nn.Module):
+    """The shortcut of CIFAR ResNets: every second pixel, and channels of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = _conv_bn(3, 4), _conv_bn(4, 8, stride=2), _conv_bn(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(x))
+        shortcut = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        return functional.relu(self.b(functional.relu(self.a(x))) + shortcut)
+
+
+class Transformer(nn.Module):
+    """One pre-norm block with attention written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        q, k, v = (f(y).reshape(1, 7, 2, 8).transpose(1, 2) for f in (self.query, self.key, self.value))
+        attention = torch.softmax(q @ k.transpose(2, 3) / 8**0.5, -1) @ v
+        x = x + self.out(attention.transpose(1, 2).reshape(1, 7, 16))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class ReturnedAndConsumed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = _conv_bn(3, 8), _conv_bn(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = functional.relu(self.first(x))
+        return y, self.second(y)
+
+
+class Forks(nn.Module):
+    """An input with three readers, a tensor added to itself, a residual read twice, an input added as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = _conv_bn(8, 8), _conv_bn(8, 8, 1), _conv_bn(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x), self.b(x)
+        doubled = a + a
+        return self.c(functional.relu(doubled + b)) + b + x
+
+
+class Broadcasts(nn.Module):
+    """Adds whose operands differ in shape, and a product of two activations (squeeze and excitation)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.squeeze, self.b = _conv_bn(3, 8), nn.Conv2d(8, 8, 1), _conv_bn(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = functional.relu(self.a(x))
+        gate = torch.sigmoid(self.squeeze(a.mean((2, 3), keepdim=True)))
+        return self.b(a * gate + a.mean((2, 3), keepdim=True)) + 0.25
+
+
+class Clips(nn.Module):
+    """Limits open on either side, two in a row, and one before a residual add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = _conv_bn(3, 8), _conv_bn(8, 8), _conv_bn(8, 8), _conv_bn(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.a(x).clamp(min=-0.3)
+        b = self.b(a).clamp(max=0.9)
+        c = functional.relu6(self.c(b)) + a
+        return functional.relu(self.d(c).clamp(max=1.5)).clamp(min=0.1, max=1.2)
+
+
+class Activations(nn.Module):
+    """Activation functions in epilogues, before a residual add too, and one on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = _conv_bn(3, 8), _conv_bn(8, 8), _conv_bn(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = functional.silu(self.a(x))
+        b = torch.tanh(self.b(a)) + a
+        return torch.sigmoid(functional.gelu(self.c(b)) + b)
+
+
+class SharedWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(functional.relu(self.conv(x)))
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = _conv_bn(3, 8), _conv_bn(4, 4), _conv_bn(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.a(x).chunk(2, 1)
+        return self.c(torch.cat([self.b(left), right], 1))
+
+
+class DeadChannels(nn.Module):
+    """Channels whose batch norm learned a factor of (almost) zero: their weights vanish, their bias does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.conv.weight[0], self.conv.weight[1] = 0.0, 1e-12
+            self.conv.bias[0], self.conv.bias[1] = 0.7, 1.3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(functional.relu(self.conv(x)))
+
+
+_IMAGE = (1, 3, 9, 9)
+MODELS: dict[str, tuple] = {
+    "conv_bn_relu": (ConvBnRelu, (2, 3, 9, 9)),
+    "residual": (Residual, _IMAGE),
+    "depthwise_separable": (DepthwiseSeparable, (1, 8, 7, 7)),
+    "concat": (Concat, _IMAGE),
+    "pools": (Pools, (2, 3, 9, 9)),
+    "flatten_linear": (FlattenLinear, (2, 3, 8, 8)),
+    "pad_shortcut": (PadShortcut, (1, 3, 8, 8)),
+    "transformer": (Transformer, (1, 7, 16)),
+    "returned_and_consumed": (ReturnedAndConsumed, _IMAGE),
+    "forks": (Forks, (1, 8, 7, 7)),
+    "broadcasts": (Broadcasts, _IMAGE),
+    "clips": (Clips, _IMAGE),
+    "activations": (Activations, _IMAGE),
+    "shared_weights": (SharedWeights, (1, 8, 7, 7)),
+    "split": (Split, _IMAGE),
+    "dead_channels": (DeadChannels, (1, 4, 7, 7)),
+}
+
+
+@pytest.fixture
+def without() -> Callable[..., CalibrationTable]:
+    """`without(table, name)`: the table as if the user had deleted an entry; `keep=True` marks it keep_float instead."""
+
+    def edit(table: CalibrationTable, name: str, *, keep: bool = False) -> CalibrationTable:
+        tensors = dict(table.tensors)
+        entry = tensors.pop(name)
+        if keep:
+            tensors[name] = dataclasses.replace(entry, keep_float=True)
+        return dataclasses.replace(table, tensors=tensors)
+
+    return edit
