@@ -64,7 +64,8 @@ def int8_micro(isa: Isa) -> Micro:
         return _vnni("avxvnni", 256, isa)
     if dot is Int8Dot.AVX512_PAIRS:
         return _pairs("avx512bw", 512, isa)
-    if dot is Int8Dot.AVX2_PAIRS and isa.vector_bits >= 256:
+    # AVX without AVX2 has 256-bit vectors of floats only.
+    if dot is Int8Dot.AVX2_PAIRS and "avx2" in isa.required_features:
         return _pairs("avx2", 256, isa)
     if dot in (Int8Dot.SDOT, Int8Dot.I8MM) and isa.family.value == "aarch64":
         return _sdot(isa)
