@@ -1,7 +1,8 @@
 """A NumPy interpreter of Relax modules: float graphs, graphs with QDQ, and realized integer graphs (the oracle).
 
-Operators whose meaning tvmq defines are computed by `quantize.numerics`; well-known float operators by NumPy or PyTorch;
-anything else is legalized and compiled by TVM, one operator at a time, so that what is computed is what TVM would run.
+Operators whose meaning tvmq defines are computed by `quantize.numerics`; well-known float operators by NumPy or
+PyTorch; anything else is legalized and compiled by TVM, one operator at a time, so that what is computed is what TVM
+would run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import functions, ir, ops
+from tvmq.errors import ModelError
 from tvmq.quantize import numerics
 
 Array = npt.NDArray[Any]
@@ -38,7 +40,7 @@ class Program:
         self.result = ir.main(module).body.body
         dead = _dead_after(module)
         self.steps = [
-            _Step(var, str(var.name), value, isinstance(value, relax.Var), dead.get(index, []), [_fetcher(arg) for arg in _args(value)])
+            _Step(var, str(var.name), value, dead.get(index, []), [_fetcher(arg) for arg in _args(value)])
             for index, (var, value) in enumerate(ir.bindings(module))
         ]
 
@@ -50,9 +52,9 @@ class Program:
                 watch(str(var.name), array)
         for step in self.steps:
             args = [fetch(env) for fetch in step.fetches]
-            result = _apply(step.value, args) if isinstance(step.value, relax.Call) else args[0]
+            result = _compute(step.name, step.value, args) if isinstance(step.value, relax.Call) else args[0]
             env[step.var] = result
-            if watch and isinstance(result, np.ndarray) and not step.alias:
+            if watch and isinstance(result, np.ndarray) and not isinstance(step.value, relax.Var):
                 watch(step.name, result)
             for var in step.dead:
                 env.pop(var, None)
@@ -65,7 +67,6 @@ class _Step:
     var: Any
     name: str
     value: Any
-    alias: bool
     dead: list[Any]
     fetches: list[Fetch]
 
@@ -73,20 +74,84 @@ class _Step:
 def evaluate(value: Any, env: Mapping[Any, Value]) -> Value:
     """The value of one bound expression."""
     args = [_fetcher(arg)(env) for arg in _args(value)]
-    return _apply(value, args) if isinstance(value, relax.Call) else args[0]
+    return _compute("a constant", value, args) if isinstance(value, relax.Call) else args[0]
 
 
 def _args(value: Any) -> list[Any]:
     return list(value.args) if isinstance(value, relax.Call) else [value]
 
 
+def _compute(name: str, call: Any, args: list[Value]) -> Value:
+    try:
+        return _apply(call, args)
+    except _CannotCompile as error:
+        raise ModelError(f"TVM cannot compile {error.operator} ({name})", seen=error.reason) from error
+
+
 def _apply(call: Any, args: list[Value]) -> Value:
     name = ir.op_name(call) if isinstance(call.op, tvm.ir.Op) else ""
     if name.startswith(ops.PREFIX):
         return _TVMQ[name.removeprefix(ops.PREFIX)](call, args)
-    if name in _RELAX:
+    if name in _RELAX and _same_as_tvm(name, call, args):
         return _RELAX[name](call, args)
     return _by_tvm(call, args)
+
+
+def _same_as_tvm(name: str, call: Any, args: list[Value]) -> bool:
+    """Whether the NumPy rule and TVM's lowering agree on these operands: a fault must not hide behind a lenient rule.
+
+    TVM's minimum and maximum drop a NaN where NumPy keeps it; integer division, conversions of a float that does not
+    fit an integer, and accumulators wider than their operands are TVM's to define. `quantize` and `dequantize` are
+    tvmq's own.
+    """
+    arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
+    condition = _CONDITIONS.get(name)
+    return condition is None or condition(call, arrays)
+
+
+def _finite(_call: Any, arrays: list[Array]) -> bool:
+    return all(array.dtype.kind in "iu" or _is_finite(array) for array in arrays)
+
+
+def _clips(call: Any, arrays: list[Array]) -> bool:
+    return _finite(call, arrays) and (arrays[0].dtype.kind == "f" or all(np.isfinite(_limits(call))))
+
+
+def _floats(call: Any, arrays: list[Array]) -> bool:
+    return all(array.dtype.kind == "f" and str(array.dtype) == ir.dtype_of(call) for array in arrays)
+
+
+def _numbers(_call: Any, arrays: list[Array]) -> bool:
+    return all(array.dtype.kind != "b" for array in arrays)
+
+
+def _exact_cast(call: Any, arrays: list[Array]) -> bool:
+    return arrays[0].dtype.kind != "f" or ir.dtype_of(call).startswith(("float", "bfloat"))
+
+
+def _whole_batch_norm(call: Any, _arrays: list[Array]) -> bool:
+    return bool(call.attrs.scale) and bool(call.attrs.center) and not bool(call.attrs.training)
+
+
+def _known_layout(call: Any, _arrays: list[Array]) -> bool:
+    layouts = (str(call.attrs.data_layout), str(call.attrs.kernel_layout), str(call.attrs.out_layout))
+    return layouts in (("NCHW", "OIHW", "NCHW"), ("NHWC", "OHWI", "NHWC")) and ir.dtype_of(call) == "float32"
+
+
+_CONDITIONS: dict[str, Callable[[Any, list[Array]], bool]] = {
+    **dict.fromkeys(("nn.relu", "nn.silu", "maximum", "minimum"), _finite),
+    "clip": _clips,
+    **dict.fromkeys(("divide", "mean", "matmul"), _floats),
+    **dict.fromkeys(("add", "subtract", "multiply", "negative"), _numbers),
+    "astype": _exact_cast,
+    "nn.batch_norm": _whole_batch_norm,
+    "nn.conv2d": _known_layout,
+}
+
+
+def _is_finite(array: Array) -> bool:
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(array.sum()))
 
 
 def _fetcher(expr: Any) -> Fetch:
@@ -134,7 +199,8 @@ def _matmul(call: Any, args: list[Array]) -> Array:
 
 def _avg_pool2d(call: Any, args: list[Array]) -> Array:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
-    return numerics.epilogue(numerics.avg_pool2d(args[0], **attrs), args[1:], ops.epilogue_of(call)).reshape(ir.shape_of(call))
+    pooled = numerics.epilogue(numerics.avg_pool2d(args[0], **attrs), args[1:], ops.epilogue_of(call))
+    return pooled.reshape(ir.shape_of(call))
 
 
 def _max_pool2d(call: Any, args: list[Array]) -> Array:
@@ -150,6 +216,21 @@ def _concat(call: Any, args: list[Array]) -> Array:
     return np.concatenate(parts, axis=ops.attributes(call)["axis"])
 
 
+def _layer_norm(call: Any, args: list[Array]) -> Array:
+    result = functions.layer_norm(*args[:3], epsilon=ops.attributes(call)["epsilon"])
+    return numerics.epilogue(result, args[3:], ops.epilogue_of(call))
+
+
+def _softmax(call: Any, args: list[Array]) -> Array:
+    return numerics.epilogue(functions.softmax(args[0]), args[1:], ops.epilogue_of(call))
+
+
+def _attention(call: Any, args: list[Array]) -> Array:
+    query, key, value = (np.swapaxes(arg, 1, 2) for arg in args)
+    scores = np.matmul(query, np.swapaxes(key, 2, 3)) * np.float32(ops.attributes(call)["scale"])
+    return np.ascontiguousarray(np.swapaxes(np.matmul(functions.softmax(scores), value), 1, 2))
+
+
 def _only(call: Any, *names: str) -> dict[str, Any]:
     attrs = ops.attributes(call)
     return {name: attrs[name] for name in names}
@@ -162,6 +243,9 @@ _TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
     "max_pool2d": _max_pool2d,
     "map": _map,
     "concat": _concat,
+    "layer_norm": _layer_norm,
+    "softmax": _softmax,
+    "attention": _attention,
 }
 
 
@@ -222,8 +306,12 @@ def _axis_shape(x: Array, scale: Array, axis: int) -> list[int]:
 
 
 def _clip(call: Any, args: list[Any]) -> Array:
-    low, high = (np.asarray(getattr(limit, "value", limit), args[0].dtype) for limit in args[1:])
-    return np.clip(args[0], low, high)
+    low, high = (np.asarray(limit, args[0].dtype) for limit in _limits(call))
+    return np.asarray(np.clip(args[0], low, high))
+
+
+def _limits(call: Any) -> list[float]:
+    return [getattr(limit, "value", limit) for limit in call.args[1:]]
 
 
 def _axes(call: Any, ndim: int) -> tuple[int, ...]:
@@ -242,10 +330,10 @@ def _permute(call: Any, args: list[Array]) -> Array:
 
 
 def _reshape(call: Any, args: list[Any]) -> Array:
-    return np.reshape(args[0], ir.shape_of(call))
+    return np.asarray(args[0]).reshape(ir.shape_of(call))
 
 
-def _layer_norm(call: Any, args: list[Array]) -> Array:
+def _nn_layer_norm(call: Any, args: list[Array]) -> Array:
     x, gamma, beta = args
     axes = tuple(int(a) for a in call.attrs.axes)
     wide = x.astype(np.float64)
@@ -254,7 +342,7 @@ def _layer_norm(call: Any, args: list[Array]) -> Array:
     return (scaled * gamma + beta).astype(x.dtype)
 
 
-def _softmax(call: Any, args: list[Array]) -> Array:
+def _nn_softmax(call: Any, args: list[Array]) -> Array:
     x = args[0]
     axis = int(call.attrs.axis)
     shifted = np.exp(x - x.max(axis=axis, keepdims=True))
@@ -272,8 +360,8 @@ def _unary(function: Callable[[Array], Array]) -> Callable[[Any, list[Any]], Arr
 _RELAX: dict[str, Callable[[Any, list[Any]], Value]] = {
     "nn.conv2d": _nn_conv2d,
     "nn.batch_norm": _nn_batch_norm,
-    "nn.layer_norm": _layer_norm,
-    "nn.softmax": _softmax,
+    "nn.layer_norm": _nn_layer_norm,
+    "nn.softmax": _nn_softmax,
     "nn.relu": _unary(lambda x: np.maximum(x, 0)),
     "nn.gelu": _unary(lambda x: numerics.activation(x, "gelu")),
     "nn.gelu_tanh": _unary(lambda x: numerics.activation(x, "gelu_tanh")),
@@ -321,9 +409,21 @@ def _by_tvm(call: Any, args: list[Value]) -> Value:
     with builder.function("main", params):
         builder.emit_func_output(builder.emit(lifted))
     module = builder.get()
-    machine = _compiled(module.script(show_meta=True), _Carrier(module))
+    try:
+        machine = _compiled(module.script(show_meta=True), _Carrier(module))
+    # TVM's legalization and code generation raise Python's own kinds of error, and some of TVM's that derive from them.
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        text = str(error).strip().splitlines()
+        raise _CannotCompile(str(call.op.name), text[-1][:200] if text else type(error).__name__) from error
     result = machine["main"](*(tvm.runtime.tensor(np.asarray(a, order="C")) for a in arrays))
     return _to_numpy(result)
+
+
+class _CannotCompile(Exception):
+    def __init__(self, operator: str, reason: str) -> None:
+        self.operator = operator
+        self.reason = reason
+        super().__init__(f"{operator}: {reason}")
 
 
 class _Carrier:

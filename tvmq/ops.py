@@ -5,6 +5,9 @@
     tvmq.avg_pool2d  (x NHWC, epilogue tensors...)                             -> NHWC
     tvmq.max_pool2d  (x NHWC)                                                  -> NHWC
     tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
+    tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
+    tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
+    tvmq.attention   (q, k, v: float32 [N, S, heads, depth])                   -> [N, S, heads, depth]
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
@@ -71,7 +74,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Activate:
-    """Apply a named float function: see `ACTIVATIONS`."""
+    """Apply a named float function: see `functions.ACTIVATIONS`."""
 
     function: str
 
@@ -89,7 +92,6 @@ class Quantize:
 Step = Bias | Scale | Dequantize | Multiply | Residual | Clip | Activate | Quantize
 Epilogue = tuple[Step, ...]
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid")
 _STEPS = {
     step.__name__.lower(): step for step in (Bias, Scale, Dequantize, Multiply, Residual, Clip, Activate, Quantize)
 }
@@ -214,6 +216,31 @@ def elementwise(
 ) -> Any:
     """`tvmq.map`: an epilogue on its own."""
     return _call("map", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def layer_norm(
+    x: Expr,
+    gamma: Expr,
+    beta: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    epsilon: float,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.layer_norm` over the last axis of float32 x, as `functions.layer_norm` computes it."""
+    return _call("layer_norm", [x, gamma, beta, *operands], {"epsilon": epsilon}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def softmax(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str) -> Any:
+    """`tvmq.softmax` over the last axis of float32 x, as `functions.softmax` computes it."""
+    return _call("softmax", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def attention(query: Expr, key: Expr, value: Expr, *, scale: float, out_shape: Sequence[int]) -> Any:
+    """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, all float32."""
+    return _call("attention", [query, key, value], {"scale": scale}, (), out_shape=out_shape, out_dtype="float32")
 
 
 def concat(

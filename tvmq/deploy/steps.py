@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
     for var, value in ir.bindings(module):
         if not isinstance(value, relax.Call) or not isinstance(var.ty, relax.TensorType):
             continue
-        name = str(var.name)
+        name = _tensor_name(var)
         shape, dtype = ir.shape_of(var), ir.dtype_of(var)
         if ir.is_call(value, "call_tir"):
             args = tuple(_argument(arg) for arg in value.args[1].fields)
@@ -51,9 +52,15 @@ def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
     return steps
 
 
+def _tensor_name(var: Any) -> str:
+    """The variable's name; names that TVM's fusion made up get a mark, since the graph before it may use them too."""
+    name = str(var.name)
+    return f"{name}~" if re.fullmatch(r"(lv|gv)\d*", name) else name
+
+
 def _argument(expr: Any) -> str:
     if isinstance(expr, relax.Var):
-        return str(expr.name)
+        return _tensor_name(expr)
     value = ir.to_numpy(expr)
     return f"={value.dtype}:{value.item()!r}" if value.ndim == 0 else f"={value.dtype}:{value.tolist()!r}"
 

@@ -21,6 +21,10 @@ from tvmq import ir
 Array = npt.NDArray[Any]
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
 CLIPS = ("nn.relu", "clip")
+# Operators that compute something of their own, and so start chains before adds and activations may.
+ANCHORS = ("conv2d", "matmul", "avg_pool2d", "layer_norm", "softmax")
+# Anchors that always read floats.
+FLOAT_ANCHORS = ("layer_norm", "softmax")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ Follower = AddBias | AddTensor | Limit | Apply
 class Chain:
     """One future kernel: `anchor` is the variable of the anchor call, `members` all variables from it to the end.
 
-    `kind` is conv2d, matmul, avg_pool2d, add or unary; `x` the anchor's first operand.
+    `kind` is conv2d, matmul, avg_pool2d, layer_norm, softmax, add or unary; `x` the anchor's first operand.
     """
 
     kind: str
@@ -93,7 +97,7 @@ def find_chains(module: tvm.IRModule) -> list[Chain]:
     chains = []
     # Late anchors first: where two convolutions meet in an add, the later one takes it; the other's result is ready.
     for var, call in reversed(list(ir.calls(module))):
-        if anchor_kind(call) in ("conv2d", "matmul", "avg_pool2d") and _constant_weight(call, values):
+        if anchor_kind(call) in ANCHORS and _constant_weight(call, values):
             chains.append(_grow(var, values, readers, taken))
             taken.update(chains[-1].members)
     for var, call in ir.calls(module):
@@ -117,7 +121,7 @@ def anchor_kind(call: Any) -> str | None:
 
 def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
     """Whether a weight, if there is one, is a constant, or a constant behind a dequantize."""
-    if len(call.args) < 2 or ir.is_constant(call.args[1]):
+    if len(call.args) < 2 or ir.is_constant(call.args[1]) or not ir.is_call(call, "nn.conv2d", "matmul"):
         return True
     weight: Any = values.get(call.args[1])
     return ir.is_call(weight, "dequantize") and ir.is_constant(weight.args[0])
@@ -148,11 +152,23 @@ def _same_shape_tensors(call: Any) -> bool:
     return all(isinstance(arg, relax.Var) and ir.shape_of(arg) == ir.shape_of(call) for arg in call.args)
 
 
+def _normalizes_last_axis(call: Any) -> bool:
+    constants = all(ir.is_constant(arg) for arg in call.args[1:])
+    return constants and bool(call.attrs.center) and bool(call.attrs.scale) and _is_last(call, *call.attrs.axes)
+
+
+def _is_last(call: Any, *axes: Any) -> bool:
+    ndim = len(ir.shape_of(call))
+    return [int(axis) % ndim for axis in axes] == [ndim - 1]
+
+
 _ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "conv2d": (("nn.conv2d",), _is_channels_last_conv2d),
     "matmul": (("matmul",), _has_matrix_weight),
     "avg_pool2d": (("nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean"), _is_window_mean),
     "add": (("add",), _same_shape_tensors),
+    "layer_norm": (("nn.layer_norm",), _normalizes_last_axis),
+    "softmax": (("nn.softmax",), lambda call: _is_last(call, call.attrs.axis)),
     "unary": ((*CLIPS, *ACTIVATIONS), lambda _call: True),
 }
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvmq import ops
+from tvmq import functions, ops
 
 Expr = Any  # tvm.tirx.PrimExpr
 FLOAT = "float32"
@@ -70,6 +71,11 @@ class Function:
         return Flat(T.alloc_buffer((size,), dtype, scope="local"), dtype)
 
 
+    def scratch(self, size: int, dtype: str) -> Flat:
+        """A local array in memory, from the thread's own pool: for indices that are not constants."""
+        return Flat(T.alloc_buffer((size,), dtype, scope="global"), dtype)
+
+
 @contextlib.contextmanager
 def parallel(extent: int) -> Iterator[Expr]:
     """A loop over all threads; a loop of one turn stays on the caller."""
@@ -106,7 +112,7 @@ def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
     """`a * b + c` in float32 with one rounding on every machine."""
-    return intrinsic(FLOAT if lanes == 1 else f"{FLOAT}x{lanes}", "llvm.fma", a, b, c)
+    return intrinsic(_vector(FLOAT, lanes), "llvm.fma", a, b, c)
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,11 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: 
             return value + operand.load(place.channel, lanes), dtype
         case ops.Scale():
             assert operand is not None
-            return _to_float(value, dtype, lanes) * operand.load(place.channel, lanes), FLOAT
+            return fenced(_to_float(value, dtype, lanes) * operand.load(place.channel, lanes), lanes), FLOAT
         case ops.Dequantize(scale, zero_point):
-            return _centred(value, zero_point, lanes) * number(scale, FLOAT, lanes), FLOAT
+            return fenced(_centred(value, zero_point, lanes) * number(scale, FLOAT, lanes), lanes), FLOAT
         case ops.Multiply(factor):
-            return _to_float(value, dtype, lanes) * number(factor, FLOAT, lanes), FLOAT
+            return fenced(_to_float(value, dtype, lanes) * number(factor, FLOAT, lanes), lanes), FLOAT
         case ops.Residual(scale, zero_point):
             assert operand is not None
             added = operand.load(place.flat, lanes)
@@ -149,7 +155,7 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: 
         case ops.Clip(low, high):
             return _limit(value, low, high, dtype, lanes), dtype
         case ops.Activate(name):
-            return _ACTIVATIONS[name](value, lanes), FLOAT
+            return functions.ACTIVATIONS[name](VectorMath(lanes), value), FLOAT
         case ops.Quantize(zero_point, qmin, qmax, stored):
             limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)
             integer = cast(T.nearbyint(limited), "int32", lanes)
@@ -172,53 +178,79 @@ def _limit(value: Expr, low: float | None, high: float | None, dtype: str, lanes
     return value if low is None else T.max(value, number(low, dtype, lanes))
 
 
-def _sigmoid(x: Expr, lanes: int) -> Expr:
-    one = number(1.0, FLOAT, lanes)
-    return one / (one + T.exp(-x))
+def fenced(value: Expr, lanes: int) -> Expr:
+    """A float32 product that LLVM must not contract with a later addition: its rounding is part of the semantics."""
+    return intrinsic(_vector(FLOAT, lanes), "llvm.arithmetic.fence", value)
 
 
-def _gelu(x: Expr, lanes: int) -> Expr:
-    half, one = number(0.5, FLOAT, lanes), number(1.0, FLOAT, lanes)
-    return half * x * (one + _erf(x * number(0.7071067811865476, FLOAT, lanes), lanes))
+def _vector(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
-def _gelu_tanh(x: Expr, lanes: int) -> Expr:
-    inner = number(0.7978845608028654, FLOAT, lanes) * (x + number(0.044715, FLOAT, lanes) * x * x * x)
-    return number(0.5, FLOAT, lanes) * x * (number(1.0, FLOAT, lanes) + T.tanh(inner))
+@dataclass(frozen=True)
+class VectorMath:
+    """The operations of `functions.Math` on vectors of `lanes` float32."""
+
+    lanes: int
+
+    def number(self, value: float) -> Expr:
+        """A constant in every lane, rounded to float32 first."""
+        return number(float(np.float32(value)), FLOAT, self.lanes)
+
+    def mul(self, a: Expr, b: Expr) -> Expr:
+        """a * b, kept apart from later additions."""
+        return fenced(a * b, self.lanes)
+
+    def add(self, a: Expr, b: Expr) -> Expr:
+        """a + b."""
+        return a + b
+
+    def sub(self, a: Expr, b: Expr) -> Expr:
+        """a - b."""
+        return a - b
+
+    def div(self, a: Expr, b: Expr) -> Expr:
+        """a / b."""
+        return a / b
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a * b + c, rounded once."""
+        return fma(a, b, c, self.lanes)
+
+    def rint(self, a: Expr) -> Expr:
+        """The nearest integer, ties to even."""
+        return T.nearbyint(a)
+
+    def minimum(self, a: Expr, b: Expr) -> Expr:
+        """The smaller."""
+        return T.min(a, b)
+
+    def maximum(self, a: Expr, b: Expr) -> Expr:
+        """The larger."""
+        return T.max(a, b)
+
+    def sqrt(self, a: Expr) -> Expr:
+        """The square root."""
+        return intrinsic(_vector(FLOAT, self.lanes), "llvm.sqrt", a)
+
+    def magnitude(self, a: Expr) -> Expr:
+        """|a|."""
+        return intrinsic(_vector(FLOAT, self.lanes), "llvm.fabs", a)
+
+    def where_less(self, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
+        """`then` where a < b, else `otherwise`."""
+        return T.Select(a < b, then, otherwise)
+
+    def scale(self, a: Expr, exponent: Expr) -> Expr:
+        """a * 2**exponent: the exponent's bits are added to."""
+        integer = _vector("int32", self.lanes)
+        bits = T.reinterpret(integer, a) + cast(exponent, "int32", self.lanes) * number(1 << 23, "int32", self.lanes)
+        return T.reinterpret(_vector(FLOAT, self.lanes), bits)
 
 
-def _hardsigmoid(x: Expr, lanes: int) -> Expr:
-    shifted = _limit(x + number(3.0, FLOAT, lanes), 0.0, 6.0, FLOAT, lanes)
-    return shifted * number(1.0 / 6.0, FLOAT, lanes)
-
-
-def _erf(x: Expr, lanes: int) -> Expr:
-    """erf by Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7, less than an ulp of float32 near 1."""
-    coefficients = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
-    one = number(1.0, FLOAT, lanes)
-    magnitude = T.abs(x)
-    t = one / (one + number(0.3275911, FLOAT, lanes) * magnitude)
-    polynomial = number(coefficients[0], FLOAT, lanes)
-    for coefficient in coefficients[1:]:
-        polynomial = polynomial * t + number(coefficient, FLOAT, lanes)
-    result = one - polynomial * t * T.exp(-(magnitude * magnitude))
-    return T.Select(x < number(0.0, FLOAT, lanes), -result, result)
-
-
-_ACTIVATIONS: dict[str, Callable[[Expr, int], Expr]] = {
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "silu": lambda x, lanes: x * _sigmoid(x, lanes),
-    "sigmoid": _sigmoid,
-    "tanh": lambda x, _lanes: T.tanh(x),
-    "hardswish": lambda x, lanes: x * _hardsigmoid(x, lanes),
-    "hardsigmoid": _hardsigmoid,
-}
-
-
-def module(functions: dict[str, Any]) -> tvm.IRModule:
+def module(named: dict[str, Any]) -> tvm.IRModule:
     """An IRModule of named functions, for tests and benchmarks of single kernels."""
-    return tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
+    return tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in named.items()})
 
 
 @contextlib.contextmanager

@@ -19,9 +19,11 @@ from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.kernels import depthwise, gemm, micro
+from tvmq.kernels.attention import Attention
 from tvmq.kernels.elementwise import Concat, Map
 from tvmq.kernels.pad import Pad
 from tvmq.kernels.pool import Pool, reciprocal_counts
+from tvmq.kernels.rowwise import Rowwise
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
@@ -293,6 +295,37 @@ def _concat(lowering: _Lowering, _state: ir.Rewrite, name: str, call: Any) -> An
     return lowering.call(spec, title, list(call.args), ir.shape_of(call), out_dtype)
 
 
+def _rowwise(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    kind = ir.op_name(call).removeprefix(ops.PREFIX)
+    epsilon = ops.attributes(call).get("epsilon", 0.0)
+    operands = call.args[3:] if kind == "layer_norm" else call.args[1:]
+    shape, out_dtype = ir.shape_of(call), ir.dtype_of(call)
+    spec = Rowwise(kind, shape, out_dtype, epsilon, ops.epilogue_of(call), _declared(operands))
+    title = f"{_SHORT[out_dtype]}-f32-{kind}"
+    lowering.names[name] = title
+    return lowering.call(spec, title, lowering.lift(state, name, call.args), shape, out_dtype)
+
+
+def _attention(lowering: _Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
+    query, key, value = call.args
+    m = lowering.float
+    # Two vectors of keys a tile row leave most registers to queries, which share the loads of keys and values.
+    vectors = 2
+    rows = min(ir.shape_of(query)[1], (m.registers - vectors - 1) // vectors, 12)
+    spec = Attention(
+        ir.shape_of(query),  # type: ignore[arg-type]
+        ir.shape_of(key)[1],
+        ir.shape_of(value)[3],
+        ops.attributes(call)["scale"],
+        m.lanes,
+        rows,
+        vectors,
+    )
+    title = f"f32-f32-attention-{rows}x{vectors * m.lanes}-{m.name}"
+    lowering.names[name] = title
+    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), "float32")
+
+
 def _declared(operands: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str], ...]:
     """(shape, dtype) of each operand."""
     return tuple((ir.shape_of(operand), ir.dtype_of(operand)) for operand in operands)
@@ -305,4 +338,7 @@ _RULES: dict[str, Callable[[_Lowering, ir.Rewrite, str, Any], Any]] = {
     "max_pool2d": _pool,
     "map": _map,
     "concat": _concat,
+    "layer_norm": _rowwise,
+    "softmax": _rowwise,
+    "attention": _attention,
 }

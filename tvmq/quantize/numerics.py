@@ -6,14 +6,14 @@ channel; accumulators are int32. All float arithmetic is IEEE float32, one round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tvmq import ops
+from tvmq import functions, ops
 
 Array = npt.NDArray[Any]
 F32 = np.float32
@@ -118,21 +118,8 @@ def reciprocal(scale: float | Array) -> Any:
 
 
 def fma(a: Array, b: float | Array, c: Array) -> Array:
-    """`a * b + c` of float32 with one rounding, as a hardware fused multiply-add gives.
-
-    The product is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and
-    correctly rounded sums: proved algorithms using rounding to odd", 2008), so that rounding it again to float32 is
-    exact.
-    """
-    product = a.astype(F32).astype(np.float64) * np.asarray(b, F32).astype(np.float64)
-    addend = c.astype(F32).astype(np.float64)
-    total = product + addend
-    # Knuth's TwoSum: the exact error of `total`.
-    part = total - product
-    error = (product - (total - part)) + (addend - part)
-    even = (total.view(np.int64) & 1) == 0
-    nudged = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-    return np.where((error != 0) & even, nudged, total).astype(F32)
+    """`a * b + c` of float32 with one rounding, as a hardware fused multiply-add gives."""
+    return np.asarray(functions.NumPyMath().fma(a, b, c))
 
 
 def conv2d(
@@ -228,21 +215,8 @@ def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:  # noqa: PL
 
 
 def activation(v: Array, function: str) -> Array:
-    """A named activation in float32. Not bit-exact: kernels may use other approximations of exp and erf."""
-    from scipy.special import erf
-
-    x = v.astype(np.float64)
-    sigmoid = 1.0 / (1.0 + np.exp(-np.clip(x, -700, 700)))
-    results: dict[str, Callable[[], Any]] = {
-        "gelu": lambda: 0.5 * x * (1.0 + erf(x / np.sqrt(2.0))),
-        "gelu_tanh": lambda: 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))),
-        "silu": lambda: x * sigmoid,
-        "sigmoid": lambda: sigmoid,
-        "tanh": lambda: np.tanh(x),
-        "hardswish": lambda: x * np.clip(x + 3.0, 0.0, 6.0) / 6.0,
-        "hardsigmoid": lambda: np.clip(x + 3.0, 0.0, 6.0) / 6.0,
-    }
-    return np.asarray(results[function](), F32)
+    """A named activation in float32: see `functions`."""
+    return np.asarray(functions.ACTIVATIONS[function](functions.NumPyMath(), v.astype(F32)), F32)
 
 
 def sqnr_db(reference: Array, approximate: Array) -> float:

@@ -74,6 +74,8 @@ class _Realizer:
                 return None  # a weight
             step = ops.Dequantize(stored.scale, stored.zero_point)
             return ops.elementwise(stored.var, (), (step,), out_shape=ir.shape_of(value), out_dtype="float32")
+        if ir.is_call(value, "nn.attention"):
+            return _attention(value)
         if old in self.chain_of_end and not self._only_quantized(old):
             return self._chain(state, self.chain_of_end[old], None)
         return None
@@ -102,7 +104,9 @@ class _Realizer:
         if new is None:
             steps = (ops.Multiply(float(numerics.reciprocal(scale))), self._to_integer(out))
             new = ops.elementwise(value.args[0], (), steps, out_shape=ir.shape_of(value), out_dtype=self.storage)
-        var = state.emit(new, str(producer_var.name) if producer is not None else name)
+        else:
+            name = str(producer_var.name)
+        var = state.emit(new, name)
         self.stored[state.current] = Stored(var, scale, zero_point)
         return var
 
@@ -170,6 +174,11 @@ class _Realizer:
             return ops.conv2d(operand, weight.value, operands, steps, groups=groups, x_zero_point=zero, **common)
         if weight is not None:
             return ops.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)
+        if chain.kind == "layer_norm":
+            gamma, beta = chain.call.args[1:]
+            return ops.layer_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
+        if chain.kind == "softmax":
+            return ops.softmax(operand, operands, steps, **common)
         if chain.kind == "avg_pool2d":
             return ops.avg_pool2d(operand, operands, steps, x_zero_point=zero, **_window(chain.call), **common)
         return ops.elementwise(operand, operands, steps, **common)
@@ -308,3 +317,15 @@ def _max_pool(call: Any, x: Any, dtype: str) -> Any:
         "dilation": [int(v) for v in a.dilation],
     }
     return ops.max_pool2d(x, **geometry, out_shape=ir.shape_of(call), out_dtype=dtype)
+
+
+def _attention(call: Any) -> Any:
+    """relax.nn.attention of float32 [N, S, heads, depth] without mask; None where there is more to it."""
+    a = call.attrs
+    if len(call.args) != 3 or a.causal_mask is not None or a.window_size is not None or ir.dtype_of(call) != "float32":
+        return None
+    if not all(ir.is_static(arg) for arg in call.args):
+        return None
+    depth = ir.shape_of(call.args[0])[3]
+    scale = float(np.float32(depth**-0.5)) if a.scale is None else float(a.scale)
+    return ops.attention(*call.args, scale=scale, out_shape=ir.shape_of(call))

@@ -1,0 +1,1 @@
+"""Well-known architectures with random weights, for benchmarks: shapes and costs are real, accuracy is not."""
