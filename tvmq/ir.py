@@ -75,7 +75,7 @@ def to_numpy(constant: Any) -> Array:
 
 
 def constant(value: Array) -> Any:
-    """A tensor constant of the dtype of `value` (left to itself, TVM turns int64 into int32 and float64 into float32)."""
+    """A tensor constant of the dtype of `value`; unasked, TVM turns int64 into int32 and float64 into float32."""
     return relax.const(np.ascontiguousarray(value) if value.ndim else value, str(value.dtype))
 
 
@@ -222,7 +222,8 @@ def _module(params: list[Any], state: Rewrite, result: Any, attrs: dict[str, Any
     output = relax.Var("outputs", relax.TupleType([field.ty for field in result.fields]))
     block.append(relax.VarBinding(output, _typed(substitute(result, renamed), output)))
     body = relax.SeqExpr([relax.DataflowBlock(block)], output)
-    function = relax.Function(params, body, output.ty, True, tvm.ir.make_node("ir.DictAttrs", **attrs) if attrs else None)
+    dictionary = tvm.ir.make_node("ir.DictAttrs", **attrs) if attrs else None
+    function = relax.Function(params, body, output.ty, True, dictionary)
     return tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
 
 

@@ -1,9 +1,12 @@
 """NCHW -> NHWC: image tensors are channels-last inside, with a transpose only where somebody needs the old order.
 
-    y = conv2d(x, w: OIHW, NCHW)   ->   x1 = permute_dims(x, NHWC);  y1 = conv2d(x1, w1: OHWI, NHWC);  y = permute_dims(y1, NCHW)
+    y = conv2d(x, w: OIHW, NCHW)   ->   x1 = permute_dims(x, NHWC)
+                                        y1 = conv2d(x1, w1: OHWI, NHWC)
+                                        y = permute_dims(y1, NCHW)
 
-Each rewritten operator leaves its result in both orders; the transposes that nobody reads disappear, so adjacent ones vanish
-and operators with a rule of their own below (element-wise, pooling, concat, reductions, pad, slice) stay channels-last.
+Each rewritten operator leaves its result in both orders; the transposes that nobody reads disappear, so adjacent ones
+vanish and operators with a rule of their own below (element-wise, pooling, concat, reductions, pad, slice) stay
+channels-last.
 """
 
 from __future__ import annotations

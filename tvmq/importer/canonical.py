@@ -13,11 +13,13 @@ from tvmq import interpret, ir
 
 Array = npt.NDArray[Any]
 _TRANSPARENT = ("dropout", "nn.dropout", "stop_lift_params")
+_MAYBE_NO_OPS = ("reshape", "astype", "broadcast_to", "expand_dims", "squeeze", "strided_slice", "permute_dims")
+_CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 
 
 def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
     """The stages of this file, in order."""
-    for stage in (drop_no_ops, fold_constants, fold_batch_norm, fold_constants, commute_constants):
+    for stage in (drop_no_ops, fold_constants, commute_constants, fold_batch_norm, fold_constants, commute_constants):
         module = stage(module)
     return module
 
@@ -31,7 +33,7 @@ def drop_no_ops(module: tvm.IRModule) -> tvm.IRModule:
     def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
         if isinstance(value, relax.TupleGetItem) and ir.is_call(state.value(value.tuple_value), *_TRANSPARENT):
             return state.value(value.tuple_value).args[0]
-        if not ir.is_call(value, "reshape", "astype", "broadcast_to", "expand_dims", "squeeze", "strided_slice", "permute_dims"):
+        if not ir.is_call(value, *_MAYBE_NO_OPS):
             return None
         x = value.args[0]
         if not (ir.is_static(x) and ir.is_static(value)) or ir.shape_of(x) != ir.shape_of(value):
@@ -72,11 +74,12 @@ def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:
-    """Batch norm becomes part of the convolution before it, else a multiply and an add.
+    """Batch norm becomes part of the convolution or matrix product before it, else a multiply and an add.
 
     batch_norm(conv2d(x, w))[0]  ->  add(conv2d(x, w * a), b);  a = gamma / sqrt(var + eps), b = beta - mean * a
 
-    The fold needs constant statistics and a convolution that nobody else reads (a bias between the two is folded too).
+    The fold needs constant statistics, and a layer with a constant weight that nobody else reads; a bias between the
+    two is folded too. Batch norms that compute their statistics are left alone.
     """
     readers = ir.users(module)
 
@@ -84,42 +87,70 @@ def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:
         if not isinstance(value, relax.TupleGetItem) or value.index != 0:
             return None
         norm = state.value(value.tuple_value)
-        if not ir.is_call(norm, "nn.batch_norm") or not all(ir.is_constant(arg) for arg in norm.args[1:]):
+        if not ir.is_call(norm, "nn.batch_norm") or bool(norm.attrs.training):
             return None
-        gamma, beta, mean, var = (ir.to_numpy(arg).astype(np.float64) for arg in norm.args[1:])
-        a = gamma / np.sqrt(var + float(norm.attrs.epsilon))
-        b = beta - mean * a
+        if not all(ir.is_constant(arg) for arg in norm.args[1:]):
+            return None
         x = norm.args[0]
-        axis = int(norm.attrs.axis) % len(ir.shape_of(x))
-        folded = _into_convolution(state, x, a, readers)
-        shape = [1] * len(ir.shape_of(x))
-        shape[axis] = -1
-        if folded is not None:
-            conv, bias, conv_name = folded
-            y = state.emit(conv, conv_name)
-            return relax.op.add(y, ir.constant((b + bias * a).reshape(shape).astype(np.float32)))
-        scaled = state.emit(relax.op.multiply(x, ir.constant(a.reshape(shape).astype(np.float32))), f"{name}_scaled")
-        return relax.op.add(scaled, ir.constant(b.reshape(shape).astype(np.float32)))
+        ndim = len(ir.shape_of(x))
+        axis = int(norm.attrs.axis) % ndim
+        a, b = _affine(norm)
+
+        def along_axis(vector: Array) -> Any:
+            return ir.constant(vector.reshape([-1 if i == axis else 1 for i in range(ndim)]).astype(ir.dtype_of(x)))
+
+        folded = _into_layer(state, x, a, axis, readers)
+        if folded is None:
+            scaled = state.emit(relax.op.multiply(x, along_axis(a)), f"{name}_scaled")
+            return relax.op.add(scaled, along_axis(b))
+        layer, bias, layer_name = folded
+        return relax.op.add(state.emit(layer, layer_name), along_axis(b + bias * a))
 
     return ir.rewrite(module, visit)
 
 
-def _into_convolution(state: ir.Rewrite, x: Any, a: Array, readers: dict[Any, list[Any]]) -> tuple[Any, Array, str] | None:
-    """The convolution behind `x` with weights times `a`, the bias between them, and its name; None where it cannot be."""
+def _affine(norm: Any) -> tuple[Array, Array]:
+    """The factor and the offset of each channel, float64."""
+    gamma, beta, mean, var = (ir.to_numpy(arg).astype(np.float64) for arg in norm.args[1:])
+    a = (gamma if bool(norm.attrs.scale) else np.ones_like(gamma)) / np.sqrt(var + float(norm.attrs.epsilon))
+    return a, (beta if bool(norm.attrs.center) else np.zeros_like(beta)) - mean * a
+
+
+def _into_layer(
+    state: ir.Rewrite, x: Any, a: Array, axis: int, readers: dict[Any, list[Any]]
+) -> tuple[Any, Array, str] | None:
+    """The layer behind `x` with weights times `a`, the bias between them, and the name of the layer, or None."""
     bias: Array = np.zeros(1)
+    result = x
     if not _sole_use(state, x, readers):
         return None
-    var, call = x, state.value(x)
+    call = state.value(x)
     if ir.is_call(call, "add") and ir.is_constant(call.args[1]):
-        bias = ir.to_numpy(call.args[1]).astype(np.float64).reshape(-1)
-        if bias.size not in (1, a.size) or not _sole_use(state, call.args[0], readers):
+        constant = ir.to_numpy(call.args[1]).astype(np.float64)
+        if not _is_along(constant.shape, axis, len(ir.shape_of(x))) or ir.shape_of(call.args[0]) != ir.shape_of(x):
             return None
-        var, call = call.args[0], state.value(call.args[0])
-    if not ir.is_call(call, "nn.conv2d", "nn.conv1d", "nn.conv3d") or not ir.is_constant(call.args[1]):
+        bias, x = constant.reshape(-1), call.args[0]
+        if not _sole_use(state, x, readers):
+            return None
+        call = state.value(x)
+    if ir.is_call(call, *_CONVOLUTIONS) and axis == 1:
+        channel = 0
+    elif ir.is_call(call, "matmul") and axis == len(ir.shape_of(x)) - 1 and len(ir.shape_of(call.args[1])) == 2:
+        channel = 1
+    else:
+        return None
+    if not ir.is_constant(call.args[1]):
         return None
     weight = ir.to_numpy(call.args[1])
-    scaled = (weight * a.reshape((-1,) + (1,) * (weight.ndim - 1))).astype(weight.dtype)
-    return relax.Call(call.op, [call.args[0], ir.constant(scaled)], call.attrs), bias, str(state.old_of[var].name)
+    scaled = weight * a.reshape([-1 if i == channel else 1 for i in range(weight.ndim)])
+    layer = relax.Call(call.op, [call.args[0], ir.constant(scaled.astype(weight.dtype))], call.attrs)
+    return layer, bias, str(state.old_of[result].name)
+
+
+def _is_along(shape: tuple[int, ...], axis: int, ndim: int) -> bool:
+    """Whether a tensor of `shape`, broadcast to `ndim` axes, varies along `axis` only."""
+    padded = (1,) * (ndim - len(shape)) + shape
+    return all(extent == 1 for i, extent in enumerate(padded) if i != axis)
 
 
 def _sole_use(state: ir.Rewrite, x: Any, readers: dict[Any, list[Any]]) -> bool:

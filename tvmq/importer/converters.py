@@ -4,9 +4,11 @@ A converter takes an fx node and the importer, and returns the Relax expression 
 
     def exp2(node, importer):
         x = importer.env[node.args[0]]
-        return importer.block_builder.emit(...)
+        return importer.block_builder.emit(relax.op.exp(...))
 
-`table()` maps the operator's name with its overload ("exp2.default") to its converter.
+`table()` maps the operator's name with its overload ("exp2.default") to its converter. What is easier said in PyTorch
+is in `decompositions.py`. tests/importer/test_converters.py shows for each that TVM's own still fails: one that TVM has
+mended goes.
 """
 
 from __future__ import annotations
@@ -14,33 +16,121 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import numpy as np
 from torch import fx
-from torch.export import ExportedProgram
 from tvm import relax
 
+from tvmq import ir
+from tvmq.importer import convert_pooling, convert_resampling
+from tvmq.importer.arguments import arguments
+
 Converter = Callable[[fx.Node, Any], Any]
+_op = relax.op
 
 
 def table() -> dict[str, Converter]:
     """Our converters, by operator name with overload."""
-    return {"select.int": _select}
-
-
-def decompositions() -> Any:
-    """PyTorch's default decompositions into core ATen operators."""
-    return torch.export.default_decompositions()
-
-
-def rewrite(program: ExportedProgram) -> None:
-    """Rewrites of the exported graph, in place, before it is translated."""
+    return {
+        "select.int": _select,
+        "elu.default": _elu,
+        "native_group_norm.default": _group_norm,
+        "amax.default": _extremum(_op.max),
+        "amin.default": _extremum(_op.min),
+        "min.dim": _min_dim,
+        "prod.dim_int": _prod,
+        "any.default": _any,
+        "any.dim": _any,
+        "any.dims": _any,
+        "sort.stable": _sort_stable,
+        **convert_pooling.table(),
+        **convert_resampling.table(),
+    }
 
 
 def _select(node: fx.Node, importer: Any) -> Any:
     """`x.select(dim, index)`: TVM's converter passes a negative index on, which reads out of bounds."""
-    x = importer.env[node.args[0]]
-    dim, index = int(node.args[1]), int(node.args[2])
-    axis = dim % len(x.ty.shape.values)
-    index %= int(x.ty.shape.values[axis])
-    part = importer.block_builder.emit(relax.op.strided_slice(x, [axis], [index], [index + 1]))
-    return importer.block_builder.emit(relax.op.squeeze(part, axis=[axis]))
+    a = arguments(node)
+    x = importer.env[a["self"]]
+    axis = a["dim"] % len(ir.shape_of(x))
+    index = a["index"] % ir.shape_of(x)[axis]
+    part = importer.block_builder.emit(_op.strided_slice(x, [axis], [index], [index + 1]))
+    return importer.block_builder.emit(_op.squeeze(part, axis=[axis]))
+
+
+def _elu(node: fx.Node, importer: Any) -> Any:
+    """`scale * (max(0, x) + alpha * min(0, exp(input_scale * x) - 1))`; selu is a case of it. TVM's drops the scales.
+
+    exp(min(0, x)) - 1 is min(0, exp(x) - 1), and does not overflow.
+    """
+    a = arguments(node)
+    x = importer.env[a["self"]]
+    dtype = ir.dtype_of(x)
+
+    def scaled(value: Any, factor: float) -> Any:
+        return value if factor == 1 else _op.multiply(value, relax.const(factor, dtype))
+
+    negative = _op.minimum(scaled(x, a["input_scale"]), relax.const(0, dtype))
+    curve = _op.subtract(_op.exp(negative), relax.const(1, dtype))
+    return importer.block_builder.emit(
+        _op.add(scaled(_op.nn.relu(x), a["scale"]), scaled(curve, a["alpha"] * a["scale"]))
+    )
+
+
+def _group_norm(node: fx.Node, importer: Any) -> Any:
+    """`native_group_norm`, without weight or bias too: TVM's makes a null operand of them."""
+    a = arguments(node)
+    x = importer.env[a["input"]]
+    channels = np.ones(ir.shape_of(x)[1], ir.dtype_of(x))
+    gamma = ir.constant(channels) if a["weight"] is None else importer.env[a["weight"]]
+    beta = ir.constant(0 * channels) if a["bias"] is None else importer.env[a["bias"]]
+    axes = list(range(2, len(ir.shape_of(x))))
+    return importer.block_builder.emit(
+        _op.nn.group_norm(x, gamma, beta, num_groups=a["group"], channel_axis=1, axes=axes, epsilon=a["eps"])
+    )
+
+
+def _extremum(reduce: Callable[..., Any]) -> Converter:
+    """`amax` and `amin` over some dimensions, or over all where none is named. TVM has no converter."""
+
+    def convert(node: fx.Node, importer: Any) -> Any:
+        a = arguments(node)
+        return importer.block_builder.emit(reduce(importer.env[a["self"]], axis=_axes(a["dim"]), keepdims=a["keepdim"]))
+
+    return convert
+
+
+def _min_dim(node: fx.Node, importer: Any) -> Any:
+    """`x.min(dim)`: values and the indices of the first of them. TVM has no converter."""
+    a = arguments(node)
+    x = importer.env[a["self"]]
+    values = importer.block_builder.emit(_op.min(x, axis=[a["dim"]], keepdims=a["keepdim"]))
+    indices = importer.block_builder.emit(_op.argmin(x, axis=a["dim"], keepdims=a["keepdim"]))
+    return importer.block_builder.emit(relax.Tuple([values, indices]))
+
+
+def _prod(node: fx.Node, importer: Any) -> Any:
+    """`x.prod(dim)`. TVM converts only the product of all elements."""
+    a = arguments(node)
+    return importer.block_builder.emit(_op.prod(importer.env[a["self"]], axis=[a["dim"]], keepdims=a["keepdim"]))
+
+
+def _any(node: fx.Node, importer: Any) -> Any:
+    """`torch.any`: a boolean, of numbers too. TVM's returns the largest number, and cannot take all dimensions."""
+    a = arguments(node)
+    x = importer.env[a["self"]]
+    truth = x if ir.dtype_of(x) == "bool" else _op.not_equal(x, relax.const(0, ir.dtype_of(x)))
+    found = _op.max(_op.astype(truth, "int8"), axis=_axes(a.get("dim")), keepdims=a.get("keepdim", False))
+    return importer.block_builder.emit(_op.astype(found, "bool"))
+
+
+def _axes(dims: Any) -> list[int] | None:
+    return [dims] if isinstance(dims, int) else list(dims or []) or None
+
+
+def _sort_stable(node: fx.Node, importer: Any) -> Any:
+    """`torch.sort(stable=...)`: TVM's argsort on a CPU is stable, but its converter knows the other overload only."""
+    a = arguments(node)
+    x = importer.env[a["self"]]
+    indices = importer.block_builder.emit(_op.argsort(x, a["dim"], a["descending"], dtype="int64"))
+    values = importer.block_builder.emit(_op.gather_elements(x, indices, axis=a["dim"]))
+    return importer.block_builder.emit(relax.Tuple([values, indices]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +15,29 @@ from torch.export import ExportedProgram
 from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from tvmq import ir
 from tvmq.errors import ModelError, UnsupportedOpError
-from tvmq.importer import converters
+from tvmq.importer import converters, decompositions, graph_rewrites
+from tvmq.importer import program as programs
 
 Converter = Callable[[fx.Node, Any], Any]
-_LOG = logging.getLogger(__name__)
+# What a model's forward() or one of TVM's converters raises when it cannot take what it was given.
+_PYTHON_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+WAYS_OUT = (
+    "rewrite that layer, or pass import_model(..., converters={'op.overload': function}); "
+    "tvmq/importer/converters.py shows how a converter looks"
+)
+# TVM knows these, but a module with branches or run-time checks is no single dataflow block.
+_NOT_DATAFLOW = {"cond", "_assert_async.default", "_assert_async.msg"}
 
 
 @dataclass(frozen=True)
@@ -38,37 +55,42 @@ class Translation:
     converters: Mapping[str, str]
 
 
-def export(module: torch.nn.Module, example_inputs: Sequence[Any]) -> ExportedProgram:
-    """`torch.export.export` of `module` in inference mode. Raises ModelError with the first line of what PyTorch says."""
-    was_training = module.training
+def export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> ExportedProgram:
+    """`torch.export.export` of `module` in inference mode, which it leaves in the mode it was in.
+
+    Raises ModelError with the first line of what PyTorch says.
+    """
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(module, tuple(example_inputs))
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, torch._dynamo.exc.TorchDynamoException) as error:
+            return torch.export.export(module, tuple(args), dict(kwargs or {}))
+    except (*_PYTHON_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
         raise ModelError(
             f"torch.export cannot trace {type(module).__name__}",
             seen=_first_line(error),
-            hint="make forward() free of data-dependent control flow, or export it yourself and pass the .pt2 file",
+            hint="check the example inputs, keep forward() free of data-dependent control flow, or pass a .pt2 file",
         ) from error
     finally:
-        module.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = None) -> Translation:
     """An exported program as Relax. `extra`: converters by operator name ("aten op.overload"), before ours and TVM's.
 
     Raises UnsupportedOpError naming each operator without a converter and the layer it is in; ModelError where TVM's
-    importer fails on an operator.
+    importer fails on an operator, where the program was exported in training mode, or keeps state.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = program.run_decompositions(converters.decompositions())
-    converters.rewrite(program)
+        program = program.run_decompositions(decompositions.table())
+    programs.check_inference(program)
+    graph_rewrites.rewrite(program)
     own = {**converters.table(), **(extra or {})}
     importer = _Importer()
-    _check_known(program, set(importer.create_convert_map()) | set(own))
+    _check_known(program, (set(importer.create_convert_map()) - _NOT_DATAFLOW) | set(own))
     importer.path_of = _layer_paths(program)
     try:
         module = importer.from_exported_program(
@@ -78,10 +100,7 @@ def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = 
             no_bind_return_tuple=False,
             custom_convert_map=own,
         )
-    except UnsupportedOpError:
-        raise
-    # TVM's converters raise whatever their Python happens to raise; each means that they cannot take this operator.
-    except (AssertionError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except _PYTHON_ERRORS as error:
         raise _failed(importer.current, error) from error
     return _named(module, importer, program, own)
 
@@ -94,8 +113,11 @@ class _Importer(ExportedProgramImporter):  # type: ignore[misc]
         self.current: fx.Node | None = None
         self.path_of: dict[str, str] = {}
 
-    def update_convert_map(self, custom_convert_map: dict[str, Converter]) -> None:
-        super().update_convert_map(custom_convert_map)
+    @staticmethod
+    def _convert_pytorch_tensor_to_tvm(tensor_value: torch.Tensor) -> Any:
+        """A copy: TVM's own takes the module's memory, and training it further would change the imported model."""
+        dense = tensor_value.detach().to_dense() if tensor_value.layout != torch.strided else tensor_value.detach()
+        return tvm.runtime.from_dlpack(dense.cpu().clone(memory_format=torch.contiguous_format))
 
     def _translate_fx_graph(self, graph_module: Any, nodes: Any, inputs_vars: Any, custom_ops: Any = None) -> Any:
         return super()._translate_fx_graph(graph_module, self._watched(nodes), inputs_vars, custom_ops)
@@ -116,56 +138,86 @@ def _check_known(program: ExportedProgram, known: set[str]) -> None:
         listed = ", ".join(f"{name} (in {path or 'the model itself'})" for name, path in unknown.items())
         raise UnsupportedOpError(
             f"no converter for {listed}",
-            hint="rewrite that layer, or pass import_model(..., converters={'<op>': function}); see docs in tvmq/importer/converters.py",
+            hint=WAYS_OUT,
         )
 
 
 def _failed(node: fx.Node | None, error: Exception) -> ModelError:
-    where = "the program" if node is None else f"{getattr(node.target, '__name__', node.target)} in {layer_path(node) or 'the model itself'}"
-    return ModelError(
-        f"TVM's importer fails on {where}",
-        seen=_first_line(error),
-        hint="rewrite that layer, or pass import_model(..., converters={'<op>': function})",
-    )
+    where = "the program" if node is None else where_is(node)
+    return ModelError(f"the importer fails on {where}", seen=_first_line(error), hint=WAYS_OUT)
 
 
-def _named(module: tvm.IRModule, importer: _Importer, program: ExportedProgram, own: Mapping[str, Converter]) -> Translation:
+def where_is(node: fx.Node) -> str:
+    """The operator of `node` and the layer it was traced in, for a message."""
+    return f"{getattr(node.target, '__name__', node.target)} in {layer_path(node) or 'the model itself'}"
+
+
+def _named(
+    module: tvm.IRModule, importer: _Importer, program: ExportedProgram, own: Mapping[str, Converter]
+) -> Translation:
     """Rename each variable after the layer its node came from."""
-    from tvmq import ir
+    names, paths = _names(module, importer)
+    final: dict[Any, Any] = {param: param for param in ir.main(module).params}
+    new_names: dict[Any, str] = {param: str(param.name) for param in final}
 
-    node_of: dict[Any, str] = {}
-    for node, value in importer.env.items():
-        if isinstance(value, relax.Var) and value not in node_of:
-            node_of[value] = node.name
-    names: dict[Any, str] = {}
-    variables: dict[str, str] = {}
-    paths: dict[str, str] = {}
-    taken: set[str] = {str(param.name) for param in ir.main(module).params}
-    for var, value in ir.bindings(module):
-        node_name = node_of.get(var)
-        path = importer.path_of.get(node_name or "", "")
-        name = _unique(_identifier(path) or str(var.name), taken)
-        names[var] = name
-        if node_name:
-            variables[node_name] = name
-            paths[name] = path or name
-        del value
-    for param in ir.main(module).params:
-        variables.setdefault(str(param.name), str(param.name))
-    renamed = ir.rewrite(module, lambda state, _name, value: state.emit(value, names[state.current]))
+    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
+        nonlocal final
+        final = state.new_of
+        renamed = state.emit(value, names[state.current])
+        new_names[renamed] = names[state.current]
+        return renamed
+
+    renamed = ir.rewrite(module, visit)
+    variables = {
+        node.name: new_names[final[value]]
+        for node, value in importer.env.items()
+        if isinstance(value, relax.Var) and isinstance(final.get(value), relax.Var)
+    }
     used = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
     who = {name: "tvmq" if name in own else "tvm" for name in sorted(used)}
     return Translation(renamed, program, variables, paths, who)
+
+
+def _names(module: tvm.IRModule, importer: _Importer) -> tuple[dict[Any, str], dict[str, str]]:
+    """Each variable's new name, and the path of the layer for each name.
+
+    A node's result is named by its path, what its converter computed on the way by the path and the operator: the
+    convolution before a bias in layer "stem.conv" is stem_conv_conv2d, and its sum with the bias stem_conv.
+    """
+    first: dict[Any, str] = {}
+    for node, value in importer.env.items():
+        if isinstance(value, relax.Var):
+            first.setdefault(value, node.name)
+    names: dict[Any, str] = {}
+    paths: dict[str, str] = {}
+    taken: set[str] = {str(param.name) for param in ir.main(module).params}
+    pending: list[tuple[Any, Any]] = []
+    for var, value in ir.bindings(module):
+        pending.append((var, value))
+        if var not in first:
+            continue
+        path = importer.path_of.get(first[var], "")
+        names[var] = _unique(_identifier(path) or str(var.name), taken)
+        paths[names[var]] = path or names[var]
+        for inner, call in pending[:-1]:
+            suffix = ir.op_name(call).split(".")[-1] if ir.is_call(call) else "part"
+            names[inner] = _unique(_identifier(f"{path}_{suffix}"), taken)
+            paths[names[inner]] = path or names[inner]
+        pending.clear()
+    for var, _ in pending:
+        names[var] = _unique(str(var.name), taken)
+    return names, paths
 
 
 def _layer_paths(program: ExportedProgram) -> dict[str, str]:
     """fx node name -> a readable path: the layer's for a layer's one operator, else the layer's and the operator."""
     paths: dict[str, str] = {}
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target.__name__ == "getitem":
+        if node.op != "call_function":
             continue
-        layer, operator = layer_path(node), node.target.__name__.split(".")[0].lstrip("_")
-        leaf = _layer_class(node)
+        source = node.args[0] if node.target.__name__ == "getitem" else node
+        layer, operator = layer_path(source), source.target.__name__.split(".")[0].lstrip("_")
+        leaf = _layer_class(source)
         whole = leaf.startswith("torch.nn.modules.") and not leaf.endswith(("Sequential", "ModuleList"))
         paths[node.name] = layer if layer and whole else f"{layer}.{operator}".lstrip(".")
     return paths

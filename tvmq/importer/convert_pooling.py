@@ -1,0 +1,110 @@
+"""Converters of pooling (see `converters.py`). Images are [N, C, H, W], or [C, H, W]."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from tvm import relax
+
+from tvmq import ir
+from tvmq.importer.arguments import arguments
+
+Converter = Callable[[fx.Node, Any], Any]
+_op = relax.op
+
+
+def table() -> dict[str, Converter]:
+    """The converters of this file, by operator name with overload."""
+    return {
+        "avg_pool2d.default": _avg_pool2d,
+        "max_pool2d_with_indices.default": _max_pool2d,
+        "adaptive_max_pool2d.default": _adaptive_max_pool2d,
+    }
+
+
+def _max_pool2d(node: fx.Node, importer: Any) -> Any:
+    """`max_pool2d`, whose stride is the kernel's size where it is empty: TVM's passes an empty stride on.
+
+    TVM's converter returns zeros for the indices: here a model that reads them is refused.
+    """
+    _refuse_indices(node)
+    a = arguments(node)
+    kernel = a["kernel_size"]
+
+    def pool(x: Any) -> Any:
+        stride, sides = a["stride"] or kernel, _sides(a["padding"])
+        return _op.nn.max_pool2d(x, kernel, stride, sides, a["dilation"], a["ceil_mode"])
+
+    return relax.Tuple([_on_batch(importer, a["self"], pool)])
+
+
+def _avg_pool2d(node: fx.Node, importer: Any) -> Any:
+    """`avg_pool2d`; with divisor_override each window's sum is divided by that number, which TVM's converter ignores.
+
+    Zeros are padded by hand then, up to what ceil_mode reaches, so that every window has kh * kw elements.
+    """
+    a = arguments(node)
+    kernel, divisor = _pair(a["kernel_size"]), a["divisor_override"]
+    stride, padding = _pair(a["stride"] or kernel), _pair(a["padding"])
+    outputs = node.meta["val"].shape[-2:]
+
+    def pool(x: Any) -> Any:
+        if divisor is None:
+            sides = _sides(padding)
+            return _op.nn.avg_pool2d(x, kernel, stride, sides, (1, 1), a["ceil_mode"], a["count_include_pad"])
+        sizes = zip(ir.shape_of(x)[2:], outputs, kernel, stride, padding, strict=True)
+        after = [max((o - 1) * s + k - n - p, 0) for n, o, k, s, p in sizes]
+        padded = _op.nn.pad(x, [0, 0, 0, 0, padding[0], after[0], padding[1], after[1]])
+        pooled = _op.nn.avg_pool2d(padded, kernel, stride, count_include_pad=True)
+        return _op.multiply(pooled, relax.const(math.prod(kernel) / divisor, ir.dtype_of(x)))
+
+    return _on_batch(importer, a["self"], pool)
+
+
+def _adaptive_max_pool2d(node: fx.Node, importer: Any) -> Any:
+    """The maximum of each of a grid of windows, from floor(i * n / m) to ceil((i + 1) * n / m). TVM has no converter.
+
+    Windows of one size are a max pool; others are cut out, first along the rows, then along the columns.
+    """
+    _refuse_indices(node)
+    a = arguments(node)
+
+    def pool(x: Any) -> Any:
+        extents, outputs = ir.shape_of(x)[2:], a["output_size"]
+        if all(n % m == 0 for n, m in zip(extents, outputs, strict=True)):
+            kernel = [n // m for n, m in zip(extents, outputs, strict=True)]
+            return _op.nn.max_pool2d(x, kernel, kernel)
+        for axis, n, m in zip((2, 3), extents, outputs, strict=True):
+            bands = [_op.strided_slice(x, [axis], [i * n // m], [-(-(i + 1) * n // m)]) for i in range(m)]
+            peaks = [_op.max(band, axis=[axis], keepdims=True) for band in bands]
+            x = importer.block_builder.emit(_op.concat(peaks, axis))
+        return x
+
+    return relax.Tuple([_on_batch(importer, a["self"], pool)])
+
+
+def _refuse_indices(node: fx.Node) -> None:
+    if any(user.target is operator.getitem and user.args[1] == 1 for user in node.users):
+        raise NotImplementedError("the indices of a max pool are not supported")
+
+
+def _on_batch(importer: Any, name: Any, pool: Callable[[Any], Any]) -> Any:
+    """`pool` of a batch of images, or of one image without the batch's axis."""
+    x = importer.env[name]
+    if len(ir.shape_of(x)) == 4:
+        return importer.block_builder.emit(pool(x))
+    batch = importer.block_builder.emit(_op.expand_dims(x, 0))
+    return importer.block_builder.emit(_op.squeeze(importer.block_builder.emit(pool(batch)), [0]))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _sides(padding: Any) -> tuple[int, int, int, int]:
+    vertical, horizontal = _pair(padding)
+    return vertical, horizontal, vertical, horizontal

@@ -1,0 +1,68 @@
+"""The front door of the importer: a PyTorch model in, a checked canonical `Model` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from tvmq import ir
+from tvmq.importer import check as checks
+from tvmq.importer import program as programs
+from tvmq.importer import source as sources
+from tvmq.importer import torch_export
+from tvmq.importer.canonical import canonicalize
+from tvmq.model import Model, Signature, TensorSpec
+
+
+def import_model(
+    source: object,
+    example_inputs: object = None,
+    *,
+    check: bool = True,
+    tolerance: float = 1e-4,
+    converters: Mapping[str, torch_export.Converter] | None = None,
+    name: str | None = None,
+) -> Model:
+    """A PyTorch model as canonical Relax, compared with PyTorch on the example inputs.
+
+    `source`: a torch.nn.Module, a torch.export.ExportedProgram, a path to a `.pt2` file that torch.export.save wrote,
+    or "package.module:function" (imported with the working directory on the path), a function that returns
+    (module, example_inputs). `example_inputs`: a tensor or array, a tuple of them, or a dict by name; a module needs
+    them, an exported program brings its own unless they are given. `check`: compare every tensor with PyTorch's, within
+    `tolerance` (`check.deviation` is the formula). `converters`: operator with overload ("exp2.default") -> function,
+    as in `converters.py`. `name`: default the class, the file's stem, or the function.
+
+    Raises ModelError for a source that cannot be read, UnsupportedOpError for an operator without a converter,
+    ImportMismatchError where the translation computes something else, SignatureError for example inputs that do not
+    fit; nothing is imported then.
+    """
+    found = sources.read(source, example_inputs, name)
+    translation = torch_export.translate(found.program, converters)
+    signature = signature_of(found.program, translation.module)
+    example = signature.arrays(found.example)
+    reference = programs.run(found.program, example)
+    if check:
+        checks.compare(translation, example, tolerance)
+    module = canonicalize(translation.module)
+    if check:
+        checks.compare_outputs(module, signature, example, reference, tolerance)
+    paths = _live(translation.paths, module)
+    return Model(module, signature, found.name, example, reference, paths, translation.converters)
+
+
+def signature_of(program: ExportedProgram, module: Any) -> Signature:
+    """Inputs named as in the exported program; outputs by the keys of a returned dict, else by the program's nodes."""
+    inputs = [_spec(str(param.name), param) for param in ir.main(module).params]
+    outputs = [_spec(name, out) for name, out in zip(programs.output_names(program), ir.outputs(module), strict=True)]
+    return Signature(tuple(inputs), tuple(outputs))
+
+
+def _spec(name: str, expr: Any) -> TensorSpec:
+    return TensorSpec(name, ir.shape_of(expr), ir.dtype_of(expr))
+
+
+def _live(paths: Mapping[str, str], module: Any) -> dict[str, str]:
+    names = {str(var.name) for var, _ in ir.bindings(module)}
+    return {name: path for name, path in paths.items() if name in names}

@@ -1,0 +1,157 @@
+"""What a user may name as a model: a module, an exported program, a `.pt2` file, or "package.module:function"."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tvmq.errors import ModelError, nearest
+from tvmq.importer import program as programs
+from tvmq.importer import pt2, torch_export
+
+_KINDS = "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 file, or 'package.module:function'"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program with static shapes, the name it goes by, and its inputs, flat and in the program's order."""
+
+    program: ExportedProgram
+    name: str
+    example: tuple[torch.Tensor, ...]
+
+
+def read(source: object, example_inputs: object = None, name: str | None = None) -> Source:
+    """Read `source` (see `load.import_model`). Raises ModelError."""
+    if isinstance(source, torch.nn.Module):
+        return _from_module(source, example_inputs, name)
+    if isinstance(source, ExportedProgram):
+        return _from_program(source, example_inputs, name or "model")
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
+        path = Path(source)
+        if path.suffix != ".pt2":
+            raise ModelError(
+                f"{path}", expected="a .pt2 file or 'package.module:function'", seen=path.suffix or "no suffix"
+            )
+        return _from_program(pt2.load(path), example_inputs, name or path.stem)
+    if isinstance(source, str):
+        model, example, function = _call(source)
+        return read(model, example if example_inputs is None else example_inputs, name or function)
+    raise ModelError("model", expected=_KINDS, seen=type(source).__name__)
+
+
+def _is_path(text: str) -> bool:
+    return ":" not in text or text.endswith(".pt2") or Path(text).exists()
+
+
+def _from_module(module: torch.nn.Module, example_inputs: object, name: str | None) -> Source:
+    title = name or type(module).__name__
+    if example_inputs is None:
+        raise ModelError(f"module {title} without example inputs", hint="pass import_model(module, example_inputs)")
+    args, kwargs = _arguments(example_inputs)
+    return _from_program(torch_export.export(module, args, kwargs), None, title)
+
+
+def _from_program(program: ExportedProgram, example_inputs: object, name: str) -> Source:
+    programs.check_interface(program, name)
+    if example_inputs is None:
+        if not program.example_inputs:
+            raise ModelError(f"{name} carries no example inputs", hint="pass import_model(..., example_inputs)")
+        return Source(program, name, tuple(pytree.tree_leaves(program.example_inputs)))
+    args, kwargs = _arguments(example_inputs)
+    names = programs.input_names(program)
+    if kwargs and set(kwargs) != set(names):
+        raise ModelError(f"example inputs of {name}", expected=names, seen=sorted(kwargs))
+    return Source(program, name, args or tuple(kwargs[key] for key in names))
+
+
+def _arguments(example_inputs: object) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Example inputs as positional and named tensors."""
+    if isinstance(example_inputs, Mapping):
+        return (), {str(key): _tensor(value) for key, value in example_inputs.items()}
+    if isinstance(example_inputs, tuple | list):
+        return tuple(_tensor(value) for value in example_inputs), {}
+    return (_tensor(example_inputs),), {}
+
+
+def _tensor(value: object) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.array(value, order="C"))
+    wanted = "a tensor or an array, a tuple of them, or a dict by name"
+    raise ModelError("example inputs", expected=wanted, seen=type(value).__name__)
+
+
+def _call(reference: str) -> tuple[object, object, str]:
+    """What "package.module:function" returns, and the function's name; the working directory is importable."""
+    module_name, _, function_name = reference.partition(":")
+    with _importable(Path.cwd()):
+        module = _import(module_name)
+        function = getattr(module, function_name, None)
+        if function is None:
+            names = [key for key, value in vars(module).items() if callable(value)]
+            raise ModelError(f"no function {function_name!r} in {module_name}", hint=nearest(function_name, names))
+        wanted = "a function that returns (module, example_inputs)"
+        if isinstance(function, torch.nn.Module) or not callable(function):
+            raise ModelError(f"{reference}", expected=wanted, seen=type(function).__name__)
+        result = function()
+    if isinstance(result, ExportedProgram):
+        return result, None, function_name
+    if not _is_pair(result):
+        raise ModelError(f"{reference}", expected=wanted, seen=f"one that returns {_described(result)}")
+    return result[0], result[1], function_name
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.nn.Module | ExportedProgram)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(item).__name__ for item in value)})"
+    return type(value).__name__
+
+
+def _import(name: str) -> Any:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ModelError(f"{name!r} is no module name", expected=_KINDS)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+            raise ModelError(f"importing {name} fails", seen=error.msg) from error
+        raise ModelError(f"no module {error.name!r}", hint=_nearest_module(error.name)) from error
+    except (ImportError, SyntaxError) as error:
+        raise ModelError(f"importing {name} fails", seen=f"{type(error).__name__}: {error.msg}") from error
+
+
+def _nearest_module(name: str) -> str | None:
+    parent, _, leaf = name.rpartition(".")
+    paths = list(getattr(sys.modules.get(parent), "__path__", [])) if parent else [str(Path.cwd())]
+    found = [f"{parent}.{info.name}".lstrip(".") for info in pkgutil.iter_modules(paths)]
+    return nearest(name, found) if leaf else None
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """`folder` first on the import path, for the time of the block."""
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.invalidate_caches()
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
