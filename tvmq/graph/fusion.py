@@ -203,7 +203,7 @@ def _follower(running: Any, call: Any) -> Follower | None:
         return None
     other = call.args[1] if call.args[0].same_as(running) else call.args[0]
     if ir.is_constant(other):
-        return _bias(ir.to_numpy(other), ir.shape_of(running)[-1])
+        return _bias(ir.to_numpy(other), ir.shape_of(running)[-1] if ir.shape_of(running) else 1)
     return AddTensor(other) if ir.shape_of(other) == ir.shape_of(running) else None
 
 

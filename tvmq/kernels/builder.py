@@ -173,9 +173,10 @@ def _centred(value: Expr, zero_point: int, lanes: int) -> Expr:
 
 
 def _limit(value: Expr, low: float | None, high: float | None, dtype: str, lanes: int) -> Expr:
-    if high is not None:
-        value = T.min(value, number(high, dtype, lanes))
-    return value if low is None else T.max(value, number(low, dtype, lanes))
+    """Limited from below, then from above, so that `high` wins where the two cross."""
+    if low is not None:
+        value = T.max(value, number(low, dtype, lanes))
+    return value if high is None else T.min(value, number(high, dtype, lanes))
 
 
 def fenced(value: Expr, lanes: int) -> Expr:

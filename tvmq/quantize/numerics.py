@@ -108,7 +108,7 @@ def requantize(
 
 def to_integer(v: Array, zero_point: int, qmin: int, qmax: int, dtype: str) -> Array:
     """`clip(nearbyint(v) + zero_point, qmin, qmax)`; computed as kernels do, clipping first, which is the same."""
-    limited = np.maximum(np.minimum(v.astype(F32), F32(qmax - zero_point)), F32(qmin - zero_point))
+    limited = np.minimum(np.maximum(v.astype(F32), F32(qmin - zero_point)), F32(qmax - zero_point))
     return (np.rint(limited).astype(np.int32) + zero_point).astype(dtype)
 
 

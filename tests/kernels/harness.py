@@ -1,0 +1,240 @@
+"""Builds single tvmq operators for a target, runs them here or on a board, and compares them with the NumPy oracle."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax, rpc
+
+from tvmq import interpret, ir, ops
+from tvmq.cpuinfo import host_features
+from tvmq.deploy.build import FLOAT_TOLERANCE, runs_here
+from tvmq.deploy.crosslink import linker
+from tvmq.deploy.emulate import EmulatedBoard
+from tvmq.isa import Int8Dot
+from tvmq.kernels.lower import Lowered, lower
+from tvmq.kernels.schedule import build, schedule
+from tvmq.quantize import numerics
+from tvmq.target import Target, load_target
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator: `emit(*inputs)` makes its call from expressions; everything but `inputs` is constant."""
+
+    name: str
+    emit: Callable[..., Any]
+    inputs: tuple[Array, ...]
+
+
+def _x86(name: str, cpu: str, *features: str) -> Target:
+    return Target(f"test-{name}", "one level", "x86_64-linux-gnu", cpu, 2, 32, 1024, features=features)
+
+
+# The instruction set levels of x86, and the int8 instruction that each should use.
+LEVELS: dict[str, tuple[Callable[[], Target], Int8Dot | None]] = {
+    "sse2": (lambda: _x86("sse2", "x86-64"), Int8Dot.NONE),
+    "avx": (lambda: _x86("avx", "sandybridge"), Int8Dot.AVX2_PAIRS),
+    "avx2": (lambda: load_target("x86-64-avx2"), Int8Dot.AVX2_PAIRS),
+    "avx512-pairs": (lambda: _x86("avx512-pairs", "x86-64-v4"), Int8Dot.AVX512_PAIRS),
+    "avx512-vnni": (lambda: load_target("x86-64-avx512-vnni"), Int8Dot.AVX512_VNNI),
+    "avx-vnni": (lambda: load_target("intel-n100"), Int8Dot.AVX_VNNI),
+    "amx": (lambda: load_target("x86-64-amx"), Int8Dot.AMX),
+    "host": (lambda: load_target("host"), None),
+}
+
+
+@functools.cache
+def target_of(name: str) -> Target:
+    """The target of a level in `LEVELS`, or a shipped one."""
+    return LEVELS[name][0]() if name in LEVELS else load_target(name)
+
+
+def runnable(name: str) -> Target:
+    """The target of a level; skips the test where this machine cannot run its code."""
+    target = target_of(name)
+    if not runs_here(target):
+        pytest.skip(f"this machine lacks {', '.join(target.missing_features(host_features())) or target.triple}")
+    return target
+
+
+def module_of(cases: Sequence[Case]) -> tvm.IRModule:
+    """A realized module: every case is an output of its own, reading inputs of its own."""
+    builder, params, results = relax.BlockBuilder(), [], []
+    for i, case in enumerate(cases):
+        params.append([relax.Var(f"x{i}_{j}", _type(x)) for j, x in enumerate(case.inputs)])
+    with builder.function("main", [param for group in params for param in group]):
+        with builder.dataflow():
+            for case, group in zip(cases, params, strict=True):
+                results.append(builder.emit(case.emit(*group), case.name))
+            outputs = builder.emit_output(relax.Tuple(results))
+        builder.emit_func_output(outputs)
+    return builder.get()
+
+
+def _type(array: Array) -> Any:
+    return relax.TensorType(list(array.shape), str(array.dtype))
+
+
+def compiled(module: tvm.IRModule, target: Target) -> tuple[Lowered, Any]:
+    """The lowered module, and the executable."""
+    lowered = lower(module, target)
+    return lowered, build(schedule(lowered.module, target), target)
+
+
+def run(module: tvm.IRModule, inputs: Sequence[Array], target: Target, board: EmulatedBoard | None = None) -> list[Array]:
+    """The outputs of a realized module, compiled for `target` and run here or on `board`."""
+    lowered, executable = compiled(module, target)
+    if board is None:
+        library, device = executable.jit(), tvm.cpu()
+    else:
+        library, device = _uploaded(executable, target, board)
+    machine = relax.VirtualMachine(library, device)
+    tensors = [tvm.runtime.tensor(np.asarray(x, order="C"), device) for x in [*inputs, *lowered.parameters.values()]]
+    machine.set_input("main", *tensors)
+    machine.invoke_stateful("main")
+    outputs = machine.get_outputs("main")
+    return [outputs[i].numpy() for i in range(len(outputs))]
+
+
+def _uploaded(executable: Any, target: Target, board: EmulatedBoard) -> tuple[Any, Any]:
+    remote = rpc.connect(board.host, board.port)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.so"
+        executable.export_library(str(path), fcompile=linker(target.zig_triple))
+        remote.upload(str(path))
+    return remote.load_module("kernels.so"), remote.cpu()
+
+
+def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = None) -> None:
+    """Every case equals the oracle: bit for bit for integers, within the float tolerance for floats."""
+    module = module_of(cases)
+    inputs = [x for case in cases for x in case.inputs]
+    wanted = interpret.run(module, inputs)
+    wrong = []
+    for case, want, got in zip(cases, wanted, run(module, inputs, target, board), strict=True):
+        if want.dtype != got.dtype or want.shape != got.shape:
+            wrong.append(f"{case.name}: {got.dtype}{got.shape} for {want.dtype}{want.shape}")
+        elif not same(want, got):
+            places = np.argwhere(want != got)
+            wrong.append(f"{case.name}: {len(places)} of {want.size} differ, first at {places[0].tolist()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def same(want: Array, got: Array) -> bool:
+    """Equal bits for integers; for floats, sums in another order."""
+    if want.dtype.kind in "iu":
+        return bool(np.array_equal(want, got))
+    scale = float(np.abs(want).max(initial=0.0))
+    return bool(np.allclose(want, got, rtol=0.0, atol=FLOAT_TOLERANCE * 1e-2 * scale + 1e-30))
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def integers(shape: Sequence[int], dtype: str, seed: int = 0) -> Array:
+    """All values of the dtype, evenly."""
+    low, high = numerics.INT_RANGE[dtype]
+    return np.random.default_rng(seed).integers(low, high + 1, shape).astype(dtype)
+
+
+def weights(shape: Sequence[int], seed: int = 1) -> Array:
+    """int8 weights in [-127, 127], the ends included."""
+    return np.random.default_rng(seed).integers(-127, 128, shape).astype(np.int8)
+
+
+def floats(shape: Sequence[int], seed: int = 2) -> Array:
+    """Normal float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def requantize(channels: int, products: int, dtype: str, *, bias: bool = True, seed: int = 3) -> tuple[list[Any], ops.Epilogue]:
+    """Operands and steps of an ordinary integer epilogue, scaled so that results of `products` products fill the range."""
+    rng = np.random.default_rng(seed)
+    zero_point = 5 + (128 if dtype == "uint8" else 0)
+    low, high = numerics.INT_RANGE[dtype]
+    scale = (rng.uniform(0.5, 1.5, channels) * 40 / (75.0 * 75.0 * products**0.5)).astype(np.float32)
+    tail = (ops.Scale(), ops.Quantize(zero_point, low, high, dtype))
+    if not bias:
+        return [ir.constant(scale)], tail
+    return [ir.constant(rng.integers(-9999, 9999, channels).astype(np.int32)), ir.constant(scale)], (ops.Bias(), *tail)
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+
+def conv(
+    name: str,
+    x: Array,
+    weight: Array,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    zero_point: int = 0,
+    epilogue: tuple[list[Any], ops.Epilogue] | None = None,
+    out_dtype: str | None = None,
+    extra: tuple[Array, ...] = (),
+) -> Case:
+    """A tvmq.conv2d; its epilogue requantizes (integers) or does nothing (floats) unless it is given.
+
+    `extra`: activations that `epilogue` reads after its constants.
+    """
+    n, h, w, _ = x.shape
+    cout, kh, kw, _ = weight.shape
+    top, left, bottom, right = padding
+    out = (
+        n,
+        (h + top + bottom - (kh - 1) * dilation[0] - 1) // strides[0] + 1,
+        (w + left + right - (kw - 1) * dilation[1] - 1) // strides[1] + 1,
+        cout,
+    )
+    if epilogue is None:
+        epilogue = ([], ()) if x.dtype == np.float32 else requantize(cout, weight[0].size, str(x.dtype))
+    operands, steps = epilogue
+    out_dtype = out_dtype or str(x.dtype)
+
+    def emit(x: Any, *more: Any) -> Any:
+        geometry = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+        return ops.conv2d(
+            x, ir.constant(weight), [*operands, *more], steps, **geometry, x_zero_point=zero_point, out_shape=out, out_dtype=out_dtype
+        )  # fmt: skip
+
+    return Case(name, emit, (x, *extra))
+
+
+def matmul(
+    name: str,
+    x: Array,
+    weight: Array,
+    *,
+    zero_point: int = 0,
+    epilogue: tuple[list[Any], ops.Epilogue] | None = None,
+    out_dtype: str | None = None,
+    extra: tuple[Array, ...] = (),
+) -> Case:
+    """A tvmq.matmul; see `conv`."""
+    depth, channels = weight.shape
+    if epilogue is None:
+        epilogue = ([], ()) if x.dtype == np.float32 else requantize(channels, depth, str(x.dtype))
+    operands, steps = epilogue
+    out_dtype = out_dtype or str(x.dtype)
+
+    def emit(x: Any, *more: Any) -> Any:
+        shape = (*ir.shape_of(x)[:-1], channels)
+        return ops.matmul(
+            x, ir.constant(weight), [*operands, *more], steps, x_zero_point=zero_point, out_shape=shape, out_dtype=out_dtype
+        )  # fmt: skip
+
+    return Case(name, emit, (x, *extra))
