@@ -12,6 +12,7 @@ import torch
 import tvm
 from torch import nn
 from torch.nn import functional
+from tvm import relax
 
 from tvmq import interpret, ir
 from tvmq.graph.layout import drop_transposes, to_nhwc
@@ -37,6 +38,7 @@ class Case:
     signature: Signature
     paths: dict[str, str]
     batches: tuple[tuple[np.ndarray, ...], ...]
+    known: dict[tuple, object] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
@@ -48,7 +50,7 @@ class Case:
         return tuple(y.numpy() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
     def table(self, recipe: Recipe = INT8) -> CalibrationTable:
-        return calibrate(self.module, self.signature, self.batches, recipe)
+        return self._once(("table", recipe), lambda: calibrate(self.module, self.signature, self.batches, recipe))
 
     def plan(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> Plan:
         return make_plan(self.module, table or self.table(recipe), recipe, self.paths)
@@ -57,12 +59,23 @@ class Case:
         return {decision.name: decision for decision in self.plan(recipe, table).decisions}
 
     def qdq(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> tvm.IRModule:
-        return annotate(self.module, self.plan(recipe, table), recipe)
+        def make() -> tvm.IRModule:
+            return annotate(self.module, self.plan(recipe, table), recipe)
+
+        return self._once(("qdq", recipe), make) if table is None else make()
 
     def realized(
         self, recipe: Recipe = INT8, table: CalibrationTable | None = None, storage: str = "int8"
     ) -> tvm.IRModule:
-        return realize(self.qdq(recipe, table), storage)
+        def make() -> tvm.IRModule:
+            return realize(self.qdq(recipe, table), storage)
+
+        return self._once(("realized", recipe, storage), make) if table is None else make()
+
+    def _once(self, key: tuple, make: Callable[[], object]) -> object:
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
 
     def run(self, module: tvm.IRModule) -> tuple[np.ndarray, ...]:
         return interpret.run(module, self.inputs)
@@ -89,6 +102,24 @@ def make_case(torch_module: nn.Module, *shapes: tuple[int, ...], batches: int = 
 def build() -> Callable[..., Case]:
     """`make_case`, for a model that one test needs."""
     return make_case
+
+
+def make_graph(body: Callable[..., object], *shapes: tuple[int, ...]) -> tvm.IRModule:
+    """A module of float inputs of `shapes`, written by `body(emit, *inputs)`, which returns the outputs."""
+    builder = relax.BlockBuilder()
+    params = [relax.Var(f"x{i}", relax.TensorType(shape, "float32")) for i, shape in enumerate(shapes)]
+    with builder.function("main", params):
+        with builder.dataflow():
+            outputs = body(lambda value, name: builder.emit(value, name_hint=name), *params)
+            out = builder.emit_output(relax.Tuple(list(outputs) if isinstance(outputs, tuple) else [outputs]))
+        builder.emit_func_output(out)
+    return ir.rewrite(builder.get(), lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def graph() -> Callable[..., tvm.IRModule]:
+    """`make_graph`, for tests that write Relax by hand."""
+    return make_graph
 
 
 @pytest.fixture(scope="session")
@@ -349,7 +380,7 @@ MODELS: dict[str, tuple] = {
 
 @pytest.fixture
 def without() -> Callable[..., CalibrationTable]:
-    """`without(table, name)`: the table as if the user had deleted an entry; `keep=True` marks it keep_float instead."""
+    """`without(table, name)`: the table with an entry deleted, or marked keep_float."""
 
     def edit(table: CalibrationTable, name: str, *, keep: bool = False) -> CalibrationTable:
         tensors = dict(table.tensors)

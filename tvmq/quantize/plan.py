@@ -13,7 +13,7 @@ from typing import Any
 import tvm
 
 from tvmq import ir
-from tvmq.graph.fusion import Chain, find_chains
+from tvmq.graph.fusion import FLOAT_ANCHORS, Chain, find_chains
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Precision, Recipe
@@ -90,6 +90,8 @@ class _Planner:
 
     def _chain_reason(self, chain: Chain) -> str | None:
         """Why a chain stays float; None where it becomes integer (and then its inputs are wanted)."""
+        if chain.kind in FLOAT_ANCHORS:
+            return "no integer kernel for this operator"
         names = {str(member.name) for member in chain.members}
         precision, why = self.recipe.precision_of(chain.kind, *names, *(self.paths.get(name, name) for name in names))
         if precision is Precision.FP32:

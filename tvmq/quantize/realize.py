@@ -69,16 +69,20 @@ class _Realizer:
         if ir.is_call(value, "quantize"):
             return self._quantize(state, name, value)
         if ir.is_call(value, "dequantize"):
-            stored = self.stored.get(self.values[old].args[0])
-            if stored is None:
-                return None  # a weight
-            step = ops.Dequantize(stored.scale, stored.zero_point)
-            return ops.elementwise(stored.var, (), (step,), out_shape=ir.shape_of(value), out_dtype="float32")
+            return self._dequantize(old, value)
         if ir.is_call(value, "nn.attention"):
             return _attention(value)
         if old in self.chain_of_end and not self._only_quantized(old):
             return self._chain(state, self.chain_of_end[old], None)
         return None
+
+    def _dequantize(self, old: Any, value: Any) -> Any:
+        """The float values of a stored tensor, for those that want them; None for a weight."""
+        stored = self.stored.get(self.values[old].args[0])
+        if stored is None:
+            return None
+        step = ops.Dequantize(stored.scale, stored.zero_point)
+        return ops.elementwise(stored.var, (), (step,), out_shape=ir.shape_of(value), out_dtype="float32")
 
     def _only_quantized(self, var: Any) -> bool:
         """Whether the one reader of `var` is a quantize, which then realizes the chain."""
@@ -128,7 +132,7 @@ class _Realizer:
 
     def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None) -> Any:
         """One tvmq operator for `chain`, quantized as `out` asks, or float where that is None."""
-        x = self._source(chain.x)
+        x = None if chain.kind in fusion.FLOAT_ANCHORS else self._source(chain.x)
         weight = None
         if chain.kind in CHANNEL_AXIS:
             weight = self._weight(chain)
