@@ -135,7 +135,7 @@ def same(want: Array, got: Array) -> bool:
     """Equal bits for integers; for floats, sums in another order."""
     if want.dtype.kind in "iu":
         return bool(np.array_equal(want, got))
-    scale = float(np.abs(want).max(initial=0.0))
+    scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
     return bool(np.allclose(want, got, rtol=0.0, atol=FLOAT_TOLERANCE * 1e-2 * scale + 1e-30))
 
 

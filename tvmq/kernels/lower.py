@@ -22,7 +22,7 @@ from tvmq.kernels import depthwise, gemm, micro
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.elementwise import Concat, Map
 from tvmq.kernels.pad import Pad
-from tvmq.kernels.pool import Pool, reciprocal_counts
+from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
 from tvmq.kernels.rowwise import Rowwise
 from tvmq.target import Target
 
@@ -117,7 +117,7 @@ class _Lowering:
 
         return [one(arg, index) for index, arg in enumerate(args)]
 
-    def pad(self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: int, dtype: str) -> Any:
+    def pad(self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: float, dtype: str) -> Any:
         """`x` (4-D) padded and converted; `x` itself where there is nothing to do."""
         pad = Pad(ir.shape_of(x), ir.dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
         if not pad.copies:
@@ -243,8 +243,8 @@ def _pool(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     kind = "max" if ir.is_call(call, "tvmq.max_pool2d") else "avg"
     dtype = ir.dtype_of(x)
     zero_point = a.get("x_zero_point", 0)
-    lowest = 0 if dtype == "float32" else int(np.iinfo(dtype).min)
-    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], lowest if kind == "max" else zero_point, dtype)
+    fill = lowest(dtype) if kind == "max" else zero_point
+    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], fill, dtype)
     shape = ir.shape_of(x)
     window, strides, dilation = a["pool"], a["strides"], a.get("dilation", (1, 1))
     height, width = (

@@ -29,7 +29,7 @@ class Pad:
     x_dtype: str
     padding: tuple[int, int, int, int]
     channels: int
-    value: int
+    value: float
     out_dtype: str
 
     @property

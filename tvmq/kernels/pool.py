@@ -5,6 +5,7 @@ The input is padded already (with the lowest value for max, with the zero point 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,11 +99,16 @@ class Pool:
     def _initial(self) -> float:
         """The lowest value for max; minus all zero points for a sum of integers."""
         if self.kind == "max":
-            return float(np.finfo(np.float32).min) if self.dtype == "float32" else float(np.iinfo(self.dtype).min)
+            return lowest(self.dtype)
         return float(-self.zero_point * self.window[0] * self.window[1])
 
     def _float(self, value: Expr, lanes: int) -> Expr:
         return value if self.dtype == "float32" else builder.cast(value, "float32", lanes)
+
+
+def lowest(dtype: str) -> float:
+    """What no element of `dtype` is below."""
+    return -math.inf if dtype == "float32" else float(np.iinfo(dtype).min)
 
 
 def reciprocal_counts(
