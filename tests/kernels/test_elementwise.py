@@ -9,7 +9,7 @@ from harness import Case, check, floats, integers, runnable
 from tvmq import ops
 from tvmq.quantize import numerics
 
-levels = pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni", "host"])
+levels = pytest.mark.parametrize("name", ["sse2", "avx512-vnni"])
 
 
 def a_concat(parts: list[np.ndarray], epilogues: list[ops.Epilogue], axis: int) -> Case:

@@ -14,7 +14,7 @@ from harness import Case, check, floats, integers, runnable
 from tvmq import functions, interpret, ir, ops
 from tvmq.quantize import numerics
 
-LEVELS = ("sse2", "avx", "avx2", "avx512-vnni", "host")
+LEVELS = ("sse2", "avx", "avx2", "avx512-vnni")
 levels = pytest.mark.parametrize("name", LEVELS)
 
 

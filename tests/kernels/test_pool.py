@@ -12,7 +12,7 @@ from tvmq import ops
 from tvmq.kernels.pool import reciprocal_counts
 from tvmq.quantize import numerics
 
-LEVELS = ("sse2", "avx2", "avx512-vnni", "host")
+LEVELS = ("sse2", "avx2", "avx512-vnni")
 levels = pytest.mark.parametrize("name", LEVELS)
 GEOMETRIES = [
     ((3, 3), (2, 2), (1, 1, 1, 1)),
@@ -57,7 +57,7 @@ def an_average(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, cou
 
 
 @levels
-@pytest.mark.parametrize("channels", [1, 7, 16, 17, 33])
+@pytest.mark.parametrize("channels", [1, 16, 33])
 def test_max_pooling(name: str, channels: int) -> None:
     """Integers and floats; padding never wins, not over values below zero either."""
     target = runnable(name)
@@ -70,7 +70,7 @@ def test_max_pooling(name: str, channels: int) -> None:
 
 
 @levels
-@pytest.mark.parametrize("channels", [1, 16, 19])
+@pytest.mark.parametrize("channels", [1, 19])
 def test_average_pooling(name: str, channels: int) -> None:
     target = runnable(name)
     x = integers((2, 9, 7, channels), target.isa.activation_dtype)

@@ -64,7 +64,8 @@ class Lowered:
 
 def lower(module: tvm.IRModule, target: Target) -> Lowered:
     """Lower every tvmq operator of `module`; other operators stay for TVM's own lowering."""
-    lowering = _Lowering(target)
+    variables = [*ir.main(module).params, *(var for var, _ in ir.bindings(module))]
+    lowering = _Lowering(target, frozenset(str(var.name) for var in variables))
     main = ir.rewrite(module, lowering.visit)
     functions = {"main": ir.main(main)}
     lowered = tvm.IRModule({**functions, **{var: f for var, f in lowering.functions.values()}})
@@ -74,6 +75,7 @@ def lower(module: tvm.IRModule, target: Target) -> Lowered:
 @dataclass
 class _Lowering:
     target: Target
+    taken: frozenset[str] = frozenset()  # names of the module's variables
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
     names: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Array] = field(default_factory=dict)
@@ -102,8 +104,10 @@ class _Lowering:
         return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), relax.TensorType(list(shape), dtype))
 
     def parameter(self, state: ir.Rewrite, name: str, value: Array) -> Any:
-        """`value` as a parameter of main: weights live beside the code, not in it. Equal names are made distinct."""
-        unique = name if name not in self.parameters else f"{name}_{len(self.parameters)}"
+        """`value` as a parameter of main: weights live beside the code, not in it. Names in use are made distinct."""
+        unique = name
+        while unique in self.parameters or unique in self.taken:
+            unique += "_"
         self.parameters[unique] = np.ascontiguousarray(value)
         return state.parameter(unique, value)
 
@@ -139,9 +143,11 @@ def _conv2d(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any
     padding = list(a["padding"])
     whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
     run = kernel.shape[3] * (kernel.shape[2] if a["groups"] == 1 and a["dilation"][1] == 1 and not whole else 1)
-    if run % m.kr and not whole:
-        padding[2] += 1  # a run's last step reads past its end: into one more row, against zero weights
-    wide = -(-channels // m.kr) * m.kr if whole and a["groups"] == 1 else channels
+    # A run's last step reads past its end, against zero weights: into more channels, or into more rows.
+    past = -run % m.kr
+    if not whole:
+        padding[2] += -(-past // (channels * (ir.shape_of(x)[2] + padding[1] + padding[3])))
+    wide = channels + past if whole else channels
     padded = lowering.pad(state, name, x, padding, wide, a["x_zero_point"], m.a_dtype)
     out = ir.shape_of(call)
     geometry = gemm.conv_geometry(ir.shape_of(padded), kernel.shape, out, a["strides"], a["dilation"], a["groups"])
@@ -191,7 +197,7 @@ def _gemm(
     title = f"{_SHORT[a['out_dtype']]}-{_SHORT[m.w_dtype]}-{kind}-{tile}-{m.name}"
     lowering.names[name] = title
     weights = lowering.parameter(state, f"{name}_weight", packed)
-    lowering.packed[name] = (f"{name}_weight", packing)
+    lowering.packed[name] = (str(weights.name), packing)
     args = [x, weights, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
@@ -220,7 +226,7 @@ def _depthwise(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any, ker
     title = f"{_SHORT[a['out_dtype']]}-{_SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
     lowering.names[name] = title
     packed = lowering.parameter(state, f"{name}_weight", depthwise.pack(kernel, m.lanes))
-    lowering.packed[name] = (f"{name}_weight", Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1))
+    lowering.packed[name] = (str(packed.name), Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1))
     args = [padded, packed, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
