@@ -1,15 +1,26 @@
-"""tvmq: quantize, sparsify, tune, cross-compile, run and measure models for x86 and ARM CPUs on Apache TVM."""
+"""tvmq: quantize, sparsify, tune, cross-compile, run and measure models for x86 and ARM CPUs on Apache TVM.
+
+The names below are the public face. Each is imported when it is first used: TVM and PyTorch take seconds to load, and
+`tvmq --help` needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tvmq._version import __version__
-from tvmq.deploy.executor import Executor, Latency, OpTime, load
-from tvmq.errors import TvmqError
-from tvmq.importer.load import import_model
-from tvmq.measure.verify import verify
-from tvmq.model import Model, Signature, TensorSpec
-from tvmq.pipeline import compile_model as compile  # noqa: A004
-from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe
-from tvmq.target import Target, load_target
+
+if TYPE_CHECKING:
+    from tvmq.deploy.executor import Executor, Latency, OpTime, load
+    from tvmq.errors import TvmqError
+    from tvmq.importer.load import import_model
+    from tvmq.measure.verify import verify
+    from tvmq.model import Model, Signature, TensorSpec
+    from tvmq.pipeline import compile_model as compile
+    from tvmq.quantize.table import CalibrationTable
+    from tvmq.recipe import Recipe
+    from tvmq.target import Target, load_target
 
 __all__ = [
     "CalibrationTable",
@@ -29,3 +40,35 @@ __all__ = [
     "load_target",
     "verify",
 ]
+
+# Where each public name is, and what it is called there.
+_HOMES = {
+    "CalibrationTable": ("tvmq.quantize.table", "CalibrationTable"),
+    "Executor": ("tvmq.deploy.executor", "Executor"),
+    "Latency": ("tvmq.deploy.executor", "Latency"),
+    "Model": ("tvmq.model", "Model"),
+    "OpTime": ("tvmq.deploy.executor", "OpTime"),
+    "Recipe": ("tvmq.recipe", "Recipe"),
+    "Signature": ("tvmq.model", "Signature"),
+    "Target": ("tvmq.target", "Target"),
+    "TensorSpec": ("tvmq.model", "TensorSpec"),
+    "TvmqError": ("tvmq.errors", "TvmqError"),
+    "compile": ("tvmq.pipeline", "compile_model"),
+    "import_model": ("tvmq.importer.load", "import_model"),
+    "load": ("tvmq.deploy.executor", "load"),
+    "load_target": ("tvmq.target", "load_target"),
+    "verify": ("tvmq.measure.verify", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, there = _HOMES[name]
+    value = getattr(importlib.import_module(module), there)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

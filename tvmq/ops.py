@@ -29,6 +29,17 @@ from tvm import relax
 from tvmq.ir import Expr
 
 PREFIX = "tvmq."
+NAMES = (
+    "conv2d",
+    "matmul",
+    "avg_pool2d",
+    "max_pool2d",
+    "map",
+    "layer_norm",
+    "softmax",
+    "attention",
+    "concat",
+)
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,14 @@ def layer_norm(
     out_dtype: str,
 ) -> Any:
     """`tvmq.layer_norm` over the last axis of float32 x, as `functions.layer_norm` computes it."""
-    return _call("layer_norm", [x, gamma, beta, *operands], {"epsilon": epsilon}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+    return _call(
+        "layer_norm",
+        [x, gamma, beta, *operands],
+        {"epsilon": epsilon},
+        epilogue,
+        out_shape=out_shape,
+        out_dtype=out_dtype,
+    )
 
 
 def softmax(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str) -> Any:
@@ -261,6 +279,12 @@ def _call(
 ) -> Any:
     plain = {**attrs, "epilogue": encode(epilogue), "out_shape": [int(n) for n in out_shape], "out_dtype": out_dtype}
     return relax.Call(_operator(PREFIX + name), args, tvm.ir.DictAttrs(plain))
+
+
+def register() -> None:
+    """Make every operator known to TVM: needed before a module that holds them is read from a file."""
+    for name in NAMES:
+        _operator(PREFIX + name)
 
 
 @functools.cache

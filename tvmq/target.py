@@ -131,6 +131,14 @@ def target_names() -> list[str]:
     return sorted(path.stem for path in data_folder("targets").glob("*.toml"))
 
 
+def target_summaries() -> list[dict[str, Any]]:
+    """Name, triple, cpu, cores and description of each shipped target, as its file says: LLVM is not asked."""
+    keys = ("name", "triple", "cpu", "cores", "description")
+    files = [data_folder("targets") / f"{name}.toml" for name in target_names()]
+    tables = (tomllib.loads(path.read_text(encoding="utf-8")) for path in files)
+    return [{key: table[key] for key in keys} for table in tables]
+
+
 def describe(target: Target) -> dict[str, Any]:
     """JSON-able: everything in the file, and under "derived" what follows from it."""
     derived = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq._version import __version__
 from tvmq import ir
+from tvmq._version import __version__
 from tvmq.cpuinfo import host_features
 from tvmq.deploy import bundle
 from tvmq.deploy.bundle import Bundle
@@ -107,7 +108,9 @@ def agrees(want: Array, got: Array, exact: bool) -> bool:
 
 def runs_here(target: Target) -> bool:
     """Whether this machine has the architecture and the instructions of `target`."""
-    return target.triple.split("-", maxsplit=1)[0] == platform.machine() and not target.missing_features(host_features())
+    return target.triple.split("-", maxsplit=1)[0] == platform.machine() and not target.missing_features(
+        host_features()
+    )
 
 
 def write_bundle(
@@ -172,22 +175,34 @@ def oracle(product: Product) -> str:
 
 
 def operators(product: Product) -> list[dict[str, Any]]:
-    """One row an operator of the realized graph: name, path, kind, precision, kernel, reason."""
-    kernels = {step.out: step.kernel for step in product.steps}
+    """One row an operator of the realized graph: name, path, kind, precision, kernel, step, reason.
+
+    `step`: the kernel call that computes it, "" where a neighbour's does.
+    """
+    steps = {step.out: step for step in product.steps}
     rows = []
     for decision in product.decisions:
-        kernel = kernels.get(decision.name, "fused with a neighbour")
+        step = _computing(steps, decision.name)
         rows.append(
             {
                 "name": decision.name,
                 "path": product.model.paths.get(decision.name, decision.name),
                 "kind": decision.kind,
                 "precision": decision.precision.value,
-                "kernel": kernel,
+                "kernel": step.kernel if step else "fused with a neighbour",
+                "step": step.out if step else "",
                 "reason": "" if decision.precision is Precision.INT8 else decision.reason,
             }
         )
     return rows
+
+
+def _computing(steps: Mapping[str, Step], name: str) -> Step | None:
+    """The call that computes the tensor `name`: of one that only reshapes another's result, that other."""
+    step = steps.get(name)
+    while step is not None and not step.symbol and step.args[0] in steps:
+        step = steps[step.args[0]]
+    return step
 
 
 def _version(package: str) -> str:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,13 @@ from tvmq.model import Signature, TensorSpec
 
 Array = npt.NDArray[Any]
 SCHEMA = 1
-LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION = "lib.so", "params.bin", "golden.npz", "oracle.json", "calibration.json"
+LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION = (
+    "lib.so",
+    "params.bin",
+    "golden.npz",
+    "oracle.json",
+    "calibration.json",
+)
 MANIFEST = "manifest.json"
 _MEMBERS = {LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION}
 # A cache line, and what any vector load needs.
@@ -67,7 +74,11 @@ class Bundle:
             dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), int(entry["offset"])
             count = int(np.prod(shape, dtype=np.int64))
             if offset < 0 or offset + count * dtype.itemsize > len(data):
-                raise BundleError(f"{self._where()}: parameter {entry['name']!r}", expected="inside params.bin", seen=f"offset {offset}")
+                raise BundleError(
+                    f"{self._where()}: parameter {entry['name']!r}",
+                    expected="inside params.bin",
+                    seen=f"offset {offset}",
+                )
             arrays[entry["name"]] = np.frombuffer(data, dtype, count, offset).reshape(shape)
         return arrays
 
@@ -97,13 +108,15 @@ def pack_golden(inputs: tuple[Array, ...], outputs: tuple[Array, ...]) -> bytes:
     named.update({f"input{i}": array for i, array in enumerate(inputs)})
     named.update({f"output{i}": array for i, array in enumerate(outputs)})
     stream = io.BytesIO()
-    np.savez(stream, allow_pickle=False, **named)  # type: ignore[arg-type]
+    np.savez(stream, allow_pickle=False, **named)
     return stream.getvalue()
 
 
 def write(path: str | Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> int:
     """Write a bundle, whole or not at all, and return its size in bytes. Raises OutputError."""
-    listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(members.items())}
+    listed = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(members.items())
+    }
     document = json.dumps({"schema": SCHEMA, **manifest, "members": listed}, indent=1).encode()
     with atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w") as archive:
@@ -127,16 +140,24 @@ def read(path: str | Path) -> Bundle:
         raise BundleError(f"bundle {file}", expected="a file", seen="a folder") from error
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         seen = f"a damaged or truncated file ({error})"
-        raise BundleError(f"bundle {file}", expected="a .tvmq bundle", seen=seen, hint="copy or compile it again") from error
+        raise BundleError(
+            f"bundle {file}", expected="a .tvmq bundle", seen=seen, hint="copy or compile it again"
+        ) from error
 
 
 def _checked(archive: zipfile.ZipFile, file: Path) -> Bundle:
     names = archive.namelist()
     for name in names:
         if name != MANIFEST and name not in _MEMBERS:
-            raise BundleError(f"bundle {file}: member {name!r}", expected=f"one of {', '.join(sorted(_MEMBERS))}", hint="do not use this file")
+            raise BundleError(
+                f"bundle {file}: member {name!r}",
+                expected=f"one of {', '.join(sorted(_MEMBERS))}",
+                hint="do not use this file",
+            )
     if len(names) != len(set(names)):
-        raise BundleError(f"bundle {file}", expected="each member once", seen="a name twice", hint="do not use this file")
+        raise BundleError(
+            f"bundle {file}", expected="each member once", seen="a name twice", hint="do not use this file"
+        )
     if MANIFEST not in names or archive.getinfo(MANIFEST).file_size > _MANIFEST_LIMIT:
         raise BundleError(f"bundle {file}", expected=f"a {MANIFEST}", seen="none, or one of absurd size")
     manifest = _manifest(_read(archive, MANIFEST, file), file)
@@ -146,11 +167,15 @@ def _checked(archive: zipfile.ZipFile, file: Path) -> Bundle:
     members = {}
     for name, entry in listed.items():
         if archive.getinfo(name).file_size != entry["size"]:
-            raise BundleError(f"bundle {file}: {name}", expected=f"{entry['size']} bytes", seen=archive.getinfo(name).file_size)
+            raise BundleError(
+                f"bundle {file}: {name}", expected=f"{entry['size']} bytes", seen=archive.getinfo(name).file_size
+            )
         data = _read(archive, name, file)
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             hint = "it was changed after it was made: copy or compile it again"
-            raise BundleError(f"bundle {file}: {name}", expected=f"sha256 {entry['sha256'][:12]}...", seen="another", hint=hint)
+            raise BundleError(
+                f"bundle {file}: {name}", expected=f"sha256 {entry['sha256'][:12]}...", seen="another", hint=hint
+            )
         members[name] = data
     return Bundle(manifest, members, file)
 
@@ -158,8 +183,10 @@ def _checked(archive: zipfile.ZipFile, file: Path) -> Bundle:
 def _read(archive: zipfile.ZipFile, name: str, file: Path) -> bytes:
     try:
         return archive.read(name)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise BundleError(f"bundle {file}: {name}", expected="its bytes", seen=f"damage ({error})", hint="copy or compile it again") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise BundleError(
+            f"bundle {file}: {name}", expected="its bytes", seen=f"damage ({error})", hint="copy or compile it again"
+        ) from error
 
 
 _REQUIRED: dict[str, type] = {
@@ -184,12 +211,18 @@ def _manifest(data: bytes, file: Path) -> dict[str, Any]:
         raise BundleError(where, expected="JSON", seen=str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         seen = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BundleError(where, expected=f"schema {SCHEMA}", seen=seen, hint="compile the model with this version of tvmq")
+        raise BundleError(
+            where, expected=f"schema {SCHEMA}", seen=seen, hint="compile the model with this version of tvmq"
+        )
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise BundleError(where, expected=f"{key!r} of type {kind.__name__}", seen=type(manifest.get(key)).__name__)
     for name, entry in manifest["members"].items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("size"), int)
+            or not isinstance(entry.get("sha256"), str)
+        ):
             raise BundleError(where, expected=f"size and sha256 of {name!r}", seen=entry)
     return manifest
 

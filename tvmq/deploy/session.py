@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import rpc
-from tvm.error import RPCError  # type: ignore[attr-defined]
+from tvm.error import RPCError
 
 from tvmq.cpuinfo import host_features
 from tvmq.deploy.bundle import LIBRARY, Bundle
@@ -64,7 +64,12 @@ class LocalSession:
         arch = str(bundle.manifest["target"]["triple"]).split("-", maxsplit=1)[0]
         if arch != platform.machine():
             hint = "load it on a board: device='rpc://HOST:PORT'"
-            raise IsaError(f"bundle for {bundle.manifest['target']['name']}", expected=f"a machine of type {arch}", seen=platform.machine(), hint=hint)
+            raise IsaError(
+                f"bundle for {bundle.manifest['target']['name']}",
+                expected=f"a machine of type {arch}",
+                seen=platform.machine(),
+                hint=hint,
+            )
         missing = sorted(set(bundle.required_features) - host_features())
         if missing:
             hint = "compile with -t host, or for a target that this machine covers"
@@ -106,7 +111,9 @@ class RemoteSession:
             self.remote = rpc.connect(host, port, session_timeout=timeout_s)
         except (OSError, RPCError, RuntimeError) as error:
             hint = "is the server running there, and the port open?"
-            raise DeviceError(f"device {url}", expected="a TVM RPC server", seen=_first_line(error), hint=hint) from error
+            raise DeviceError(
+                f"device {url}", expected="a TVM RPC server", seen=_first_line(error), hint=hint
+            ) from error
         self.device = self.remote.cpu(0)
 
     def check(self, bundle: Bundle) -> None:

@@ -45,7 +45,7 @@ def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
         if ir.is_call(value, "call_tir"):
             args = tuple(_argument(arg) for arg in value.args[1].fields)
             symbol = str(value.args[0].name_hint)
-            title = kernels.get(name, f"tvm-{symbol}")
+            title = kernels.get(name) or _title(symbol)
             steps.append(Step(symbol, args, name, shape, dtype, title, "int8" if _integer(title) else "fp32"))
         elif ir.is_call(value, "reshape"):
             steps.append(Step("", (_argument(value.args[0]),), name, shape, dtype, "reshape", ""))
@@ -56,6 +56,12 @@ def _tensor_name(var: Any) -> str:
     """The variable's name; names that TVM's fusion made up get a mark, since the graph before it may use them too."""
     name = str(var.name)
     return f"{name}~" if re.fullmatch(r"(lv|gv)\d*", name) else name
+
+
+def _title(symbol: str) -> str:
+    """A kernel's name from its symbol: "tvmq_u8_maxpool2d_2x2_10" -> "u8-maxpool2d-2x2"; TVM's own are marked."""
+    ours = re.fullmatch(r"tvmq_(.+)_\d+", symbol)
+    return ours[1].replace("_", "-") if ours else f"tvm-{symbol}"
 
 
 def _argument(expr: Any) -> str:
@@ -74,7 +80,10 @@ class StepRunner:
 
     def __init__(self, bundle: Bundle, session: Session, library: Any) -> None:
         self.session = session
-        self.steps = [Step(**{**entry, "args": tuple(entry["args"]), "shape": tuple(entry["shape"])}) for entry in bundle.manifest["steps"]]
+        self.steps = [
+            Step(**{**entry, "args": tuple(entry["args"]), "shape": tuple(entry["shape"])})
+            for entry in bundle.manifest["steps"]
+        ]
         self.parameter_names = [entry["name"] for entry in bundle.manifest["parameters"]]
         self.library = library
         self.functions: dict[str, Any] = {}
@@ -115,4 +124,3 @@ class StepRunner:
     def _constant(self, text: str) -> Any:
         dtype, _, value = text.removeprefix("=").partition(":")
         return self.session.tensor(np.array(ast.literal_eval(value), dtype))
-

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import interpret
+from tvmq import interpret, ops
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.build import agrees
 from tvmq.deploy.bundle import Bundle
@@ -83,7 +83,9 @@ def verify(
     checks, unchecked = [], []
     runner = StepRunner(bundle, executor.session, executor.library)
     tensors = {name: executor.session.tensor(array) for name, array in bundle.parameters().items()}
-    tensors.update({spec.name: executor.session.tensor(a) for spec, a in zip(bundle.signature.inputs, arrays, strict=True)})
+    tensors.update(
+        {spec.name: executor.session.tensor(a) for spec, a in zip(bundle.signature.inputs, arrays, strict=True)}
+    )
     for step, args, result in runner.run(tensors):
         if step.out not in expected:
             unchecked.append(step.out)
@@ -101,6 +103,7 @@ def verify(
 
 def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> tuple[dict[str, Array], tuple[Array, ...]]:
     """Every tensor of the realized graph, and its outputs, in NumPy."""
+    ops.register()
     module = tvm.ir.load_json(bundle.members[bundles.ORACLE].decode())
     expected: dict[str, Array] = {}
     outputs = interpret.run(module, [*inputs, *_weights(bundle)], lambda name, array: expected.update({name: array}))
@@ -113,8 +116,8 @@ def _weights(bundle: Bundle) -> list[Array]:
     weights = []
     kinds: Mapping[str, str] = {row["name"]: row["kind"] for row in bundle.manifest["operators"]}
     for name, entry in bundle.manifest["packed"].items():
-        packing = Packing(**{k: tuple(v) if k == "shape" else v for k, v in entry.items() if k != "parameter"})
-        weight = packing.unpack(parameters[entry["parameter"]])
+        fields: dict[str, Any] = {k: tuple(v) if k == "shape" else v for k, v in entry.items() if k != "parameter"}
+        weight = Packing(**fields).unpack(parameters[entry["parameter"]])
         weights.append(weight.reshape(weight.shape[0], -1).T if kinds.get(name) == "matmul" else weight)
     return weights
 

@@ -1,0 +1,110 @@
+"""`tvmq compile` and `tvmq calibrate`: files, functions, tables, recipes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tvmq.cli.build import read_recipe
+from tvmq.deploy import bundle as bundles
+from tvmq.errors import RecipeError
+from tvmq.recipe import Precision
+
+MODULE = """
+import numpy as np, torch
+
+def model():
+    print("a model that talks")
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU()), (torch.zeros(1, 3, 8, 8),)
+
+def batches():
+    for seed in range(3):
+        yield np.random.default_rng(seed).standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+def nothing():
+    return iter(())
+
+value = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a module in it."""
+    monkeypatch.chdir(tmp_path)
+    name = f"module_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
+    return name
+
+
+def test_the_bundle_of_a_file(files, tvmq, tmp_path):
+    out = tmp_path / "small.tvmq"
+    outcome = tvmq("compile", files.model, "-o", out, "--json", "--dump", tmp_path / "stages")
+    assert (outcome.code, outcome.err) == (0, "")
+    document = outcome.document
+    assert document["bundle"] == str(out)
+    assert document["bytes"] == out.stat().st_size
+    assert {row["precision"] for row in document["operators"]} == {"fp32"}
+    assert (tmp_path / "stages" / "00_layout.py").exists()
+
+
+def test_a_model_and_data_by_function_and_a_default_name(here, tvmq, tmp_path):
+    outcome = tvmq("compile", f"{here}:model", "--precision", "int8", "--calibrate", f"{here}:batches", "--json")
+    assert outcome.code == 0
+    assert outcome.document["bundle"] == "model.tvmq"
+    assert (tmp_path / "model.tvmq").exists()
+    # What a user's model prints is not part of the document.
+    assert "a model that talks" in outcome.err
+
+
+def test_a_table_of_calibrate_gives_the_bundle_that_the_data_gives(files, tvmq, tmp_path):
+    table, out = tmp_path / "table.json", tmp_path / "small.tvmq"
+    made = tvmq("calibrate", files.model, "--calibrate", files.data, "-o", table, "--json")
+    assert made.code == 0
+    assert made.document["samples"] == 4
+    assert made.document["tensors"] == len(json.loads(table.read_text())["tensors"])
+    assert tvmq("compile", files.model, "--precision", "int8", "--calibrate", table, "-o", out).code == 0
+    assert bundles.read(out).members["calibration.json"] == bundles.read(files.bundle).members["calibration.json"]
+    assert bundles.read(out).members["params.bin"] == bundles.read(files.bundle).members["params.bin"]
+
+
+def test_a_folder_of_npy(files, tvmq, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for index, sample in enumerate(files.batch()):
+        np.save(folder / f"{index}.npy", sample[None])
+    made = tvmq("calibrate", files.model, "--calibrate", folder, "-o", tmp_path / "t.json")
+    assert (made.code, made.out) == (0, f"{tmp_path}/t.json: 5 tensors over 4 inferences\n")
+
+
+def test_the_command_line_s_precision_comes_before_the_recipe_s(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('precision = "int8"\nobserver = "percentile"\n', encoding="utf-8")
+    assert read_recipe(str(path), None).precision is Precision.INT8
+    mixed = read_recipe(str(path), "fp32")
+    assert (mixed.precision, mixed.observer.value) == (Precision.FP32, "percentile")
+    with pytest.raises(RecipeError, match="did you mean 'int8'"):
+        read_recipe(None, "int4")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("missing", "expected package.module:function"),
+        ("value", "expected a function that returns or yields batches, saw int"),
+        ("nothing", "expected at least one batch, saw none"),
+    ],
+)
+def test_functions_that_give_no_data(here, function, said, files, tvmq, tmp_path):
+    outcome = tvmq("calibrate", files.model, "--calibrate", f"{here}:{function}", "-o", tmp_path / "t.json")
+    assert outcome.code == 2
+    assert said in outcome.line
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_function_in_no_module(files, tvmq, tmp_path):
+    outcome = tvmq("calibrate", files.model, "--calibrate", "no_such_module:f", "-o", tmp_path / "t.json")
+    assert outcome.code == 2
+    assert "no_such_module" in outcome.line

@@ -1,0 +1,153 @@
+"""`tvmq compile` and `tvmq calibrate`: from a model to a bundle, or to a calibration table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tvmq.cli import render
+from tvmq.cli.command import Command, add_model
+from tvmq.cli.data import read_batches, read_calibration
+from tvmq.cli.output import Output
+from tvmq.cli.parser import Parser
+from tvmq.cli.progress import progress
+from tvmq.errors import OutputError
+from tvmq.recipe import Precision, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile(Command):
+    """Compile a model into one bundle file for a target."""
+
+    name: ClassVar[str] = "compile"
+    examples: ClassVar[tuple[str, ...]] = (
+        "tvmq compile model.pt2 -o model.tvmq",
+        "tvmq compile model.pt2 -t raspberry-pi-4b --precision int8 --calibrate data.npz -o model.tvmq",
+        "tvmq compile mypackage.zoo:resnet18 -t my-board.toml --recipe recipe.toml --calibrate table.json",
+    )
+
+    model: str
+    target: str = "host"
+    precision: str | None = None
+    recipe: str | None = None
+    calibrate: str | None = None
+    out: str | None = None
+    dump: str | None = None
+    check: bool = True
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options."""
+        add_model(parser)
+        parser.add_argument(
+            "-t",
+            "--target",
+            default="host",
+            metavar="TARGET",
+            help="host (default), a name of `tvmq targets`, or a .toml file",
+        )
+        parser.add_argument("--precision", metavar="P", help="fp32 or int8; before the recipe's")
+        parser.add_argument("--recipe", metavar="R.toml", help="precision, observer, and exceptions by layer")
+        parser.add_argument(
+            "--calibrate",
+            metavar="DATA",
+            help="a .npz, a folder of .npy, package.module:function, or a table.json of `tvmq calibrate`",
+        )
+        parser.add_argument("-o", "--out", metavar="OUT.tvmq", help="default: the model's name in this folder")
+        parser.add_argument("--dump", metavar="DIR", help="write the Relax of each stage there")
+        parser.add_argument(
+            "--no-check", dest="check", action="store_false", help="do not compare the imported model with PyTorch"
+        )
+
+    def run(self, out: Output) -> int:
+        """Import, calibrate where asked, compile, write."""
+        recipe = read_recipe(self.recipe, self.precision)
+        calibration = None if self.calibrate is None else read_calibration(self.calibrate)
+        if self.out is not None:
+            check_folder(self.out)
+        with progress(out.errors, "compile") as report:
+            report("loading TVM", 0)
+            import tvmq
+
+            target = tvmq.load_target(self.target)
+            report("import", 0)
+            model = tvmq.import_model(self.model, check=self.check)
+            path = self.out if self.out is not None else f"{model.name}.tvmq"
+            done = tvmq.compile(model, target, recipe, calibration, path, dump=self.dump, progress=report)
+        precisions = Counter(row["precision"] for row in done.operators)
+        document = {
+            "bundle": str(done.path),
+            "bytes": done.size,
+            "model": model.name,
+            "target": target.name,
+            "recipe": recipe.to_dict(),
+            "operators": done.operators,
+        }
+        counts = ", ".join(f"{count} {precision}" for precision, count in sorted(precisions.items()))
+        size = render.kilobytes(done.size)
+        out.result(
+            document, f"{done.path}: {size} for {target.name}, operators: {counts}; see tvmq explain {done.path}"
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Command):
+    """Measure the range of each tensor over calibration data, and write them as a table to read, edit and reuse."""
+
+    name: ClassVar[str] = "calibrate"
+    examples: ClassVar[tuple[str, ...]] = (
+        "tvmq calibrate model.pt2 --calibrate data.npz -o table.json",
+        "tvmq calibrate model.pt2 --calibrate mypackage.data:batches --recipe recipe.toml -o table.json",
+    )
+
+    model: str
+    calibrate: str
+    recipe: str | None = None
+    out: str
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options."""
+        add_model(parser)
+        parser.add_argument(
+            "--calibrate", required=True, metavar="DATA", help="a .npz, a folder of .npy, or package.module:function"
+        )
+        parser.add_argument("--recipe", metavar="R.toml", help="the observer, and how scales are chosen")
+        parser.add_argument("-o", "--out", required=True, metavar="TABLE.json", help="the table")
+
+    def run(self, out: Output) -> int:
+        """Import, run the data through, write."""
+        recipe = read_recipe(self.recipe, Precision.INT8.value)
+        batches: Iterable[Any] = read_batches(self.calibrate)
+        check_folder(self.out)
+        with progress(out.errors, "calibrate") as report:
+            report("loading TVM", 0)
+            import tvmq
+            from tvmq import pipeline
+
+            report("import", 0)
+            model = tvmq.import_model(self.model)
+            table = pipeline.calibrate(model, recipe, batches, lambda n: report("inference", n))
+        table.save(self.out)
+        document = {"table": self.out, "model": model.name, "samples": table.samples, "tensors": len(table.tensors)}
+        out.result(document, f"{self.out}: {len(table.tensors)} tensors over {table.samples} inferences")
+        return 0
+
+
+def read_recipe(path: str | None, precision: str | None) -> Recipe:
+    """The recipe of a file, or the default one, with the precision of the command line where it is given."""
+    recipe = Recipe() if path is None else Recipe.from_toml(path)
+    # Recipe checks the word, and offers the nearest.
+    return recipe if precision is None else dataclasses.replace(recipe, precision=precision)  # type: ignore[arg-type]
+
+
+def check_folder(path: str) -> None:
+    """Raise OutputError where the folder of a result is missing: before the work, not after it."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}", expected="an existing folder", seen=f"no folder {folder}")

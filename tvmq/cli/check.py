@@ -1,0 +1,126 @@
+"""`tvmq verify` and `tvmq explain`: whether a bundle computes what it should, and what became of each operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tvmq.cli import render
+from tvmq.cli.command import Command, add_device
+from tvmq.cli.output import Output
+from tvmq.cli.parser import Parser
+from tvmq.cli.progress import progress
+
+if TYPE_CHECKING:
+    from tvmq.deploy.bundle import Bundle
+    from tvmq.deploy.executor import OpTime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Command):
+    """Compare every operator with the NumPy oracle: integers bit for bit. Exit code 1 where one differs."""
+
+    name: ClassVar[str] = "verify"
+    examples: ClassVar[tuple[str, ...]] = (
+        "tvmq verify model.tvmq",
+        "tvmq verify model.tvmq --device rpc://192.168.1.20:9090 --save difference",
+    )
+
+    bundle: str
+    device: str = "host"
+    save: str | None = None
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options."""
+        parser.add_argument("bundle", metavar="BUNDLE", help="a .tvmq file")
+        parser.add_argument("--device", default="host", metavar="D", help="host (default) or rpc://HOST:PORT")
+        parser.add_argument(
+            "--save", metavar="DIR", help="write the tensors of the first operator that differs, as .npy"
+        )
+
+    def run(self, out: Output) -> int:
+        """Verify, and say what differs."""
+        with progress(out.errors, "verify") as report:
+            report("loading TVM", 0)
+            import tvmq
+
+            report("operators", 0)
+            found = tvmq.verify(self.bundle, self.device, save=self.save)
+        bad = [op for op in found.ops if not op.agrees]
+        text: list[Any] = [str(found)]
+        if bad:
+            columns = ("operator", "kernel", "elements", "differing", "largest difference")
+            rows = ((op.name, op.kernel, op.elements, op.differing, f"{op.max_difference:g}") for op in bad)
+            text.append(render.table(columns, rows, right=columns[2:]))
+        out.result(found.to_dict(), *text)
+        return 0 if found.ok else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain(Command):
+    """Print one row an operator: its precision, its kernel, why it stayed float, and its time where it is profiled."""
+
+    name: ClassVar[str] = "explain"
+    examples: ClassVar[tuple[str, ...]] = ("tvmq explain model.tvmq", "tvmq explain model.tvmq --profile")
+
+    bundle: str
+    profile: bool = False
+    device: str = "host"
+    threads: int = 0
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options."""
+        parser.add_argument("bundle", metavar="BUNDLE", help="a .tvmq file")
+        parser.add_argument("--profile", action="store_true", help="time each operator on the device")
+        add_device(parser)
+
+    def run(self, out: Output) -> int:
+        """Read the bundle's report; with --profile also run it."""
+        from tvmq.deploy import bundle as bundles
+
+        bundle = bundles.read(self.bundle)
+        times = self._profile(bundle, out) if self.profile else None
+        rows = operator_rows(bundle.manifest["operators"], times)
+        document = {"bundle": self.bundle, "target": bundle.manifest["target"]["name"], "operators": rows}
+        text: list[Any] = [render.operators(rows, timed=self.profile)]
+        if times is not None:
+            total = sum(time.ms for time in times)
+            document["total_ms"] = total
+            text.append(f"{total:.4f} ms in {len(times)} kernel calls, each timed alone")
+        out.result(document, *text)
+        return 0
+
+    def _profile(self, bundle: Bundle, out: Output) -> list[OpTime]:
+        with progress(out.errors, "explain") as report:
+            report("loading TVM", 0)
+            import tvmq
+
+            executor = tvmq.load(bundle, self.device, threads=self.threads)
+            report("profiling", 0)
+            return executor.profile()
+
+
+def operator_rows(operators: list[dict[str, Any]], times: list[OpTime] | None) -> list[dict[str, Any]]:
+    """The bundle's operators, with `ms` (None where it was not timed alone), and the calls that serve them.
+
+    Padding and conversions are kernel calls of no operator: they follow as rows of the kind "helper".
+    """
+    milliseconds = {time.name: time.ms for time in times or ()}
+    rows = [{**row, "ms": milliseconds.pop(row["step"], None)} for row in operators]
+    helpers = [time for time in times or () if time.name in milliseconds]
+    rows += [
+        {
+            "name": time.name,
+            "path": time.name,
+            "kind": "helper",
+            "precision": time.precision,
+            "kernel": time.kernel,
+            "step": time.name,
+            "reason": "",
+            "ms": time.ms,
+        }
+        for time in helpers
+    ]
+    return rows

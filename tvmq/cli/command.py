@@ -1,0 +1,55 @@
+"""What every command of the command line has: the options it takes, typed, and one method that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tvmq.cli.output import Output
+from tvmq.cli.parser import Parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """One command. Its fields are its options, named as argparse stores them; its docstring is its help.
+
+    `json`: one JSON document on stdout instead of text.
+    """
+
+    name: ClassVar[str]
+    examples: ClassVar[tuple[str, ...]]
+
+    json: bool = False
+
+    @classmethod
+    @abstractmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options, `--json` aside."""
+
+    @abstractmethod
+    def run(self, out: Output) -> int:
+        """Do it, and return the exit code: 0 done, 1 a check said no. Raises TvmqError."""
+
+    @classmethod
+    def from_namespace(cls, values: argparse.Namespace) -> Command:
+        """The command that the parsed options describe."""
+        return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls)})
+
+
+# ---- Options that several commands share ----
+
+
+def add_model(parser: Parser) -> None:
+    """MODEL."""
+    parser.add_argument("model", metavar="MODEL", help="a .pt2 file, or package.module:function")
+
+
+def add_device(parser: Parser) -> None:
+    """--device and --threads."""
+    parser.add_argument("--device", default="host", metavar="D", help="host (default) or rpc://HOST:PORT")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="0 (default): every core here, the target's on a board"
+    )

@@ -1,0 +1,75 @@
+"""Tables for people, and the words in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> Table:
+    """A table of texts; the columns named in `right` are figures."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = set(right)
+    for column in columns:
+        result.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        # Text, not markup: a name may hold brackets.
+        result.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    return result
+
+
+def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """One row a bundle, as `tvmq bench --json` lists them."""
+    columns = ("bundle", "median ms", "p90 ms", "min ms", "std ms", "threads")
+    cells = (
+        (row["bundle"], *(f"{row[key]:.3f}" for key in ("median_ms", "p90_ms", "min_ms", "std_ms")), row["threads"])
+        for row in rows
+    )
+    return table(columns, cells, right=columns[1:])
+
+
+def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
+    """One row an operator, as `tvmq explain --json` lists them."""
+    columns = ("layer", "op", "precision", "kernel", *(("ms",) if timed else ()), "why it stayed float")
+    cells = (
+        (
+            row["path"],
+            row["kind"],
+            row["precision"],
+            row["kernel"],
+            *(("" if row["ms"] is None else f"{row['ms']:.4f}",) if timed else ()),
+            row["reason"],
+        )
+        for row in rows
+    )
+    return table(columns, cells, right=("ms",))
+
+
+def tensors(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """One row an output, as `tvmq run --json` lists them."""
+    columns = ("output", "shape", "dtype", "min", "max", "largest at")
+    cells = (
+        (row["name"], row["shape"], row["dtype"], f"{row['min']:.6g}", f"{row['max']:.6g}", row["largest_at"])
+        for row in rows
+    )
+    return table(columns, cells, right=("min", "max"))
+
+
+def tree(values: Mapping[str, Any], indent: int = 0) -> str:
+    """Nested plain data as indented lines."""
+    lines = []
+    for key, value in values.items():
+        pad = "  " * indent
+        if isinstance(value, Mapping):
+            lines += [f"{pad}{key}:", tree(value, indent + 1)]
+        else:
+            lines.append(f"{pad}{key}: {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+    return "\n".join(lines)
+
+
+def kilobytes(size: int) -> str:
+    """Bytes as kB (1000 bytes), or MB above ten thousand of them."""
+    return f"{size / 1e6:.1f} MB" if size >= 10_000_000 else f"{size / 1e3:.0f} kB"

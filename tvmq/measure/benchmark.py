@@ -1,0 +1,44 @@
+"""Latency of several things side by side: round after round, so that a busy moment of the machine hits them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tvmq.deploy.executor import Executor, Latency, latency
+
+Timer = Callable[[], float]
+Progress = Callable[[int], None]
+
+
+def interleaved(
+    executors: Sequence[Executor],
+    repeat: int = 10,
+    number: int = 1,
+    min_repeat_ms: int = 50,
+    progress: Progress | None = None,
+) -> list[Latency]:
+    """The latency of each executor over `repeat` rounds; in a round each is measured once by `Executor.benchmark`.
+
+    `progress(n)` is called as round n = 1, 2, ... begins.
+    """
+
+    def timer(executor: Executor, warmup: int) -> float:
+        return executor.benchmark(repeat=1, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup).mean_ms
+
+    times = rounds([lambda e=executor: timer(e, 3) for executor in executors], repeat, progress)  # type: ignore[misc]
+    return [
+        latency(np.array(row), repeat, number, executor.threads) for row, executor in zip(times, executors, strict=True)
+    ]
+
+
+def rounds(timers: Sequence[Timer], repeat: int, progress: Progress | None = None) -> list[list[float]]:
+    """What each timer says (milliseconds), `repeat` times, all timers once a round."""
+    found: list[list[float]] = [[] for _ in timers]
+    for index in range(repeat):
+        if progress:
+            progress(index + 1)
+        for row, timer in zip(found, timers, strict=True):
+            row.append(timer())
+    return found
