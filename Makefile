@@ -1,0 +1,58 @@
+# `make demo` and `make test` work from a fresh clone with nothing but Python (3.10 or newer) and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Made when the environment is complete; older than pyproject.toml means: install again.
+INSTALLED := $(VENV)/.installed
+DEMO := demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test test-all lint types bench clean
+
+help:
+	@echo "make demo       train, quantize and compile a small network; one table, bundles in $(DEMO)"
+	@echo "make test       the tests, but for long sweeps"
+	@echo "make test-all   all tests"
+	@echo "make lint       ruff: rules and format"
+	@echo "make types      mypy, strict"
+	@echo "make bench      latency of the demo's bundles on this machine"
+	@echo "make install    the environment $(VENV) with tvmq and its tools (the others do it first)"
+	@echo "make clean      remove what make made"
+
+venv: $(BIN)/python
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/tvmq demo -o $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+$(DEMO)/report.json: | $(INSTALLED)
+	$(BIN)/tvmq demo -o $(DEMO)
+
+bench: $(DEMO)/report.json
+	$(BIN)/tvmq bench $(DEMO)/digits-fp32-host.tvmq $(DEMO)/digits-int8-host.tvmq
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
