@@ -83,9 +83,11 @@ def _args(value: Any) -> list[Any]:
 
 def _compute(name: str, call: Any, args: list[Value]) -> Value:
     try:
-        return _apply(call, args)
+        result = _apply(call, args)
     except _CannotCompile as error:
         raise ModelError(f"TVM cannot compile {error.operator} ({name})", seen=error.reason) from error
+    # NumPy's arithmetic turns arrays of no dimension into scalars of another class.
+    return np.asarray(result) if isinstance(result, np.generic) else result
 
 
 def _apply(call: Any, args: list[Value]) -> Value:
@@ -199,8 +201,8 @@ def _matmul(call: Any, args: list[Array]) -> Array:
 
 def _avg_pool2d(call: Any, args: list[Array]) -> Array:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
-    pooled = numerics.epilogue(numerics.avg_pool2d(args[0], **attrs), args[1:], ops.epilogue_of(call))
-    return pooled.reshape(ir.shape_of(call))
+    pooled = numerics.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
+    return numerics.epilogue(pooled, args[1:], ops.epilogue_of(call))
 
 
 def _max_pool2d(call: Any, args: list[Array]) -> Array:

@@ -221,7 +221,7 @@ def _module(params: list[Any], state: Rewrite, result: Any, attrs: dict[str, Any
         block.append(relax.VarBinding(renamed[var], _typed(substitute(state.values[var], renamed), state.values[var])))
     output = relax.Var("outputs", relax.TupleType([field.ty for field in result.fields]))
     block.append(relax.VarBinding(output, _typed(substitute(result, renamed), output)))
-    body = relax.SeqExpr([relax.DataflowBlock(block)], output)
+    body = _typed(relax.SeqExpr([relax.DataflowBlock(block)], output), output)
     dictionary = tvm.ir.make_node("ir.DictAttrs", **attrs) if attrs else None
     function = relax.Function(params, body, output.ty, True, dictionary)
     return tvm.IRModule({"main": function.with_attr("global_symbol", "main")})

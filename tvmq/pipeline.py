@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import tvm
 
 from tvmq import interpret, ir
@@ -26,6 +27,7 @@ from tvmq.deploy import build
 from tvmq.errors import CalibrationError
 from tvmq.files import atomic_write_text
 from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.importer.canonical import fold_constants
 from tvmq.kernels.lower import Lowered, lower
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
@@ -37,6 +39,7 @@ from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Precision, Recipe
 from tvmq.target import Target, load_target
 
+Array = npt.NDArray[Any]
 Progress = Callable[[str, int], None]
 STAGES = ("layout", "calibrate", "plan", "annotate", "realize", "lower", "schedule", "build", "check", "bundle")
 
@@ -49,6 +52,10 @@ class Quantized:
     qdq: tvm.IRModule
     table: CalibrationTable | None
     decisions: tuple[Decision, ...]
+
+    def simulate(self, *inputs: Array) -> tuple[Array, ...]:
+        """What the model computes with QDQ in float: every planned tensor rounded to its integers and back."""
+        return interpret.run(self.qdq, inputs)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def quantize(
     """The target-independent stages: layout, calibrate, plan, annotate. Raises CalibrationError."""
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
-    module = stages("layout", drop_transposes(to_nhwc(model.module)))
+    module = stages("layout", channels_last(model.module))
     if not wants_integers(recipe):
         return Quantized(module, module, None, float_decisions(module, "the recipe asks for float"))
     report("calibrate", 0)
@@ -127,7 +134,7 @@ def calibrate(
     module: tvm.IRModule | None = None,
 ) -> CalibrationTable:
     """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError."""
-    module = module if module is not None else drop_transposes(to_nhwc(model.module))
+    module = module if module is not None else channels_last(model.module)
     if isinstance(calibration, CalibrationTable):
         known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
         unknown = sorted(set(calibration.tensors) - known)
@@ -139,6 +146,11 @@ def calibrate(
         hint = "pass calibration=batches, or --calibrate DATA"
         raise CalibrationError("calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint)
     return observe(module, model.signature, calibration, recipe, name=model.name, progress=progress)
+
+
+def channels_last(module: tvm.IRModule) -> tvm.IRModule:
+    """Image tensors in NHWC, without the transposes that cancel or that are of constants."""
+    return fold_constants(drop_transposes(to_nhwc(module)))
 
 
 def wants_integers(recipe: Recipe) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,13 @@ class Executor:
         )
         times = np.array(self._call(lambda: timer("main")).results) * 1e3
         return latency(times, repeat, number, self.threads)
+
+    def runner(self) -> Callable[[], object]:
+        """A function that runs one inference on the inputs that are set (golden ones where none are), and nothing else."""
+        self._fill()
+        self._bind()
+        invoke = self._machine.module["invoke_stateful"]
+        return lambda: invoke("main")
 
     def profile(self, *inputs: object, repeat: int = 5) -> list[OpTime]:
         """Milliseconds of each kernel call, median over `repeat` rounds, in order.

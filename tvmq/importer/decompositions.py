@@ -16,11 +16,17 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+# Operators that stay whole: taken apart, a linear layer hides its bias and activation behind reshapes.
+KEPT = (aten.linear.default, aten.silu.default)
+
+
 def table() -> Any:
     """PyTorch's default decompositions into core ATen operators, and ours."""
     decompositions = torch.export.default_decompositions()
     for operator, function in OURS.items():
         decompositions[operator] = function
+    for operator in KEPT:
+        decompositions.pop(operator, None)
     return decompositions
 
 
@@ -57,13 +63,42 @@ def _div(x: Any, y: Any) -> Any:
     return x.to(torch.get_default_dtype()) / y
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(query @ key^T * scale + mask) @ value (scaled_dot_product_attention); plain 4-D attention stays whole.
+
+    TVM's converter ignores `scale`, boolean masks and grouped queries, and takes no 3-D tensors.
+    """
+    if query.ndim == 4 and attn_mask is None and not is_causal and scale is None and not enable_gqa:
+        return NotImplemented
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
+    scores = torch.matmul(query, key.transpose(-2, -1)) * (query.size(-1) ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = torch.where(attn_mask, scores, torch.full_like(scores, torch.finfo(scores.dtype).min))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.matmul(torch.softmax(scores, -1), value)
+
+
 def _exp2(x: Tensor) -> Tensor:
     """`2 ** x` (torch.exp2). TVM has no converter."""
     return torch.pow(2.0, x if x.is_floating_point() else x.to(torch.get_default_dtype()))
 
 
 def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """`source` in the shape and dtype of `x` (Tensor.copy_). TVM's overwrites `x` for all who read it later."""
+    """`source` in the shape and dtype of `x` (Tensor.copy_). TVM's makes `x` stand for the new value too."""
     del non_blocking
     return source.to(x.dtype).expand(x.shape).clone()
 
@@ -130,6 +165,7 @@ OURS: dict[Any, Callable[..., Any]] = {
     aten.sub.Tensor: _scaled(aten.sub.Tensor),
     **{operator: _promoted(operator) for operator in (aten.mul.Tensor, *_COMPARISONS)},
     aten.div.Tensor: _div,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.exp2.default: _exp2,
     aten.copy.default: _copy,
     aten.im2col.default: _im2col,

@@ -11,6 +11,18 @@ import tvm
 from tvm import s_tir, tirx
 
 
+NAME = "tvmq"
+
+
+def register() -> str:
+    """Make the lowering known to TVM, which takes it by name; returns the name."""
+    from tvm.tirx import compilation_pipeline as tvm_pipelines
+
+    finalize = tvm_pipelines.finalize_host_passes, tvm_pipelines.finalize_device_passes
+    tvm_pipelines.register_tir_pipeline(NAME, lambda: (lower_functions(), *finalize))
+    return NAME
+
+
 def lower_functions() -> Any:
     """The pass that takes scheduled TensorIR to what LLVM code generation reads."""
     return tvm.transform.Sequential(

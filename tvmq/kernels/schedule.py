@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-from tvmq.kernels import builder
+from tvmq.kernels import builder, pipeline
 from tvmq.target import Target
 
 # A parallel loop is worth its start above this many elements.
@@ -36,7 +36,7 @@ def schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
 def build(module: tvm.IRModule, target: Target) -> Any:
     """The VM executable of a scheduled module."""
     with tvm.transform.PassContext(opt_level=3):
-        return relax.build(module, target=target.tvm_target(), relax_pipeline=_lowering_pipeline())
+        return relax.build(module, target=target.tvm_target(), relax_pipeline=_lowering_pipeline(), tir_pipeline=pipeline.register())
 
 
 def _lowering_pipeline() -> Any:
@@ -69,7 +69,11 @@ def schedule_rest(module: tvm.IRModule, lanes: int) -> tvm.IRModule:
 
 def _scheduled(function: Any, lanes: int) -> Any:
     schedule = s_tir.Schedule(builder.module({"main": function}))
-    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+    try:
+        blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
+    except s_tir.ScheduleError:
+        return function  # written as one opaque block: a scan, a sort
+    for block in blocks:
         try:
             _schedule_block(schedule, block, lanes)
         except s_tir.ScheduleError:

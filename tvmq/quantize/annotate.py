@@ -65,7 +65,9 @@ def _integer_readers(plan: Plan) -> dict[Any, set[Any]]:
     for chain in plan.chains:
         if chain.end in plan.integer:
             for member in chain.members:
-                readers[member] = {x for x in chain.activations if x in plan.qparams}
+                # A float tensor that is added stays float, even where somebody else reads it quantized.
+                added = [x for x in chain.activations[1:] if x in plan.integer]
+                readers[member] = {x for x in (chain.x, *added) if x in plan.qparams}
     for var in plan.integer:
         readers.setdefault(var, set(plan.qparams))
     return readers
