@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import functions, ops
@@ -14,6 +15,10 @@ from tvmq.functions import ROW_LANES
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, VectorMath
 from tvmq.kernels.pad import for_each
+
+
+# Parallel tasks: enough for the cores of any board, each with rows enough to pay for its scratch row.
+_TASKS = 16
 
 
 @dataclass(frozen=True)
@@ -35,26 +40,38 @@ class Rowwise:
         n = self.shape[-1]
         affine = [((n,), FLOAT)] * 2 if self.kind == "layer_norm" else []
         x, *middle, out = f.arguments((self.shape, FLOAT), *affine, *self.operands, (self.shape, self.out_dtype))
-        with builder.parallel(math.prod(self.shape[:-1])) as row:
-            start = row * n
+        rows = math.prod(self.shape[:-1])
+        share = -(-rows // min(rows, _TASKS))
+        with builder.parallel(-(-rows // share)) as task:
+            scratch = f.scratch(n, FLOAT)
+            with builder.serial(tirx.min(tirx.const(share, "int32"), rows - task * share)) as index:
+                self._row(f, x, middle, out, scratch, (task * share + index) * n)
 
-            def finish(value: Expr, at: Expr, lanes: int) -> None:
-                place = Place(at, start + at, lanes)
-                operands = middle[len(affine) :]
-                out.store(builder.run_epilogue(value, FLOAT, self.epilogue, operands, place), start + at, lanes)
+    def _row(self, f: builder.Function, x: Flat, middle: Sequence[Flat], out: Flat, scratch: Flat, start: Expr) -> None:
+        """One row, from element `start`."""
+        n = self.shape[-1]
+        operands = middle[2:] if self.kind == "layer_norm" else middle
 
-            if self.kind == "softmax":
-                powers = f.scratch(n, FLOAT)
-                softmax_row(f, x, start, powers, 0, n)
-                for_each(n, ROW_LANES, lambda at, lanes: finish(powers.load(at, lanes), at, lanes))
-            else:
-                self._layer_norm(f, x, start, middle, finish)
+        def finish(value: Expr, at: Expr, lanes: int) -> None:
+            place = Place(at, start + at, lanes)
+            out.store(builder.run_epilogue(value, FLOAT, self.epilogue, operands, place), start + at, lanes)
+
+        if self.kind == "softmax":
+            softmax_row(f, x, start, scratch, 0, n)
+            for_each(n, ROW_LANES, lambda at, lanes: finish(scratch.load(at, lanes), at, lanes))
+        else:
+            self._layer_norm(f, x, start, middle, scratch, finish)
 
     def _layer_norm(
-        self, f: builder.Function, x: Flat, start: Expr, affine: Sequence[Flat], finish: Callable[[Expr, Expr, int], None]
+        self,
+        f: builder.Function,
+        x: Flat,
+        start: Expr,
+        affine: Sequence[Flat],
+        centred: Flat,
+        finish: Callable[[Expr, Expr, int], None],
     ) -> None:
         n = self.shape[-1]
-        centred = f.scratch(n, FLOAT)
         one = VectorMath(1)
         share = one.number(1.0 / n)
         mean = one.mul(row_sum(f, n, lambda at, lanes: x.load(start + at, lanes)), share)
