@@ -155,7 +155,7 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: 
         case ops.Clip(low, high):
             return _limit(value, low, high, dtype, lanes), dtype
         case ops.Activate(name):
-            return functions.ACTIVATIONS[name](VectorMath(lanes), value), FLOAT
+            return functions.ACTIVATIONS[name](VectorMath(lanes), T.Bind(value)), FLOAT
         case ops.Quantize(zero_point, qmin, qmax, stored):
             limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)
             integer = cast(T.nearbyint(limited), "int32", lanes)
@@ -190,7 +190,10 @@ def _vector(dtype: str, lanes: int) -> str:
 
 @dataclass(frozen=True)
 class VectorMath:
-    """The operations of `functions.Math` on vectors of `lanes` float32."""
+    """The operations of `functions.Math` on vectors of `lanes` float32.
+
+    Each result is bound to a name: expressions are trees, and a value read twice would be written out twice.
+    """
 
     lanes: int
 
@@ -200,53 +203,53 @@ class VectorMath:
 
     def mul(self, a: Expr, b: Expr) -> Expr:
         """a * b, kept apart from later additions."""
-        return fenced(a * b, self.lanes)
+        return T.Bind(fenced(a * b, self.lanes))
 
     def add(self, a: Expr, b: Expr) -> Expr:
         """a + b."""
-        return a + b
+        return T.Bind(a + b)
 
     def sub(self, a: Expr, b: Expr) -> Expr:
         """a - b."""
-        return a - b
+        return T.Bind(a - b)
 
     def div(self, a: Expr, b: Expr) -> Expr:
         """a / b."""
-        return a / b
+        return T.Bind(a / b)
 
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """a * b + c, rounded once."""
-        return fma(a, b, c, self.lanes)
+        return T.Bind(fma(a, b, c, self.lanes))
 
     def rint(self, a: Expr) -> Expr:
         """The nearest integer, ties to even."""
-        return T.nearbyint(a)
+        return T.Bind(T.nearbyint(a))
 
     def minimum(self, a: Expr, b: Expr) -> Expr:
         """The smaller."""
-        return T.min(a, b)
+        return T.Bind(T.min(a, b))
 
     def maximum(self, a: Expr, b: Expr) -> Expr:
         """The larger."""
-        return T.max(a, b)
+        return T.Bind(T.max(a, b))
 
     def sqrt(self, a: Expr) -> Expr:
         """The square root."""
-        return intrinsic(_vector(FLOAT, self.lanes), "llvm.sqrt", a)
+        return T.Bind(intrinsic(_vector(FLOAT, self.lanes), "llvm.sqrt", a))
 
     def magnitude(self, a: Expr) -> Expr:
         """|a|."""
-        return intrinsic(_vector(FLOAT, self.lanes), "llvm.fabs", a)
+        return T.Bind(intrinsic(_vector(FLOAT, self.lanes), "llvm.fabs", a))
 
     def where_less(self, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """`then` where a < b, else `otherwise`."""
-        return T.Select(a < b, then, otherwise)
+        return T.Bind(T.Select(a < b, then, otherwise))
 
     def scale(self, a: Expr, exponent: Expr) -> Expr:
         """a * 2**exponent: the exponent's bits are added to."""
         integer = _vector("int32", self.lanes)
         bits = T.reinterpret(integer, a) + cast(exponent, "int32", self.lanes) * number(1 << 23, "int32", self.lanes)
-        return T.reinterpret(_vector(FLOAT, self.lanes), bits)
+        return T.Bind(T.reinterpret(_vector(FLOAT, self.lanes), bits))
 
 
 def module(named: dict[str, Any]) -> tvm.IRModule:
