@@ -219,7 +219,8 @@ def _concat(call: Any, args: list[Array]) -> Array:
 
 
 def _layer_norm(call: Any, args: list[Array]) -> Array:
-    result = functions.layer_norm(*args[:3], epsilon=ops.attributes(call)["epsilon"])
+    x, gamma, beta = args[:3]
+    result = functions.layer_norm(x, gamma, beta, epsilon=ops.attributes(call)["epsilon"])
     return numerics.epilogue(result, args[3:], ops.epilogue_of(call))
 
 
@@ -289,9 +290,8 @@ def _quantize(call: Any, args: list[Array]) -> Array:
     dtype = str(call.attrs.out_dtype)
     low, high = numerics.INT_RANGE[dtype]
     shape = _axis_shape(x, scale, int(call.attrs.axis))
-    return np.clip(
-        np.rint(x * numerics.reciprocal(scale).reshape(shape)) + zero_point.reshape(shape).astype(np.float32), low, high
-    ).astype(dtype)
+    rounded = np.rint(x * numerics.reciprocal(scale).reshape(shape)) + zero_point.reshape(shape).astype(np.float32)
+    return np.asarray(np.clip(rounded, low, high), dtype)
 
 
 def _dequantize(call: Any, args: list[Array]) -> Array:
@@ -341,7 +341,7 @@ def _nn_layer_norm(call: Any, args: list[Array]) -> Array:
     wide = x.astype(np.float64)
     mean = wide.mean(axis=axes, keepdims=True)
     scaled = (wide - mean) / np.sqrt(wide.var(axis=axes, keepdims=True) + float(call.attrs.epsilon))
-    return (scaled * gamma + beta).astype(x.dtype)
+    return np.asarray(scaled * gamma + beta, x.dtype)
 
 
 def _nn_softmax(call: Any, args: list[Array]) -> Array:

@@ -245,7 +245,9 @@ class TestPt2:
         program = torch.export.export(nn.ReLU(), (torch.ones(2),))
         program.example_inputs = None
         torch.export.save(program, tmp_path / "bare.pt2")
-        with pytest.raises(ModelError, match=r"bare carries no example inputs; pass import_model\(..., example_inputs\)"):
+        with pytest.raises(
+            ModelError, match=r"bare carries no example inputs; pass import_model\(..., example_inputs\)"
+        ):
             import_model(tmp_path / "bare.pt2")
         assert import_model(tmp_path / "bare.pt2", torch.ones(2)).name == "bare"
 
@@ -318,7 +320,9 @@ class TestPt2:
 
     def test_dynamic_file(self, tmp_path: Path) -> None:
         shapes = ({0: torch.export.Dim("n")},)
-        torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(2, 3),), dynamic_shapes=shapes), tmp_path / "d.pt2")
+        torch.export.save(
+            torch.export.export(nn.ReLU(), (torch.ones(2, 3),), dynamic_shapes=shapes), tmp_path / "d.pt2"
+        )
         with pytest.raises(ModelError, match="has dynamic shapes"):
             import_model(tmp_path / "d.pt2")
 
@@ -347,7 +351,7 @@ class TestPt2:
     def test_truncated(self, pt2: Path, part: float) -> None:
         data = pt2.read_bytes()
         pt2.write_bytes(data[: int(part * len(data))])
-        with pytest.raises(ModelError, match="truncated|empty"):
+        with pytest.raises(ModelError, match=r"truncated|empty"):
             import_model(pt2)
 
 
@@ -406,7 +410,10 @@ class TestReference:
             ("shop_models.nets:nothing", "saw one that returns NoneType"),
             ("shop_models.nets:network", "expected a function that returns .* saw ReLU"),
             ("shop_models.nets:size", "saw int"),
-            ("shop_models.broken:f", "importing shop_models.broken fails: saw No module named 'not_installed_anywhere'"),
+            (
+                "shop_models.broken:f",
+                "importing shop_models.broken fails: saw No module named 'not_installed_anywhere'",
+            ),
             ("shop_models.typo:f", "importing shop_models.typo fails: saw SyntaxError"),
             ("shop_models.renamed:f", "importing shop_models.renamed fails: saw ImportError"),
             ("no such:thing", "is no module name"),

@@ -146,8 +146,9 @@ def _strided_slice(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) ->
     if not layout.has_twin(call.args[0]):
         return None
     axes = [_axis(_int(a)) for a in _items(call.args[1])]
-    rest = [[_int(v) for v in _items(arg)] for arg in call.args[2:]]
-    return relax.op.strided_slice(layout.twin(state, call.args[0]), axes, *rest, call.attrs.assume_inbound)
+    begin, end, *strides = ([_int(v) for v in _items(arg)] for arg in call.args[2:])
+    x = layout.twin(state, call.args[0])
+    return relax.op.strided_slice(x, axes, begin, end, *strides, assume_inbound=call.attrs.assume_inbound)
 
 
 def _resize2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
@@ -157,7 +158,7 @@ def _resize2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     return relax.op.image.resize2d(
         layout.twin(state, call.args[0]),
         call.args[1],
-        a.roi,
+        [float(edge) for edge in a.roi],
         "NHWC",
         a.method,
         a.coordinate_transformation_mode,

@@ -42,6 +42,10 @@ def table() -> dict[str, Converter]:
         "any.dim": _any,
         "any.dims": _any,
         "sort.stable": _sort_stable,
+        "mm.default": _matmul,
+        "bmm.default": _matmul,
+        "addmm.default": _addmm,
+        "linear.default": _linear,
         **convert_pooling.table(),
         **convert_resampling.table(),
     }
@@ -134,3 +138,30 @@ def _sort_stable(node: fx.Node, importer: Any) -> Any:
     indices = importer.block_builder.emit(_op.argsort(x, a["dim"], a["descending"], dtype="int64"))
     values = importer.block_builder.emit(_op.gather_elements(x, indices, axis=a["dim"]))
     return importer.block_builder.emit(relax.Tuple([values, indices]))
+
+
+def _matmul(node: fx.Node, importer: Any) -> Any:
+    """A matrix product in the dtype of its operands. TVM's is float32, whatever they are."""
+    x, y = (importer.env[arg] for arg in node.args[:2])
+    return importer.block_builder.emit(_op.matmul(x, y, ir.dtype_of(x)))
+
+
+def _addmm(node: fx.Node, importer: Any) -> Any:
+    """`beta * x + alpha * (y @ z)` in the dtype of its operands. TVM's adds a float32 product to what x is."""
+    a = arguments(node)
+    x, y, z = (importer.env[a[name]] for name in ("self", "mat1", "mat2"))
+    dtype = ir.dtype_of(y)
+
+    def scaled(value: Any, factor: float) -> Any:
+        return value if factor == 1 else _op.multiply(value, relax.const(factor, dtype))
+
+    product = importer.block_builder.emit(_op.matmul(y, z, dtype))
+    return importer.block_builder.emit(_op.add(scaled(product, a["alpha"]), scaled(x, a["beta"])))
+
+
+def _linear(node: fx.Node, importer: Any) -> Any:
+    """`x @ weight^T + bias` in the dtype of its operands. TVM's adds bias to a float32 product."""
+    a = arguments(node)
+    x, weight = importer.env[a["input"]], importer.env[a["weight"]]
+    product = importer.block_builder.emit(_op.matmul(x, _op.permute_dims(weight), ir.dtype_of(x)))
+    return product if a["bias"] is None else importer.block_builder.emit(_op.add(product, importer.env[a["bias"]]))

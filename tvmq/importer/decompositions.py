@@ -26,7 +26,7 @@ def table() -> Any:
     for operator, function in OURS.items():
         decompositions[operator] = function
     for operator in KEPT:
-        decompositions.pop(operator, None)
+        decompositions.pop(operator, None)  # type: ignore[no-untyped-call]
     return decompositions
 
 
@@ -63,7 +63,7 @@ def _div(x: Any, y: Any) -> Any:
     return x.to(torch.get_default_dtype()) / y
 
 
-def _attention(
+def _attention(  # noqa: PLR0917
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -30,6 +30,7 @@ def rewrite(program: ExportedProgram) -> None:
 def _fill(node: fx.Node) -> None:
     """empty(shape) -> full(shape, 0): what is there before it is overwritten must not differ from run to run."""
     kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+    kwargs["dtype"] = node.meta["val"].dtype
     node.target, node.args, node.kwargs = aten.full.default, (node.args[0], 0), kwargs
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.export import ExportedProgram
-
 from tvmq import ir
 from tvmq.importer import check as checks
 from tvmq.importer import program as programs
 from tvmq.importer import source as sources
 from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
-from tvmq.model import Model, Signature, TensorSpec
+from tvmq.model import Model, Signature
 
 
 def import_model(
@@ -39,10 +37,11 @@ def import_model(
     fit; nothing is imported then.
     """
     found = sources.read(source, example_inputs, name)
-    translation = torch_export.translate(found.program, converters)
-    signature = signature_of(found.program, translation.module)
-    example = signature.arrays(found.example)
+    inputs = Signature(programs.inputs(found.program), ())
+    example = inputs.arrays(found.example)
     reference = programs.run(found.program, example)
+    signature = Signature(inputs.inputs, programs.outputs(found.program, reference))
+    translation = torch_export.translate(found.program, converters)
     if check:
         checks.compare(translation, example, tolerance)
     module = canonicalize(translation.module)
@@ -50,17 +49,6 @@ def import_model(
         checks.compare_outputs(module, signature, example, reference, tolerance)
     paths = _live(translation.paths, module)
     return Model(module, signature, found.name, example, reference, paths, translation.converters)
-
-
-def signature_of(program: ExportedProgram, module: Any) -> Signature:
-    """Inputs named as in the exported program; outputs by the keys of a returned dict, else by the program's nodes."""
-    inputs = [_spec(str(param.name), param) for param in ir.main(module).params]
-    outputs = [_spec(name, out) for name, out in zip(programs.output_names(program), ir.outputs(module), strict=True)]
-    return Signature(tuple(inputs), tuple(outputs))
-
-
-def _spec(name: str, expr: Any) -> TensorSpec:
-    return TensorSpec(name, ir.shape_of(expr), ir.dtype_of(expr))
 
 
 def _live(paths: Mapping[str, str], module: Any) -> dict[str, str]:

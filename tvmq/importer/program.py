@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from tvmq.errors import ModelError
-from tvmq.model import Array, as_array
+from tvmq.model import Array, TensorSpec, as_array
 
 # What dropout and batch norm leave in a decomposed graph when the module was exported in training mode.
 _TRAINING = {
@@ -32,9 +32,13 @@ def dynamic_shapes(what: str) -> ModelError:
 
 
 def check_interface(program: ExportedProgram, name: str) -> None:
-    """Raise ModelError unless every input and output is a tensor of static shape."""
+    """Raise ModelError unless inputs and outputs are tensors of static shape, and nothing is bfloat16."""
     if program.range_constraints:
         raise dynamic_shapes(name)
+    for node in program.graph.find_nodes(op="placeholder"):
+        if getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16:
+            hint = "call module.float(), and choose the precision at compile time"
+            raise ModelError(f"{node.name} of {name}", expected="float32", seen="bfloat16", hint=hint)
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, TensorArgument):
             hint = "bind it in a wrapper module"
@@ -60,6 +64,21 @@ def check_inference(program: ExportedProgram) -> None:
 def input_names(program: ExportedProgram) -> list[str]:
     """The names of the tensors that the caller passes, in order."""
     return [s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+
+
+def inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
+    """What the caller passes, in order."""
+    values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+    return tuple(
+        TensorSpec(name, tuple(values[name].shape), str(values[name].dtype).removeprefix("torch."))
+        for name in input_names(program)
+    )
+
+
+def outputs(program: ExportedProgram, values: Sequence[Array]) -> tuple[TensorSpec, ...]:
+    """What the caller gets, in order, given an example of it."""
+    names = output_names(program)
+    return tuple(TensorSpec(name, v.shape, str(v.dtype)) for name, v in zip(names, values, strict=True))
 
 
 def user_outputs(program: ExportedProgram) -> list[Any]:
@@ -91,10 +110,10 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def run(program: ExportedProgram, inputs: Sequence[Array]) -> tuple[Array, ...]:
+def run(program: ExportedProgram, example: Sequence[Array]) -> tuple[Array, ...]:
     """What PyTorch computes: the user's outputs, in order. Raises ModelError where it cannot."""
     try:
-        values = _interpret(program, inputs, lambda node, value: None)
+        values = _interpret(program, example, lambda node, value: None)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ModelError("PyTorch cannot run the model on the example inputs", seen=first[0][:200]) from error
@@ -102,7 +121,9 @@ def run(program: ExportedProgram, inputs: Sequence[Array]) -> tuple[Array, ...]:
     return tuple(np.array(as_array(v)) for v, kind in zip(values, kinds, strict=True) if kind is OutputKind.USER_OUTPUT)
 
 
-def run_nodes(program: ExportedProgram, inputs: Sequence[Array], wanted: Callable[[fx.Node], bool]) -> dict[str, Array]:
+def run_nodes(
+    program: ExportedProgram, example: Sequence[Array], wanted: Callable[[fx.Node], bool]
+) -> dict[str, Array]:
     """What PyTorch computes at each wanted node that holds a tensor: node name -> array."""
     found: dict[str, Array] = {}
 
@@ -110,11 +131,11 @@ def run_nodes(program: ExportedProgram, inputs: Sequence[Array], wanted: Callabl
         if isinstance(value, torch.Tensor) and wanted(node):
             found[node.name] = as_array(value)
 
-    _interpret(program, inputs, keep)
+    _interpret(program, example, keep)
     return found
 
 
-def _interpret(program: ExportedProgram, inputs: Sequence[Array], see: Callable[[fx.Node, Any], None]) -> Any:
+def _interpret(program: ExportedProgram, example: Sequence[Array], see: Callable[[fx.Node, Any], None]) -> Any:
     class Watched(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
@@ -122,13 +143,13 @@ def _interpret(program: ExportedProgram, inputs: Sequence[Array], see: Callable[
             return value
 
     with torch.no_grad():
-        return Watched(program.graph_module).run(*_graph_inputs(program, inputs))
+        return Watched(program.graph_module).run(*_graph_inputs(program, example))
 
 
-def _graph_inputs(program: ExportedProgram, inputs: Sequence[Array]) -> Iterator[Any]:
-    """Parameters, buffers, constants and `inputs` in the order of the graph's placeholders."""
+def _graph_inputs(program: ExportedProgram, example: Sequence[Array]) -> Iterator[Any]:
+    """Parameters, buffers, constants and `example` in the order of the graph's placeholders."""
     # A writable copy: PyTorch warns about tensors over read-only memory.
-    given = iter([torch.from_numpy(np.array(array)) for array in inputs])
+    given = iter([torch.from_numpy(np.array(array)) for array in example])
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             yield next(given)

@@ -235,7 +235,8 @@ def _layer_class(node: fx.Node) -> str:
 
 
 def _identifier(path: str) -> str:
-    return re.sub(r"\W", "_", path)
+    """`path` as a name that TVMScript can print: layer "0.conv" is _0_conv."""
+    return re.sub(r"\W", "_", f"_{path}" if path[:1].isdigit() else path)
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -1,0 +1,225 @@
+"""Each operator that we convert ourselves: ours is PyTorch's, and TVM's own still fails (else ours may go)."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from torch import nn
+from torch.nn import functional
+from tvm.relax.frontend.torch import from_exported_program
+
+from tvmq import interpret, ir
+from tvmq.errors import ModelError
+from tvmq.importer import converters, decompositions
+from tvmq.importer.check import deviation
+from tvmq.importer.load import import_model
+
+Function = Callable[..., torch.Tensor]
+
+
+class Call(nn.Module):
+    """A module of one function."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs)
+
+
+def _seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+IMAGE = _seeded(2, 6, 9, 10)
+ROWS = _seeded(2, 5, 7)
+TIES = torch.tensor([[2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 0.0, 2.0]])
+EYE = torch.eye(7) + 0.5
+INTEGERS = torch.tensor([[1, -3, 5]])
+GRID = torch.linspace(-1.2, 1.2, 2 * 4 * 5 * 2).reshape(2, 4, 5, 2)
+GROUPS = nn.GroupNorm(3, 6)
+nn.init.uniform_(GROUPS.bias)
+
+
+def _written(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, 0] = 1.0
+    y[:, :, 2:4] = x[:, :, :2]
+    return y
+
+
+# Operators for which TVM's importer (0.27) raises, or gives another result: name -> function, inputs.
+BROKEN: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
+    "select from the end": (lambda x: x.select(1, -1), (IMAGE,)),
+    "index from the end": (lambda x: x[:, -1], (ROWS,)),
+    "index by negative constants": (lambda x: x[:, [-1, 0]], (ROWS,)),
+    "index by negative inputs": (lambda x, i: x[:, i], (ROWS, torch.tensor([-2, 0, 3]))),
+    "index by two lists": (lambda x: x[:, [0, 2, 1], [1, 3, 0]], (ROWS,)),
+    "index over the last axes": (lambda x: x[:, :, torch.tensor([[0, -1]]), torch.tensor([[1], [2]])], (IMAGE,)),
+    "nearest to a larger size": (lambda x: functional.interpolate(x, size=(13, 17)), (IMAGE,)),
+    "nearest to a smaller size": (lambda x: functional.interpolate(x, size=(5, 4)), (IMAGE,)),
+    "nearest by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.7), (IMAGE,)),
+    "bilinear by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.7, mode="bilinear"), (IMAGE,)),
+    "bilinear to a half": (lambda x: functional.interpolate(x, scale_factor=0.5, mode="bilinear"), (IMAGE,)),
+    "bilinear with antialias": (
+        lambda x: functional.interpolate(x, size=(4, 5), mode="bilinear", antialias=True),
+        (IMAGE,),
+    ),
+    "selu": (functional.selu, (IMAGE,)),
+    "average with a divisor": (lambda x: functional.avg_pool2d(x, 3, divisor_override=2), (IMAGE,)),
+    "padded average with a divisor": (
+        lambda x: functional.avg_pool2d(x, (3, 2), 2, 1, ceil_mode=True, divisor_override=5),
+        (IMAGE,),
+    ),
+    "max pool, ceil": (lambda x: functional.max_pool2d(x, 2, ceil_mode=True), (IMAGE,)),
+    "max pool of one image, ceil": (lambda x: functional.max_pool2d(x, 2, ceil_mode=True), (ROWS,)),
+    "adaptive max, equal windows": (lambda x: functional.adaptive_max_pool2d(x, (3, 5)), (IMAGE,)),
+    "adaptive max, unequal windows": (lambda x: functional.adaptive_max_pool2d(x, (4, 3)), (IMAGE,)),
+    "group norm without weights": (lambda x: functional.group_norm(x, 3), (IMAGE,)),
+    "any of all": (lambda x: (x > 1).any(), (IMAGE,)),
+    "any of numbers": (lambda x: x.round().any(1), (IMAGE,)),
+    "any over dimensions of numbers": (lambda x: torch.any(x.round(), dim=(1, 2), keepdim=True), (IMAGE,)),
+    "amax": (lambda x: x.amax(1), (IMAGE,)),
+    "amax of all": (lambda x: x.amax(), (IMAGE,)),
+    "amin over dimensions": (lambda x: x.amin((1, -1), keepdim=True), (IMAGE,)),
+    "values of min": (lambda x: x.min(1)[0], (IMAGE,)),
+    "indices of min": (lambda x: x.min(1, keepdim=True)[1], (IMAGE,)),
+    "prod over a dimension": (lambda x: x.prod(1), (IMAGE,)),
+    "exp2": (torch.exp2, (IMAGE,)),
+    "exp2 of integers": (torch.exp2, (INTEGERS,)),
+    "image to columns": (lambda x: functional.unfold(x, (3, 2), dilation=(1, 2), padding=1, stride=2), (IMAGE,)),
+    "windows of a dimension": (lambda x: x.unfold(2, 3, 2), (IMAGE,)),
+    "stable sort": (lambda x: torch.sort(x, dim=1, stable=True)[0], (TIES,)),
+    "indices of a stable sort": (lambda x: torch.sort(x, dim=1, stable=True)[1], (TIES,)),
+    "indices of a descending sort": (lambda x: torch.sort(x, descending=True, stable=True)[1], (TIES,)),
+    "add with alpha": (lambda x: torch.add(x, x * x, alpha=3), (ROWS,)),
+    "sub with alpha": (lambda x: torch.sub(x, x * x, alpha=3), (ROWS,)),
+    "matrices of integers": (lambda x: x @ x.T, (INTEGERS,)),
+    "matrices of halves": (lambda x: x.half() @ x.half().transpose(1, 2), (ROWS,)),
+    "addmm of halves": (lambda x: torch.addmm(x[0].half(), x[0].half(), EYE.half(), beta=2), (ROWS,)),
+    "linear of halves": (lambda x: functional.linear(x.half(), EYE.half(), EYE[0].half()), (ROWS,)),
+    "integers by integers": (lambda x: x / 2, (INTEGERS,)),
+    "integers times a fraction": (lambda x: x * 0.5, (INTEGERS,)),
+    "integers plus a fraction": (lambda x: x + 0.5, (INTEGERS,)),
+    "integers against a fraction": (lambda x: x < 4.5, (torch.tensor([3, 4, 5]),)),
+    "grid sample": (lambda x: functional.grid_sample(x, GRID, align_corners=False), (IMAGE,)),
+}
+# What our converters must keep right where TVM's are right too.
+SOUND: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
+    "addmm": (lambda x: torch.addmm(x[0], x[0], EYE, beta=0.5, alpha=2), (ROWS,)),
+    "select from the front": (lambda x: x.select(-1, 2), (IMAGE,)),
+    "elu": (lambda x: functional.elu(x, 0.5), (IMAGE,)),
+    "celu": (functional.celu, (IMAGE,)),
+    "average": (lambda x: functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False), (IMAGE,)),
+    "average, ceil": (lambda x: functional.avg_pool2d(x, 3, 2, 1, ceil_mode=True), (IMAGE,)),
+    "max pool": (lambda x: functional.max_pool2d(x, 3, 2, 1), (IMAGE,)),
+    "group norm": (GROUPS, (IMAGE,)),
+    "any over a dimension": (lambda x: (x > 1).any(1), (IMAGE,)),
+    "nearest by a whole number": (lambda x: functional.interpolate(x, scale_factor=3), (IMAGE,)),
+    "bilinear by a whole number": (lambda x: functional.interpolate(x, scale_factor=2, mode="bilinear"), (IMAGE,)),
+    "bilinear, corners": (
+        lambda x: functional.interpolate(x, size=(13, 17), mode="bilinear", align_corners=True),
+        (IMAGE,),
+    ),
+    "reflected": (lambda x: functional.pad(x, (1, 2), mode="reflect"), (ROWS,)),
+    "index by one list": (lambda x: x[:, [0, 2]], (ROWS,)),
+    "index by a grid": (lambda x: x[:, torch.tensor([[0], [2]]), torch.tensor([1, 3])], (ROWS,)),
+    "index by all": (lambda x: x[[0, 1], [1, 2], [3, 0]], (ROWS,)),
+    "attention with a scale": (lambda x: functional.scaled_dot_product_attention(x, x, x, scale=2.0), (IMAGE,)),
+    "attention of 3-D": (lambda x: functional.scaled_dot_product_attention(x, x, x), (ROWS,)),
+    "attention with a mask": (
+        lambda x: functional.scaled_dot_product_attention(x, x, x, torch.ones(9, 9).tril().bool()),
+        (IMAGE,),
+    ),
+    "attention of groups": (
+        lambda x: functional.scaled_dot_product_attention(x, x[:, :2], x[:, :2], enable_gqa=True),
+        (IMAGE,),
+    ),
+    "attention": (lambda x: functional.scaled_dot_product_attention(x, x, x), (IMAGE,)),
+    "causal attention": (lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True), (IMAGE,)),
+    "linear": (lambda x: functional.linear(x, EYE, x[0, 0]), (ROWS,)),
+    "linear without bias": (lambda x: functional.linear(x, EYE), (ROWS,)),
+    "writing to a slice": (_written, (ROWS,)),
+    "circular padding": (lambda x: functional.pad(x, (1, 2, 1, 0), mode="circular"), (IMAGE,)),
+    "fractions": (lambda x: (x / 2 + x * 0.5 - 1) > 0.25, (ROWS,)),
+}
+
+
+def _is_right_in_tvm(function: Function, inputs: tuple[torch.Tensor, ...]) -> bool:
+    expected = function(*inputs).detach().numpy()
+    try:
+        module = from_exported_program(torch.export.export(Call(function), inputs))
+        (value,) = interpret.run(module, [x.numpy() for x in inputs])
+    except (ModelError, AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        return False
+    return deviation(value, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [*BROKEN, *SOUND])
+def test_ours_is_pytorchs(name: str) -> None:
+    function, inputs = (BROKEN | SOUND)[name]
+    model = import_model(Call(function), inputs, tolerance=1e-5)
+    np.testing.assert_array_equal(model.reference[0], function(*inputs).detach())
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tvms_is_still_wrong(name: str) -> None:
+    assert not _is_right_in_tvm(*BROKEN[name]), f"TVM has mended {name!r}: our converter may go"
+
+
+@pytest.mark.parametrize("factor", [2, 3, 5, 7])
+@pytest.mark.parametrize("extent", [3, 7, 31, 33])
+def test_nearest_by_whole_factors_is_one_resize(factor: int, extent: int) -> None:
+    x = torch.arange(extent * extent, dtype=torch.float32).reshape(1, 1, extent, extent)
+    model = import_model(Call(lambda x: functional.interpolate(x, scale_factor=factor)), x)
+    assert [ir.op_name(call) for _, call in ir.calls(model.module)] == ["image.resize2d"]
+
+
+def test_indices_of_a_max_pool_are_refused() -> None:
+    for pool in (functional.max_pool2d, functional.adaptive_max_pool2d):
+        with pytest.raises(ModelError, match="indices of a max pool are not supported"):
+            import_model(Call(lambda x, pool=pool: pool(x, 3, return_indices=True)[1]), IMAGE)
+
+
+def test_antialias_with_corners_is_refused() -> None:
+    def resize(x: torch.Tensor) -> torch.Tensor:
+        return functional.interpolate(x, size=(4, 5), mode="bilinear", antialias=True, align_corners=True)
+
+    with pytest.raises(ModelError, match="antialias with align_corners"):
+        import_model(Call(resize), IMAGE)
+
+
+def test_natural_constants_index_as_they_are() -> None:
+    model = import_model(Call(lambda x: x[:, [0, 2]]), ROWS)
+    assert [ir.op_name(call) for _, call in ir.calls(model.module)] == ["take"]
+
+
+def test_undefined_memory_is_zero() -> None:
+    model = import_model(Call(lambda x: x + torch.empty(7) * 0), ROWS)
+    np.testing.assert_array_equal(model.reference[0], ROWS)
+
+
+def test_converters_are_of_operators_that_exist() -> None:
+    for name in converters.table():
+        operator, overload = name.split(".")
+        assert isinstance(getattr(getattr(torch.ops.aten, operator), overload), torch._ops.OpOverload), name
+
+
+def test_everything_we_do_is_documented() -> None:
+    for function in [*converters.table().values(), *decompositions.OURS.values()]:
+        outer = function.__qualname__.split(".")[0]
+        module = __import__(function.__module__, fromlist=[outer])
+        assert getattr(module, outer).__doc__
+
+
+def test_a_users_converter_comes_first() -> None:
+    def double(node: torch.fx.Node, importer: object) -> object:
+        x = importer.env[node.args[0]]
+        return importer.block_builder.emit(tvm.relax.op.add(x, x))
+
+    model = import_model(nn.ReLU(), torch.ones(2), converters={"relu.default": double}, check=False)
+    np.testing.assert_array_equal(interpret.run(model.module, model.example)[0], [2, 2])
+    assert model.converters == {"relu.default": "tvmq"}
