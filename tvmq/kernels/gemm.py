@@ -301,18 +301,29 @@ class _Emitter:
                 acc.store(product, slot, lanes)
         rest = steps[1:] if starts_with_bias and self._padded_operands() else steps
         operands = self.operands[1:] if starts_with_bias and self._padded_operands() else self.operands
-        for i, v, slot in slots:
-            y, x = pixels[i]
+
+        def finish(values: Flat, y: Expr, x: Expr, v: Expr, slot: Expr) -> None:
             pixel = (image * self.g.height + row + y) * self.g.width + column + x
             first = index * self.nr + v * lanes
             place = Place(group * self.g.channels + first, pixel * self.cout + group * self.g.channels + first, lanes)
-            self._finish(acc, slot, place, first, rest, operands)
+            self._finish(values, slot, place, first, rest, operands)
+
+        if not any(isinstance(step, ops.Activate) for step in rest):
+            for i, v, slot in slots:
+                finish(acc, *pixels[i], v, slot)
+            return
+        # A float function is a page of code: a loop over the results, from memory, instead of a copy for each.
+        results = self.f.registers(len(slots) * lanes, m.acc_dtype)
+        for _, _, slot in slots:
+            results.store(acc.load(slot, lanes), slot, lanes)
+        with builder.serial(rows) as y, builder.serial(columns) as x, builder.serial(self.tile.vectors) as v:
+            finish(results, y, x, v, ((y * columns + x) * self.tile.vectors + v) * lanes)
 
     def _padded_operands(self) -> bool:
         """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""
         return self.g.channels % self.nr == 0
 
-    def _finish(self, acc: Flat, slot: int, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]) -> None:
+    def _finish(self, acc: Flat, slot: Expr, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]) -> None:
         """The epilogue of one vector, and its store: whole, or the lanes that exist."""
 
         def store(lanes: int) -> None:
