@@ -210,7 +210,8 @@ def _max_pool2d(call: Any, args: list[Array]) -> Array:
 
 
 def _map(call: Any, args: list[Array]) -> Array:
-    return numerics.epilogue(args[0], args[1:], ops.epilogue_of(call))
+    # A bias has one element even where the tensor is a scalar.
+    return numerics.epilogue(args[0], args[1:], ops.epilogue_of(call)).reshape(ir.shape_of(call))
 
 
 def _concat(call: Any, args: list[Array]) -> Array:

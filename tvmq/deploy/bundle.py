@@ -75,7 +75,7 @@ class Bundle:
             count = int(np.prod(shape, dtype=np.int64))
             if offset < 0 or offset + count * dtype.itemsize > len(data):
                 raise BundleError(
-                    f"{self._where()}: parameter {entry['name']!r}",
+                    f"{self.where}: parameter {entry['name']!r}",
                     expected="inside params.bin",
                     seen=f"offset {offset}",
                 )
@@ -88,7 +88,9 @@ class Bundle:
             sides = [[archive[f"{side}{i}"] for i in range(int(archive[f"{side}s"]))] for side in ("input", "output")]
         return tuple(sides[0]), tuple(sides[1])
 
-    def _where(self) -> str:
+    @property
+    def where(self) -> str:
+        """The bundle in an error's words."""
         return f"bundle {self.path}" if self.path else "bundle"
 
 

@@ -72,7 +72,7 @@ class Executor:
         wanted = threads if threads or session.name == "host" else int(bundle.manifest["target"]["cores"])
         self.threads = session.configure_threads(wanted)
         self.library = session.load(bundle)
-        self._machine = relax.VirtualMachine(self.library, session.device)
+        self._machine = session.call(lambda: relax.VirtualMachine(self.library, session.device))
         self._parameters = [session.tensor(array) for array in bundle.parameters().values()]
         self._inputs: dict[str, Any] = {}
         self._outputs: list[Any] | None = None
@@ -89,9 +89,10 @@ class Executor:
     def run(self) -> None:
         """One inference on the inputs that were set. Raises SignatureError where one is missing."""
         self._bind()
-        self._call(lambda: self._machine.invoke_stateful("main"))
-        result = self._call(lambda: self._machine.get_outputs("main"))
-        self._outputs = list(result) if isinstance(result, tuple | list) or hasattr(result, "__len__") and not hasattr(result, "numpy") else [result]
+        self.session.call(lambda: self._machine.invoke_stateful("main"))
+        result = self.session.call(lambda: self._machine.get_outputs("main"))
+        # One tensor over RPC comes by itself; a tuple has no `numpy`.
+        self._outputs = [result] if hasattr(result, "numpy") else list(result)
 
     def get_output(self, index: int = 0) -> Array:
         """Output `index` of the last run. Raises SignatureError where there is none."""
@@ -99,7 +100,7 @@ class Executor:
             raise SignatureError("get_output", expected="a run before it", seen="none since the inputs were set")
         if not 0 <= index < len(self._outputs):
             raise SignatureError("get_output", expected=f"an index below {len(self._outputs)}", seen=index)
-        return np.asarray(self._outputs[index].numpy())
+        return self.session.fetch(self._outputs[index])
 
     def __call__(self, *inputs: object, **named: object) -> tuple[Array, ...]:
         """One inference: inputs in order or by name, NumPy arrays or torch tensors; all outputs. Raises SignatureError."""
@@ -117,11 +118,11 @@ class Executor:
         self._fill()
         self._bind()
         for _ in range(warmup):
-            self._call(lambda: self._machine.invoke_stateful("main"))
+            self.session.call(lambda: self._machine.invoke_stateful("main"))
         timer = self._machine.time_evaluator(
             "invoke_stateful", self.session.device, number=number, repeat=repeat, min_repeat_ms=min_repeat_ms
         )
-        times = np.array(self._call(lambda: timer("main")).results) * 1e3
+        times = np.array(self.session.call(lambda: timer("main")).results) * 1e3
         return latency(times, repeat, number, self.threads)
 
     def runner(self) -> Callable[[], object]:
@@ -143,7 +144,7 @@ class Executor:
                 self._inputs[spec.name] = self.session.tensor(array)
         self._fill()
         runner = StepRunner(self.bundle, self.session, self.library)
-        return self._call(lambda: runner.profile(self._inputs, self._parameters, repeat))
+        return runner.profile(self._inputs, self._parameters, repeat)
 
     def _fill(self) -> None:
         golden, _ = self.bundle.golden()
@@ -156,20 +157,7 @@ class Executor:
         if missing:
             raise SignatureError("run", expected="every input set", seen=f"nothing for {', '.join(missing)}")
         values = [self._inputs[spec.name] for spec in self.signature.inputs]
-        self._call(lambda: self._machine.set_input("main", *values, *self._parameters))
-
-    def _call(self, action: Any) -> Any:
-        """Run something on the device; a lost board is one clear line."""
-        if self.session.name == "host":
-            return action()
-        from tvm.error import RPCError  # type: ignore[attr-defined]
-
-        try:
-            return action()
-        except (RPCError, RuntimeError, OSError) as error:
-            text = str(error).strip().splitlines()
-            seen = text[-1][:200] if text else type(error).__name__
-            raise DeviceError(f"device {self.session.name}", expected="an answer", seen=seen, hint="reconnect and load again") from error
+        self.session.call(lambda: self._machine.set_input("main", *values, *self._parameters))
 
     def _input_name(self, key: str | int) -> str:
         if isinstance(key, str):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import queue
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,7 @@ from tvmq.detect import detect_host
 from tvmq.errors import DeviceError, IsaError
 
 Array = npt.NDArray[Any]
+_T = TypeVar("_T")
 # Seconds to wait for a board to answer.
 CONNECT_TIMEOUT = 10.0
 
@@ -38,6 +42,12 @@ class Session(Protocol):
 
     def tensor(self, array: Array) -> Any:
         """A tensor on the device."""
+
+    def fetch(self, tensor: Any) -> Array:
+        """A tensor's values, in this process."""
+
+    def call(self, action: Callable[[], _T]) -> _T:
+        """The result of an action on the device. Raises DeviceError where the device is lost."""
 
     def configure_threads(self, count: int) -> int:
         """Size the device's thread pool; returns the number used."""
@@ -91,6 +101,14 @@ class LocalSession:
         """A tensor in this process."""
         return tvm.runtime.tensor(np.asarray(array, order="C"))
 
+    def fetch(self, tensor: Any) -> Array:
+        """A tensor's values."""
+        return np.asarray(tensor.numpy())
+
+    def call(self, action: Callable[[], _T]) -> _T:
+        """The result of an action."""
+        return action()
+
     def configure_threads(self, count: int) -> int:
         """`count` threads, or all real cores for 0."""
         cores = count or detect_host().cores
@@ -105,15 +123,8 @@ class RemoteSession:
     """A board that serves TVM's RPC."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        host, port = _address(url)
         self.name = url
-        try:
-            self.remote = rpc.connect(host, port, session_timeout=timeout_s)
-        except (OSError, RPCError, RuntimeError) as error:
-            hint = "is the server running there, and the port open?"
-            raise DeviceError(
-                f"device {url}", expected="a TVM RPC server", seen=_first_line(error), hint=hint
-            ) from error
+        self.remote = _connect(url, timeout_s)
         self.device = self.remote.cpu(0)
 
     def check(self, bundle: Bundle) -> None:
@@ -122,26 +133,70 @@ class RemoteSession:
     def load(self, bundle: Bundle) -> Any:
         """Upload the library and load it there."""
         name = f"tvmq-{bundle.manifest['members'][LIBRARY]['sha256'][:16]}.so"
+        triple = bundle.manifest["target"]["triple"]
+        with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
+            path = Path(folder) / name
+            path.write_bytes(bundle.members[LIBRARY])
+            self.call(lambda: self.remote.upload(str(path)))
         try:
-            with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
-                path = Path(folder) / name
-                path.write_bytes(bundle.members[LIBRARY])
-                self.remote.upload(str(path))
             return self.remote.load_module(name)
-        except (OSError, RPCError, RuntimeError) as error:
-            seen = _first_line(error)
-            raise DeviceError(f"device {self.name}", expected="to load the bundle's library", seen=seen) from error
+        except _LOST as error:
+            expected, hint = f"to load a library for {triple}", "is the bundle's target this board?"
+            raise DeviceError(f"device {self.name}", expected=expected, seen=_reason(error), hint=hint) from error
 
     def tensor(self, array: Array) -> Any:
         """A tensor on the board."""
-        return tvm.runtime.tensor(np.asarray(array, order="C"), self.device)
+        return self.call(lambda: tvm.runtime.tensor(np.asarray(array, order="C"), self.device))
+
+    def fetch(self, tensor: Any) -> Array:
+        """A tensor's values."""
+        return np.asarray(self.call(tensor.numpy))
+
+    def call(self, action: Callable[[], _T]) -> _T:
+        """The result of an action on the board. Raises DeviceError where it is lost."""
+        try:
+            return action()
+        except _LOST as error:
+            hint = "reconnect and load again; code for another processor ends a board's server"
+            raise DeviceError(f"device {self.name}", expected="an answer", seen=_reason(error), hint=hint) from error
 
     def configure_threads(self, count: int) -> int:
         """`count` threads on the board; 0 leaves its own choice, and says so by returning 0."""
         if count:
             # Mode 1 prefers the fast cores of a machine that has two kinds.
-            self.remote.get_function("runtime.config_threadpool")(1, count)
+            self.call(lambda: self.remote.get_function("runtime.config_threadpool")(1, count))
         return count
+
+
+# What TVM raises where the other end is gone, or said that something failed there.
+_LOST = (RPCError, RuntimeError, OSError)
+
+
+def _connect(url: str, timeout_s: float) -> Any:
+    """A session with the server at `url`. Raises DeviceError where none answers in `timeout_s` seconds."""
+    host, port = _address(url)
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            # TVM's own session_timeout ends a session that lasts longer, in the midst of a benchmark.
+            answer.put(rpc.connect(host, port))
+        except _LOST as error:
+            answer.put(error)
+
+    # TVM waits without limit for a server that is silent, or busy with another client.
+    threading.Thread(target=connect, daemon=True, name="tvmq-connect").start()
+    try:
+        result = answer.get(timeout=timeout_s)
+    except queue.Empty as error:
+        raise _no_server(url, f"no answer in {timeout_s:g} s", "is another client using it?") from error
+    if isinstance(result, Exception):
+        raise _no_server(url, _reason(result), "is the server running there, and the port open?") from result
+    return result
+
+
+def _no_server(url: str, seen: str, hint: str) -> DeviceError:
+    return DeviceError(f"device {url}", expected="a TVM RPC server", seen=seen, hint=hint)
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -151,6 +206,7 @@ def _address(url: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The line of a TVM error that says what happened: the last one that is no frame of a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("  ")]
+    return lines[-1][:200] if lines else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,39 +16,85 @@ from tvmq import ir
 from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.executor import OpTime
 from tvmq.deploy.session import Session
+from tvmq.errors import BundleError
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Result:
+    """A tensor that a step makes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Step:
-    """One call: `symbol` of the kernel in the library ("" for a reshape), `args` by name, the `out` tensor."""
+    """One call: `symbol` of the kernel in the library ("" for a reshape), `args` by name, the tensors it makes.
+
+    An argument is the name of a tensor, or a constant: "=dtype:[shape]:values".
+    """
 
     symbol: str
     args: tuple[str, ...]
-    out: str
-    shape: tuple[int, ...]
-    dtype: str
+    results: tuple[Result, ...]
     kernel: str
     precision: str
+
+    @property
+    def out(self) -> str:
+        """The name of the first result, which is the step's own."""
+        return self.results[0].name
 
 
 def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
     """The steps of a scheduled module's main; `kernels` names the tvmq kernel of a variable."""
+    names = _tensor_names(module)
     steps = []
     for var, value in ir.bindings(module):
-        if not isinstance(value, relax.Call) or not isinstance(var.ty, relax.TensorType):
+        results = tuple(_results(var, names)) if isinstance(value, relax.Call) else ()
+        if not results:
             continue
-        name = _tensor_name(var)
-        shape, dtype = ir.shape_of(var), ir.dtype_of(var)
         if ir.is_call(value, "call_tir"):
-            args = tuple(_argument(arg) for arg in value.args[1].fields)
             symbol = str(value.args[0].name_hint)
-            title = kernels.get(name) or _title(symbol)
-            steps.append(Step(symbol, args, name, shape, dtype, title, "int8" if _integer(title) else "fp32"))
+            title = kernels.get(results[0].name) or _title(symbol)
+            args = tuple(_argument(arg, names) for arg in value.args[1].fields)
+            steps.append(Step(symbol, args, results, title, "int8" if _integer(title) else "fp32"))
         elif ir.is_call(value, "reshape"):
-            steps.append(Step("", (_argument(value.args[0]),), name, shape, dtype, "reshape", ""))
+            steps.append(Step("", (_argument(value.args[0], names),), results, "reshape", ""))
     return steps
+
+
+def _tensor_names(module: tvm.IRModule) -> dict[Any, str | list[str]]:
+    """Variable -> the name of its tensor, or of each tensor of a tuple.
+
+    Parts of a tuple are called as the first variable that takes them out; aliases as what they stand for.
+    """
+    names: dict[Any, str | list[str]] = {param: str(param.name) for param in ir.main(module).params}
+    for var, value in ir.bindings(module):
+        if isinstance(value, relax.TupleGetItem) and isinstance(names.get(value.tuple_value), list):
+            parts = names[value.tuple_value]
+            assert isinstance(parts, list)
+            parts[value.index] = parts[value.index] or _tensor_name(var)
+            names[var] = parts[value.index]
+        elif isinstance(value, relax.Var):
+            names[var] = names.get(value, _tensor_name(value))
+        elif isinstance(var.ty, relax.TupleType):
+            names[var] = [""] * len(var.ty.fields)
+        else:
+            names[var] = _tensor_name(var)
+    return names
+
+
+def _results(var: Any, names: Mapping[Any, str | list[str]]) -> Iterator[Result]:
+    if isinstance(var.ty, relax.TupleType):
+        for index, (name, part) in enumerate(zip(names[var], var.ty.fields, strict=True)):
+            shape = tuple(int(extent) for extent in part.shape.values)
+            yield Result(name or f"{_tensor_name(var)}.{index}", shape, str(part.dtype))
+    elif isinstance(var.ty, relax.TensorType):
+        yield Result(str(names[var]), ir.shape_of(var), ir.dtype_of(var))
 
 
 def _tensor_name(var: Any) -> str:
@@ -64,53 +109,73 @@ def _title(symbol: str) -> str:
     return ours[1].replace("_", "-") if ours else f"tvm-{symbol}"
 
 
-def _argument(expr: Any) -> str:
+def _argument(expr: Any, names: Mapping[Any, str | list[str]]) -> str:
     if isinstance(expr, relax.Var):
-        return _tensor_name(expr)
+        return str(names[expr])
     value = ir.to_numpy(expr)
-    return f"={value.dtype}:{value.item()!r}" if value.ndim == 0 else f"={value.dtype}:{value.tolist()!r}"
+    return f"={value.dtype}:{list(value.shape)}:{' '.join(repr(item) for item in value.ravel().tolist())}"
+
+
+def _constant(text: str) -> Array:
+    """The array of an argument that is a constant."""
+    dtype, shape, values = text.removeprefix("=").split(":")
+    words = values.split()
+    numbers = [word == "True" for word in words] if dtype == "bool" else [_number(word) for word in words]
+    return np.array(numbers, dtype).reshape([int(extent) for extent in re.findall(r"\d+", shape)])
+
+
+def _number(word: str) -> float:
+    return int(word) if re.fullmatch(r"-?\d+", word) else float(word)
 
 
 def _integer(kernel: str) -> bool:
-    return kernel.startswith(("u8-", "s8-")) or "-s8-" in kernel
+    """Whether a kernel reads or writes 8-bit integers: the first parts of its name are dtypes."""
+    return bool(re.match(r"([us]8-|f32-[us]8-)", kernel))
 
 
 class StepRunner:
-    """Runs a bundle's steps on a device."""
+    """Runs a bundle's steps on a device. Raises BundleError for steps that make no sense."""
 
     def __init__(self, bundle: Bundle, session: Session, library: Any) -> None:
         self.session = session
-        self.steps = [
-            Step(**{**entry, "args": tuple(entry["args"]), "shape": tuple(entry["shape"])})
-            for entry in bundle.manifest["steps"]
-        ]
+        try:
+            self.steps = [_step(entry) for entry in bundle.manifest["steps"]]
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{bundle.where}: steps", expected="kernel calls", seen=repr(error)) from error
         self.parameter_names = [entry["name"] for entry in bundle.manifest["parameters"]]
         self.library = library
         self.functions: dict[str, Any] = {}
 
-    def run(self, tensors: dict[str, Any]) -> Iterator[tuple[Step, list[Any], Any]]:
-        """Each step with its argument tensors and its result; `tensors` holds what is known, and grows."""
+    def run(self, tensors: dict[str, Any]) -> Iterator[tuple[Step, list[Any], list[Any]]]:
+        """Each step with its argument tensors and its results; `tensors` holds what is known, and grows."""
         for step in self.steps:
-            args = [tensors[name] if name in tensors else self._constant(name) for name in step.args]
-            if not step.symbol:
-                tensors[step.out] = self.session.tensor(args[0].numpy().reshape(step.shape))
+            args = [self._tensor(tensors, name) for name in step.args]
+            if step.symbol:
+                results = [self.session.tensor(np.zeros(r.shape, r.dtype)) for r in step.results]
+                self.session.call(lambda: self._function(step.symbol)(*args, *results))  # noqa: B023 (called at once)
             else:
-                out = self.session.tensor(np.zeros(step.shape, step.dtype))
-                self._function(step.symbol)(*args, out)
-                tensors[step.out] = out
-            yield step, args, tensors[step.out]
+                results = [self.session.tensor(self.session.fetch(args[0]).reshape(step.results[0].shape))]
+            tensors.update({made.name: result for made, result in zip(step.results, results, strict=True)})
+            yield step, args, results
 
     def profile(self, inputs: Mapping[str, Any], parameters: Sequence[Any], repeat: int) -> list[OpTime]:
         """Milliseconds of each kernel call, in order."""
         tensors = {**inputs, **dict(zip(self.parameter_names, parameters, strict=True))}
         rows = []
-        for step, args, out in self.run(tensors):
+        for step, args, results in self.run(tensors):
             if not step.symbol:
                 continue
             timer = self._evaluator(step.symbol, repeat)
-            seconds = float(np.median(timer(*args, out).results))
-            rows.append(OpTime(step.out, step.kernel, step.precision, seconds * 1e3))
+            measured = self.session.call(lambda: timer(*args, *results))  # noqa: B023 (called at once)
+            rows.append(OpTime(step.out, step.kernel, step.precision, float(np.median(measured.results)) * 1e3))
         return rows
+
+    def _tensor(self, tensors: Mapping[str, Any], name: str) -> Any:
+        if name.startswith("="):
+            return self.session.tensor(_constant(name))
+        if name not in tensors:
+            raise BundleError(f"steps: tensor {name!r}", expected="an input, a parameter or an earlier result")
+        return tensors[name]
 
     def _function(self, symbol: str) -> Any:
         if symbol not in self.functions:
@@ -121,6 +186,7 @@ class StepRunner:
         module = self.library
         return module.imports[0].time_evaluator(symbol, self.session.device, number=1, repeat=repeat, min_repeat_ms=2)
 
-    def _constant(self, text: str) -> Any:
-        dtype, _, value = text.removeprefix("=").partition(":")
-        return self.session.tensor(np.array(ast.literal_eval(value), dtype))
+
+def _step(entry: Mapping[str, Any]) -> Step:
+    results = tuple(Result(r["name"], tuple(r["shape"]), r["dtype"]) for r in entry["results"])
+    return Step(entry["symbol"], tuple(entry["args"]), results, entry["kernel"], entry["precision"])

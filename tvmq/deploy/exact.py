@@ -1,0 +1,42 @@
+"""Which operators have one right answer, bit for bit, on every machine; the rest are compared within a tolerance.
+
+Exact: integer anchors with any epilogue, element-wise maps, row-wise functions in their fixed order, and operators that
+only move or compare elements. Not exact: float convolutions, matmuls and averages, whose sums take the order that a
+machine likes, and whatever arithmetic TVM legalizes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvmq import ir
+
+# Operators of Relax whose results hold elements of their operands, or are found by comparing them.
+_MOVES = """reshape permute_dims squeeze expand_dims flatten strided_slice take concat split nn.pad nn.max_pool2d broadcast_to
+    repeat tile flip gather_elements gather_nd where greater greater_equal less less_equal equal not_equal logical_and
+    logical_or logical_not argmax argmin max min maximum minimum nn.relu clip full zeros ones full_like zeros_like ones_like
+    arange tril triu negative abs floor ceil round sign topk sort argsort""".split()
+_OURS = ("tvmq.map", "tvmq.max_pool2d", "tvmq.concat", "tvmq.layer_norm", "tvmq.softmax")
+
+
+def is_exact(call: Any) -> bool:
+    """Whether the result of an operator call follows from its operands bit for bit."""
+    if ir.is_call(call, "tvmq.conv2d", "tvmq.matmul"):
+        return ir.dtype_of(call.args[1]) == "int8"
+    if ir.is_call(call, "tvmq.avg_pool2d"):
+        return ir.dtype_of(call.args[0]) != "float32"
+    if ir.is_call(call, "astype"):
+        return not ir.dtype_of(call).startswith(("float16", "bfloat16"))
+    return ir.is_call(call, *_MOVES, *_OURS) or not any(_is_float(expr) for expr in (call, *call.args))
+
+
+def _is_float(expr: Any) -> bool:
+    return isinstance(expr.ty, relax.TensorType) and "float" in ir.dtype_of(expr)
+
+
+def is_exact_graph(module: tvm.IRModule) -> bool:
+    """Whether every output of a realized module follows from its inputs bit for bit."""
+    return all(is_exact(call) for _, call in ir.calls(module))
