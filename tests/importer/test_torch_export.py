@@ -128,6 +128,11 @@ def test_a_converter_makes_it_supported() -> None:
     assert model.converters == {"cube.default": "tvmq"}
 
 
+def test_a_converter_without_overload_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"converter 'relu': expected .* overload.*did you mean 'relu.default'"):
+        import_model(nn.ReLU(), IMAGE, converters={"relu": lambda node, importer: None})
+
+
 def test_importer_that_fails_names_operator_and_layer() -> None:
     def broken(node: torch.fx.Node, importer: object) -> object:
         raise KeyError("what")

@@ -16,7 +16,7 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvmq import ir
-from tvmq.errors import ModelError, UnsupportedOpError
+from tvmq.errors import ModelError, UnsupportedOpError, nearest
 from tvmq.importer import converters, decompositions, graph_rewrites
 from tvmq.importer import program as programs
 
@@ -81,13 +81,15 @@ def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = 
     """An exported program as Relax. `extra`: converters by operator name ("aten op.overload"), before ours and TVM's.
 
     Raises UnsupportedOpError naming each operator without a converter and the layer it is in; ModelError where TVM's
-    importer fails on an operator, where the program was exported in training mode, or keeps state.
+    importer fails on an operator, where the program was exported in training mode or keeps state, and for a converter
+    without an overload in its name.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = program.run_decompositions(decompositions.table())
     programs.check_inference(program)
     graph_rewrites.rewrite(program)
+    _check_names(program, extra or {})
     own = {**converters.table(), **(extra or {})}
     importer = _Importer()
     _check_known(program, (set(importer.create_convert_map()) - _NOT_DATAFLOW) | set(own))
@@ -126,6 +128,15 @@ class _Importer(ExportedProgramImporter):  # type: ignore[misc]
         for node in nodes:
             self.current = node
             yield node
+
+
+def _check_names(program: ExportedProgram, extra: Mapping[str, Converter]) -> None:
+    """Raise ModelError for a converter whose name lacks the overload: it would never be asked."""
+    names = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
+    for name in extra:
+        if name not in names and "." not in name:
+            expected = "an operator with its overload, as 'relu.default'"
+            raise ModelError(f"converter {name!r}", expected=expected, hint=nearest(name, names))
 
 
 def _check_known(program: ExportedProgram, known: set[str]) -> None:
