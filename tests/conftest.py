@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +19,13 @@ from torch.nn import functional
 from tvm import relax
 
 from tvmq import interpret, ir
+from tvmq.deploy.emulate import EmulatedBoard, prepare
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
-from tvmq.model import Signature, TensorSpec
+from tvmq.importer.load import import_model
+from tvmq.model import Model, Signature, TensorSpec
+from tvmq.pipeline import compile_model
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.calibrate import calibrate
 from tvmq.quantize.plan import Decision, Plan, make_plan
@@ -96,6 +103,63 @@ def make_case(torch_module: nn.Module, *shapes: tuple[int, ...], batches: int = 
     inputs = tuple(spec(param, str(param.name)) for param in ir.main(module).params)
     outputs = tuple(spec(output, f"output{i}") for i, output in enumerate(ir.outputs(module)))
     return Case(torch_module, module, Signature(inputs, outputs), dict(translation.paths), data)
+
+
+@pytest.fixture(scope="session")
+def imported() -> Callable[[str], Model]:
+    """The model in `MODELS` of a name, imported and checked as a user would, once."""
+
+    @functools.cache
+    def get(name: str) -> Model:
+        torch.manual_seed(0)
+        factory, *shapes = MODELS[name]
+        rng = np.random.default_rng(0)
+        inputs = tuple(torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in shapes)
+        return import_model(_with_statistics(factory()).eval(), inputs, name=name)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle_of(imported: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`bundle_of(name, precision="int8", target="host")`: the compiled bundle of a model in `MODELS`, made once."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    @functools.cache
+    def get(name: str, precision: str = "int8", target: str = "host") -> Path:
+        model, path = imported(name), folder / f"{name}-{precision}-{target}.tvmq"
+        batches = None if precision == "fp32" else calibration_of(model)
+        compile_model(model, target, Recipe(precision=precision), batches, path)
+        return path
+
+    return get
+
+
+def calibration_of(model: Model) -> list[tuple[np.ndarray, ...]]:
+    """Four batches that fit `model`, its example among them."""
+    rng = np.random.default_rng(1)
+    shapes = [spec.shape for spec in model.signature.inputs]
+    return [model.example, *(tuple(rng.standard_normal(s).astype(np.float32) for s in shapes) for _ in range(3))]
+
+
+BOARD_NEEDS = ("qemu-aarch64", "apt-get", "dpkg-deb")
+
+
+@pytest.fixture(scope="session")
+def board_root() -> Path:
+    """The emulated board's files, prepared once in the user's cache."""
+    missing = [tool for tool in BOARD_NEEDS if shutil.which(tool) is None]
+    if missing and not os.environ.get("CI"):
+        pytest.skip(f"no {', '.join(missing)} on this machine")
+    # On CI a missing tool fails here, in the words that a user would read.
+    return prepare()
+
+
+@pytest.fixture
+def board(board_root: Path) -> Iterator[EmulatedBoard]:
+    # Not shared: the traceback of a failed test holds its session open, and the server serves one at a time.
+    with EmulatedBoard(board_root).start() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
