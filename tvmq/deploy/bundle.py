@@ -209,7 +209,7 @@ def _manifest(data: bytes, file: Path) -> dict[str, Any]:
     where = f"bundle {file}: {MANIFEST}"
     try:
         manifest = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(where, expected="JSON", seen=str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         seen = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
