@@ -24,7 +24,7 @@ from tvmq.deploy.crosslink import linker
 from tvmq.deploy.exact import is_exact_graph
 from tvmq.deploy.executor import Executor
 from tvmq.deploy.session import LocalSession
-from tvmq.deploy.steps import Step, extract
+from tvmq.deploy.steps import Step, extract, with_entry_points
 from tvmq.errors import CheckFailed
 from tvmq.kernels.lower import Lowered
 from tvmq.kernels.schedule import build
@@ -64,7 +64,7 @@ class Product:
 
 def compile_library(product: Product) -> bytes:
     """The shared library of the target. Raises OutputError or DeviceError where linking fails."""
-    executable = build(product.lowered.module, product.target)
+    executable = build(with_entry_points(product.lowered.module), product.target)
     with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
         path = Path(folder) / bundle.LIBRARY
         executable.export_library(str(path), fcompile=linker(product.target.zig_triple))

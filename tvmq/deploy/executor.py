@@ -73,7 +73,7 @@ class Executor:
         self.threads = session.configure_threads(wanted)
         self.library = session.load(bundle)
         self._machine = session.call(lambda: relax.VirtualMachine(self.library, session.device))
-        self._parameters = [session.tensor(array) for array in bundle.parameters().values()]
+        self._parameters = {name: session.tensor(array) for name, array in bundle.parameters().items()}
         self._inputs: dict[str, Any] = {}
         self._outputs: list[Any] | None = None
 
@@ -144,7 +144,7 @@ class Executor:
                 self._inputs[spec.name] = self.session.tensor(array)
         self._fill()
         runner = StepRunner(self.bundle, self.session, self.library)
-        return runner.profile(self._inputs, self._parameters, repeat)
+        return runner.profile(self._machine, {**self._inputs, **self._parameters}, repeat)
 
     def _fill(self) -> None:
         golden, _ = self.bundle.golden()
@@ -157,7 +157,7 @@ class Executor:
         if missing:
             raise SignatureError("run", expected="every input set", seen=f"nothing for {', '.join(missing)}")
         values = [self._inputs[spec.name] for spec in self.signature.inputs]
-        self.session.call(lambda: self._machine.set_input("main", *values, *self._parameters))
+        self.session.call(lambda: self._machine.set_input("main", *values, *self._parameters.values()))
 
     def _input_name(self, key: str | int) -> str:
         if isinstance(key, str):

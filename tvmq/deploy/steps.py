@@ -67,6 +67,29 @@ def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
     return steps
 
 
+def with_entry_points(module: tvm.IRModule) -> tvm.IRModule:
+    """A scheduled module with a function of the virtual machine for each kernel that main calls.
+
+    TVM times such functions on any device; kernels themselves it cannot find in a library that is on a board.
+    """
+    builder = relax.BlockBuilder(module)
+    seen = set()
+    for _, value in list(ir.bindings(module)):
+        if not ir.is_call(value, "call_tir") or (name := entry_point(str(value.args[0].name_hint))) in seen:
+            continue
+        seen.add(name)
+        params = [relax.Var(f"p{i}", arg.ty) for i, arg in enumerate(value.args[1].fields)]
+        with builder.function(name, params):
+            call = relax.Call(value.op, [value.args[0], relax.Tuple(params)], value.attrs, value.ty_args)
+            builder.emit_func_output(builder.emit(call))
+    return builder.get()
+
+
+def entry_point(symbol: str) -> str:
+    """The virtual machine's name for a kernel."""
+    return f"step_{symbol}"
+
+
 def _tensor_names(module: tvm.IRModule) -> dict[Any, str | list[str]]:
     """Variable -> the name of its tensor, or of each tensor of a tuple.
 
@@ -142,7 +165,6 @@ class StepRunner:
             self.steps = [_step(entry) for entry in bundle.manifest["steps"]]
         except (KeyError, TypeError) as error:
             raise BundleError(f"{bundle.where}: steps", expected="kernel calls", seen=repr(error)) from error
-        self.parameter_names = [entry["name"] for entry in bundle.manifest["parameters"]]
         self.library = library
         self.functions: dict[str, Any] = {}
 
@@ -158,16 +180,13 @@ class StepRunner:
             tensors.update({made.name: result for made, result in zip(step.results, results, strict=True)})
             yield step, args, results
 
-    def profile(self, inputs: Mapping[str, Any], parameters: Sequence[Any], repeat: int) -> list[OpTime]:
-        """Milliseconds of each kernel call, in order."""
-        tensors = {**inputs, **dict(zip(self.parameter_names, parameters, strict=True))}
+    def profile(self, machine: Any, tensors: dict[str, Any], repeat: int) -> list[OpTime]:
+        """Milliseconds of each kernel call, in order; `machine` is the library's, `tensors` inputs and parameters."""
         rows = []
-        for step, args, results in self.run(tensors):
-            if not step.symbol:
-                continue
-            timer = self._evaluator(step.symbol, repeat)
-            measured = self.session.call(lambda: timer(*args, *results))  # noqa: B023 (called at once)
-            rows.append(OpTime(step.out, step.kernel, step.precision, float(np.median(measured.results)) * 1e3))
+        for step, args, _ in self.run(tensors):
+            if step.symbol:
+                seconds = self.session.call(lambda: _time(machine, self.session, step, args, repeat))  # noqa: B023
+                rows.append(OpTime(step.out, step.kernel, step.precision, seconds * 1e3))
         return rows
 
     def _tensor(self, tensors: Mapping[str, Any], name: str) -> Any:
@@ -182,9 +201,13 @@ class StepRunner:
             self.functions[symbol] = self.library.get_function(symbol, query_imports=True)
         return self.functions[symbol]
 
-    def _evaluator(self, symbol: str, repeat: int) -> Any:
-        module = self.library
-        return module.imports[0].time_evaluator(symbol, self.session.device, number=1, repeat=repeat, min_repeat_ms=2)
+
+def _time(machine: Any, session: Session, step: Step, args: Sequence[Any], repeat: int) -> float:
+    """Seconds of a kernel call: the median over `repeat` rounds of at least 2 ms."""
+    name = entry_point(step.symbol)
+    machine.set_input(name, *args)
+    timer = machine.time_evaluator("invoke_stateful", session.device, number=1, repeat=repeat, min_repeat_ms=2)
+    return float(np.median(timer(name).results))
 
 
 def _step(entry: Mapping[str, Any]) -> Step:
