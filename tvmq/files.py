@@ -11,15 +11,32 @@ from pathlib import Path
 from tvmq.errors import OutputError
 
 
+def require_folder(path: str | Path) -> Path:
+    """`path`, to be written to later. Raises OutputError where its folder is missing: before the work, not after it."""
+    final = Path(path)
+    if not final.parent.is_dir():
+        raise OutputError(f"cannot write {final}", expected="an existing folder", seen=f"no folder {final.parent}")
+    return final
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for files that nobody keeps. Raises OutputError where the disk is full or not writable."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        hint = "set TMPDIR to a folder with space"
+        raise OutputError("cannot write temporary files", seen=error.strerror or str(error), hint=hint) from error
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it is renamed to `path` when the block ends, and removed when it fails.
 
     Raises OutputError where the folder is missing, or the disk is full or not writable.
     """
-    final = Path(path)
-    if not final.parent.is_dir():
-        raise OutputError(f"cannot write {final}", expected="an existing folder", seen=f"no folder {final.parent}")
+    final = require_folder(path)
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)

@@ -25,7 +25,7 @@ import tvm
 from tvmq import interpret, ir
 from tvmq.deploy import build
 from tvmq.errors import CalibrationError
-from tvmq.files import atomic_write_text
+from tvmq.files import atomic_write_text, require_folder
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.canonical import fold_constants
 from tvmq.kernels.lower import Lowered, lower
@@ -84,7 +84,7 @@ def compile_model(
     begin, and with n = 1, 2, ... for each calibration inference.
     Raises TargetError, RecipeError, CalibrationError, OutputError.
     """
-    spec, recipe = load_target(target), recipe or Recipe()
+    spec, recipe, out = load_target(target), recipe or Recipe(), require_folder(out)
     report = progress or (lambda _stage, _n: None)
     stages = _Dump(dump)
     quantized = quantize(model, recipe, calibration, report, stages)

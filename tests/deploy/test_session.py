@@ -61,6 +61,14 @@ def test_tensors_here_come_back() -> None:
     assert session.configure_threads(1) == 1
 
 
+def test_what_is_no_library_is_one_line_here_too(bundle_of: Callable[..., Path]) -> None:
+    bundle = read(bundle_of("flatten_linear"))
+    broken = Bundle(bundle.manifest, {**bundle.members, "lib.so": b"nothing"})
+    with pytest.raises(DeviceError, match="this machine: expected to load .*lib.so, saw .*set TMPDIR") as caught:
+        load(broken)
+    assert "\n" not in str(caught.value)
+
+
 def test_threads_here_leave_the_caller_unpinned() -> None:
     import os
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +25,7 @@ from tvmq.deploy.executor import Executor
 from tvmq.deploy.session import LocalSession
 from tvmq.deploy.steps import Step, extract, with_entry_points
 from tvmq.errors import CheckFailed
+from tvmq.files import scratch_folder
 from tvmq.kernels.lower import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
@@ -65,8 +65,8 @@ class Product:
 def compile_library(product: Product) -> bytes:
     """The shared library of the target. Raises OutputError or DeviceError where linking fails."""
     executable = build(with_entry_points(product.lowered.module), product.target)
-    with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
-        path = Path(folder) / bundle.LIBRARY
+    with scratch_folder() as folder:
+        path = folder / bundle.LIBRARY
         executable.export_library(str(path), fcompile=linker(product.target.zig_triple))
         return path.read_bytes()
 

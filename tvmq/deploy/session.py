@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import queue
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +19,7 @@ from tvmq.cpuinfo import host_features
 from tvmq.deploy.bundle import LIBRARY, Bundle
 from tvmq.detect import detect_host
 from tvmq.errors import DeviceError, IsaError
+from tvmq.files import scratch_folder
 
 Array = npt.NDArray[Any]
 _T = TypeVar("_T")
@@ -92,10 +91,14 @@ class LocalSession:
 
     def load(self, bundle: Bundle) -> Any:
         """Load the library through a temporary file, which the system keeps while it is mapped."""
-        with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
-            path = Path(folder) / LIBRARY
+        with scratch_folder() as folder:
+            path = folder / LIBRARY
             path.write_bytes(bundle.members[LIBRARY])
-            return tvm.runtime.load_module(str(path))
+            try:
+                return tvm.runtime.load_module(str(path))
+            except (RuntimeError, OSError) as error:
+                hint = "does its file system let files run? set TMPDIR to another"
+                raise DeviceError("this machine", expected=f"to load {path}", seen=_reason(error), hint=hint) from error
 
     def tensor(self, array: Array) -> Any:
         """A tensor in this process."""
@@ -134,8 +137,8 @@ class RemoteSession:
         """Upload the library and load it there."""
         name = f"tvmq-{bundle.manifest['members'][LIBRARY]['sha256'][:16]}.so"
         triple = bundle.manifest["target"]["triple"]
-        with tempfile.TemporaryDirectory(prefix="tvmq-") as folder:
-            path = Path(folder) / name
+        with scratch_folder() as folder:
+            path = folder / name
             path.write_bytes(bundle.members[LIBRARY])
             self.call(lambda: self.remote.upload(str(path)))
         try:
