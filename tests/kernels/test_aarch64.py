@@ -1,0 +1,63 @@
+"""A handful of kernels for each kind of 64-bit ARM core, bit for bit on the emulated board."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import Case, check, conv, floats, integers, matmul, requantize, target_of, weights
+from test_epilogue import a_map
+
+from tvmq import functions, ops
+from tvmq.deploy.emulate import EmulatedBoard
+
+# target, and the processor that qemu is to be: no dot product, the same out of order, sdot.
+CORES = [("raspberry-pi-3b", "cortex-a53"), ("raspberry-pi-4b", "cortex-a72"), ("raspberry-pi-5", "cortex-a76")]
+
+
+def kernels() -> list[Case]:
+    x, deep = integers((2, 7, 9, 5), "int8"), integers((1, 4, 5, 33), "int8")
+    low, full = np.full((1, 3, 3, 64), -128, np.int8), dict(epilogue=([], ()), out_dtype="int32")
+    cases = [
+        conv("3x3", x, weights((17, 3, 3, 5)), padding=(1, 1, 1, 1), zero_point=7),
+        conv("strided", x, weights((8, 3, 3, 5)), strides=(2, 3), padding=(0, 1, 2, 0), zero_point=-128),
+        conv("dilated", x, weights((9, 3, 2, 5)), dilation=(2, 2), padding=(2, 1, 2, 1), zero_point=127),
+        conv("1x1", deep, weights((31, 1, 1, 33)), zero_point=-5),
+        conv("1x1_grouped", integers((2, 3, 3, 6), "int8"), weights((4, 1, 1, 3)), groups=2, zero_point=9),
+        conv("grouped", integers((1, 5, 5, 15), "int8"), weights((10, 3, 3, 3)), groups=5, zero_point=9),
+        conv("least", low, np.full((9, 3, 3, 64), -128, np.int8), zero_point=127, padding=(1, 1, 1, 1), **full),
+        conv("most", low, np.full((9, 1, 1, 64), 127, np.int8), zero_point=127, **full),
+        conv("depthwise", integers((2, 7, 6, 19), "int8"), weights((19, 3, 3, 1)), groups=19, strides=(2, 1), padding=(1, 0, 1, 2), zero_point=3),
+        conv("float", floats((1, 6, 7, 5)), floats((9, 3, 3, 5)), padding=(1, 1, 1, 1)),
+        conv("float_depthwise", floats((1, 6, 7, 9)), floats((9, 3, 3, 1)), groups=9),
+        matmul("matmul", integers((2, 3, 13), "int8"), weights((13, 31)), zero_point=100),
+        matmul("row", integers((1, 64), "int8"), weights((64, 10)), zero_point=-100),
+    ]
+    operands, (bias, scale, last) = requantize(17, 45, "int8")
+    added = integers((2, 7, 9, 17), "int8", 8)
+    epilogue = (operands, (bias, scale, ops.Residual(0.37, 12), ops.Clip(-60.5, None), last))
+    cases.append(conv("residual", x, weights((17, 3, 3, 5)), padding=(1, 1, 1, 1), epilogue=epilogue, extra=(added,)))
+    return cases
+
+
+def float_arithmetic() -> list[Case]:
+    """Products before sums, and every float function, quantized: equal bits or a difference shows."""
+    q, added, bias = integers((3, 41, 33), "int8"), floats((3, 41, 33), 9), floats((33,), 8)
+    last = ops.Quantize(3, -128, 127, "int8")
+    cases = [
+        a_map("bias", q, (ops.Dequantize(0.0117, 3), ops.Bias(), ops.Multiply(33.3), last), (bias,)),
+        a_map("residual", q, (ops.Dequantize(0.0117, 3), ops.Residual(), ops.Multiply(33.3), last), (), (added,)),
+        a_map("fused", q, (ops.Dequantize(0.3, 3), ops.Residual(0.77, -8), last), (), (q[::-1].copy(),)),
+    ]
+    for name in functions.ACTIVATIONS:
+        steps = (ops.Dequantize(0.047, 3), ops.Activate(name), ops.Multiply(77.7), last)
+        cases.append(a_map(name, integers((4, 257), "int8"), steps))
+    return cases
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("target", "cpu"), CORES)
+def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None:
+    with EmulatedBoard(board_root).start(cpu=cpu) as board:
+        check([*kernels(), *float_arithmetic()], target_of(target), board)
