@@ -19,7 +19,11 @@ from tvmq.model import Model
 from tvmq.recipe import Recipe
 
 # target, qemu's processor, and a part of the names of its int8 kernels.
-BOARDS = [("raspberry-pi-4b", "cortex-a72", "-neon"), ("raspberry-pi-3b", "cortex-a53", "-neon"), ("raspberry-pi-5", "cortex-a76", "-sdot")]
+BOARDS = [
+    ("raspberry-pi-4b", "cortex-a72", "-neon"),
+    ("raspberry-pi-3b", "cortex-a53", "-neon"),
+    ("raspberry-pi-5", "cortex-a76", "-sdot"),
+]
 NAMES = ("residual", "depthwise_separable", "concat", "pools", "activations", "dead_channels")
 
 
@@ -54,7 +58,10 @@ def test_verification_over_rpc(board: EmulatedBoard, bundle_of: Callable[..., Pa
 
 def test_the_golden_outputs_are_the_same_for_every_target(bundle_of: Callable[..., Path]) -> None:
     """The oracle does not know the target, but for how it stores activations."""
-    wanted = [read(bundle_of("residual", target=target)).golden()[1][0] for target in ("raspberry-pi-4b", "beaglebone", "x86-64-avx2", "graviton3")]
+    wanted = [
+        read(bundle_of("residual", target=target)).golden()[1][0]
+        for target in ("raspberry-pi-4b", "beaglebone", "x86-64-avx2", "graviton3")
+    ]
     for other in wanted[1:]:
         np.testing.assert_array_equal(other, wanted[0])
 
@@ -64,13 +71,19 @@ def test_bundles_are_made_for_machines_that_are_not_here(bundle_of: Callable[...
     bundle = read(bundle_of("residual", target=target))
     machine = {"x86_64": 62, "aarch64": 183, "arm": 40}  # ELF's e_machine
     arch = bundle.manifest["target"]["triple"].split("-")[0]
-    assert int.from_bytes(bundle.members["lib.so"][18:20], "little") == machine["arm" if arch.startswith("armv") else arch]
+    assert (
+        int.from_bytes(bundle.members["lib.so"][18:20], "little") == machine["arm" if arch.startswith("armv") else arch]
+    )
 
 
-def test_no_compiler_is_needed(imported: Callable[[str], Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_needed(
+    imported: Callable[[str], Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing of the system's is on the PATH: ziglang links."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("cc") is None
     model = imported("flatten_linear")
-    compiled = pipeline.compile_model(model, "raspberry-pi-4b", Recipe(precision="int8"), calibration_of(model), tmp_path / "m.tvmq")
+    compiled = pipeline.compile_model(
+        model, "raspberry-pi-4b", Recipe(precision="int8"), calibration_of(model), tmp_path / "m.tvmq"
+    )
     assert read(compiled.path).members["lib.so"][:4] == b"\x7fELF"

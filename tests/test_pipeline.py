@@ -35,7 +35,9 @@ def model(imported: Callable[[str], Model]) -> Model:
 
 def test_progress_names_the_stages_in_order_and_counts_inferences(model: Model, tmp_path: Path) -> None:
     seen: list[tuple[str, int]] = []
-    compiled = compile_model(model, "host", INT8, calibration_of(model), tmp_path / "m.tvmq", progress=lambda *args: seen.append(args))
+    compiled = compile_model(
+        model, "host", INT8, calibration_of(model), tmp_path / "m.tvmq", progress=lambda *args: seen.append(args)
+    )
     assert [stage for stage, n in seen if n == 0] == list(STAGES)
     assert [n for stage, n in seen if stage == "calibrate"] == [0, 1, 2, 3, 4]
     assert compiled.path == tmp_path / "m.tvmq"
@@ -47,7 +49,13 @@ def test_progress_names_the_stages_in_order_and_counts_inferences(model: Model, 
 def test_every_stage_with_relax_is_dumped_in_order(model: Model, tmp_path: Path) -> None:
     compile_model(model, "host", INT8, calibration_of(model), tmp_path / "m.tvmq", dump=tmp_path / "new" / "stages")
     names = sorted(path.name for path in (tmp_path / "new" / "stages").iterdir())
-    assert [name.split("_")[1] for name in names] == ["layout.py", "annotate.py", "realize.py", "lower.py", "schedule.py"]
+    assert [name.split("_")[1] for name in names] == [
+        "layout.py",
+        "annotate.py",
+        "realize.py",
+        "lower.py",
+        "schedule.py",
+    ]
     assert "tvmq.conv2d" in (tmp_path / "new" / "stages" / names[2]).read_text()
 
 
@@ -77,14 +85,21 @@ def test_a_finished_table_stands_for_the_data(model: Model, tmp_path: Path) -> N
 
 def test_a_table_of_another_model_is_refused(model: Model, imported: Callable[[str], Model], tmp_path: Path) -> None:
     other = pipeline.calibrate(imported("transformer"), INT8, calibration_of(imported("transformer")))
-    with pytest.raises(CalibrationError, match="calibration table: tensor .*: expected a tensor of residual; it belongs to another model"):
+    with pytest.raises(
+        CalibrationError,
+        match="calibration table: tensor .*: expected a tensor of residual; it belongs to another model",
+    ):
         compile_model(model, "host", INT8, other, tmp_path / "m.tvmq")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tensor_that_the_table_keeps_float(model: Model, without: Callable, tmp_path: Path) -> None:
     table = pipeline.calibrate(model, INT8, calibration_of(model))
-    name = next(row["name"] for row in compile_model(model, "host", INT8, table, tmp_path / "a.tvmq").operators if row["kind"] == "conv2d")
+    name = next(
+        row["name"]
+        for row in compile_model(model, "host", INT8, table, tmp_path / "a.tvmq").operators
+        if row["kind"] == "conv2d"
+    )
     compiled = compile_model(model, "host", INT8, without(table, name, keep=True), tmp_path / "b.tvmq")
     reasons = {row["reason"] for row in compiled.operators}
     assert any("keeps" in reason and name in reason for reason in reasons), reasons
@@ -110,7 +125,9 @@ def test_a_rule_makes_one_layer_integer(model: Model, tmp_path: Path) -> None:
     assert {row["kind"] for row in rows if row["precision"] == "int8"} == {"conv2d"}
 
 
-@pytest.mark.parametrize("changes", [{"symmetric": True}, {"per_channel": False}, {"observer": "percentile"}, {"observer": "moving_average"}])
+@pytest.mark.parametrize(
+    "changes", [{"symmetric": True}, {"per_channel": False}, {"observer": "percentile"}, {"observer": "moving_average"}]
+)
 def test_each_way_of_quantizing_is_exact(model: Model, tmp_path: Path, changes: dict) -> None:
     compile_model(model, "host", Recipe(precision="int8", **changes), calibration_of(model), tmp_path / "m.tvmq")
     (got,) = load(tmp_path / "m.tvmq")(*model.example)
@@ -120,7 +137,11 @@ def test_each_way_of_quantizing_is_exact(model: Model, tmp_path: Path, changes: 
 def test_integers_need_data(model: Model, tmp_path: Path) -> None:
     assert not pipeline.wants_integers(Recipe())
     assert pipeline.wants_integers(Recipe(rules=[{"match": "x", "precision": "int8"}]))
-    for data, said in [(None, "saw none; pass calibration=batches"), ([], "at least one batch"), ([np.full((1, 3, 9, 9), np.nan, np.float32)], "NaN")]:
+    for data, said in [
+        (None, "saw none; pass calibration=batches"),
+        ([], "at least one batch"),
+        ([np.full((1, 3, 9, 9), np.nan, np.float32)], "NaN"),
+    ]:
         with pytest.raises(CalibrationError, match=said):
             compile_model(model, "host", INT8, data, tmp_path / "m.tvmq")
     assert not list(tmp_path.iterdir())
@@ -151,13 +172,22 @@ class Interrupted:
 def test_ctrl_c_in_any_stage_leaves_no_file(model: Model, tmp_path: Path, stage: str) -> None:
     (tmp_path / "m.tvmq").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        compile_model(model, "host", INT8, calibration_of(model), tmp_path / "m.tvmq", progress=Interrupted(stage, KeyboardInterrupt()))
+        compile_model(
+            model,
+            "host",
+            INT8,
+            calibration_of(model),
+            tmp_path / "m.tvmq",
+            progress=Interrupted(stage, KeyboardInterrupt()),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["m.tvmq"]
     assert (tmp_path / "m.tvmq").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("function", ["compile_library", "check"])
-def test_ctrl_c_inside_a_stage_leaves_no_file(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_ctrl_c_inside_a_stage_leaves_no_file(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     def interrupt(*_args: object) -> None:
         raise KeyboardInterrupt
 

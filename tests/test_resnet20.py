@@ -92,7 +92,9 @@ def assert_equal_bits(executor: Executor, program: interpret.Program, x: np.ndar
         np.testing.assert_array_equal(got, want)
 
 
-def accuracy(cifar10: ModuleType, network: torch.nn.Module, model: Model, folder: Path, sizes: tuple[int, int]) -> tuple[float, float]:
+def accuracy(
+    cifar10: ModuleType, network: torch.nn.Module, model: Model, folder: Path, sizes: tuple[int, int]
+) -> tuple[float, float]:
     """fp32 and int8 top-1 with `sizes` calibration and test images; 100 of these must equal the oracle."""
     calibrate_on, test_on = sizes
     table = pipeline.calibrate(model, INT8, [*batches(calibration(cifar10, calibrate_on))])
@@ -114,7 +116,9 @@ def test_int8_keeps_the_accuracy(cifar10: ModuleType, network: torch.nn.Module, 
 
 
 @pytest.mark.slow
-def test_int8_keeps_the_accuracy_on_all_images(cifar10: ModuleType, network: torch.nn.Module, model: Model, tmp_path: Path) -> None:
+def test_int8_keeps_the_accuracy_on_all_images(
+    cifar10: ModuleType, network: torch.nn.Module, model: Model, tmp_path: Path
+) -> None:
     float32, int8 = accuracy(cifar10, network, model, tmp_path, (256, 10_000))
     print(f"top-1 on 10,000 images: fp32 {float32:.2f}, int8 {int8:.2f}")
     assert float32 == pytest.approx(88.1, abs=0.05)

@@ -1,7 +1,7 @@
 """Float32 functions, each written once over operations that every IEEE machine rounds in the same way.
 
-The NumPy oracle computes them with `NumPyMath`, kernels with the same operations in TensorIR, so that their results agree
-bit for bit on every target: exponentials, activations, and the sums, softmax and layer norm of a row.
+The NumPy oracle computes them with `NumPyMath`, kernels with the same operations in TensorIR, so that their results
+agree bit for bit on every target: exponentials, activations, and the sums, softmax and layer norm of a row.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def exp(m: Math, x: Value) -> Value:
     n = m.rint(m.mul(x, m.number(1.44269504088896341)))
     r = m.fma(n, m.number(-0.693359375), x)
     r = m.fma(n, m.number(2.12194440e-4), r)
-    p = _polynomial(m, r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
+    p = _polynomial(
+        m, r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    )
     p = m.add(m.fma(p, m.mul(r, r), r), m.number(1.0))
     return m.scale(p, n)
 

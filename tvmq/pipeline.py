@@ -1,15 +1,15 @@
 """The table of contents: a model becomes a bundle in the stages below, in this order, each of which can be dumped.
 
-    layout      channels-last image tensors                                       graph/layout.py
-    calibrate   the range of each tensor, over calibration data                   quantize/calibrate.py
-    plan        what becomes integer, and why the rest does not                   quantize/plan.py
-    annotate    explicit quantize and dequantize pairs                            quantize/annotate.py
-    realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
-    lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py
-    schedule    TVM legalizes the rest; a generic rule schedules it               kernels/schedule.py
-    build       LLVM compiles; ziglang links                                      deploy/build.py
-    check       where this machine can run the result, it does, once              deploy/build.py
-    bundle      one file                                                          deploy/bundle.py
+layout      channels-last image tensors                                       graph/layout.py
+calibrate   the range of each tensor, over calibration data                   quantize/calibrate.py
+plan        what becomes integer, and why the rest does not                   quantize/plan.py
+annotate    explicit quantize and dequantize pairs                            quantize/annotate.py
+realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
+lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py
+schedule    TVM legalizes the rest; a generic rule schedules it               kernels/schedule.py
+build       LLVM compiles; ziglang links                                      deploy/build.py
+check       where this machine can run the result, it does, once              deploy/build.py
+bundle      one file                                                          deploy/bundle.py
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def compile_model(
     report("schedule", 0)
     scheduled = stages("schedule", schedule(lowered.module, spec))
     report("build", 0)
-    product = build.Product(model, spec, recipe, quantized.table, quantized.decisions, realized, _with(lowered, scheduled))
+    product = build.Product(
+        model, spec, recipe, quantized.table, quantized.decisions, realized, _with(lowered, scheduled)
+    )
     library = build.compile_library(product)
     report("check", 0)
     expected = interpret.run(realized, model.example)
@@ -140,11 +142,15 @@ def calibrate(
         unknown = sorted(set(calibration.tensors) - known)
         if unknown:
             hint = "it belongs to another model, or to another version of this one"
-            raise CalibrationError(f"calibration table: tensor {unknown[0]!r}", expected=f"a tensor of {model.name}", hint=hint)
+            raise CalibrationError(
+                f"calibration table: tensor {unknown[0]!r}", expected=f"a tensor of {model.name}", hint=hint
+            )
         return calibration
     if calibration is None:
         hint = "pass calibration=batches, or --calibrate DATA"
-        raise CalibrationError("calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint)
+        raise CalibrationError(
+            "calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint
+        )
     return observe(module, model.signature, calibration, recipe, name=model.name, progress=progress)
 
 

@@ -54,7 +54,15 @@ def test_agreement(want: np.ndarray, got: np.ndarray, exact: bool, expected: boo
 
 @pytest.mark.parametrize(
     ("name", "exact"),
-    [("residual", True), ("concat", True), ("pools", True), ("split", True), ("activations", True), ("forks", True), ("broadcasts", False)],
+    [
+        ("residual", True),
+        ("concat", True),
+        ("pools", True),
+        ("split", True),
+        ("activations", True),
+        ("forks", True),
+        ("broadcasts", False),
+    ],
 )
 def test_which_integer_models_are_exact(bundle_of: Callable[..., Path], name: str, exact: bool) -> None:
     assert read(bundle_of(name)).manifest["exact"] is exact
@@ -121,7 +129,10 @@ def test_a_library_that_disagrees_is_not_written(product: build.Product) -> None
     expected = interpret.run(product.realized, product.model.example)
     build.check(product, library, expected)
     wrong = tuple(np.nextafter(y, np.float32(np.inf)) for y in expected)
-    with pytest.raises(CheckFailed, match="disagrees with the oracle in output 0: expected equal bits, saw a difference of .*; this is a bug"):
+    with pytest.raises(
+        CheckFailed,
+        match="disagrees with the oracle in output 0: expected equal bits, saw a difference of .*; this is a bug",
+    ):
         build.check(product, library, wrong)
 
 

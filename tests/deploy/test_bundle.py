@@ -22,7 +22,9 @@ def path(bundle_of: Callable[..., Path]) -> Path:
     return bundle_of("flatten_linear")
 
 
-def rewritten(source: Path, target: Path, edit: Callable[[str, bytes], bytes | None], extra: tuple[tuple[str, bytes], ...] = ()) -> Path:
+def rewritten(
+    source: Path, target: Path, edit: Callable[[str, bytes], bytes | None], extra: tuple[tuple[str, bytes], ...] = ()
+) -> Path:
     """A copy with each member through `edit`; None leaves it out."""
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as copy:
         for name in archive.namelist():
@@ -119,7 +121,9 @@ def test_a_changed_byte_anywhere(path: Path, tmp_path: Path) -> None:
 
 def test_a_member_with_other_bytes(path: Path, tmp_path: Path) -> None:
     for name in read(path).members:
-        changed = rewritten(path, tmp_path / "c.tvmq", lambda n, d, name=name: bytes([d[0] ^ 1]) + d[1:] if n == name else d)
+        changed = rewritten(
+            path, tmp_path / "c.tvmq", lambda n, d, name=name: bytes([d[0] ^ 1]) + d[1:] if n == name else d
+        )
         refused(changed, f"{name}: expected sha256 .* copy or compile it again")
         longer = rewritten(path, tmp_path / "l.tvmq", lambda n, d, name=name: d + b"x" if n == name else d)
         refused(longer, f"{name}: expected \\d+ bytes, saw \\d+")
@@ -159,7 +163,10 @@ def test_a_manifest_that_is_no_document(path: Path, tmp_path: Path, text: bytes)
 
 
 def test_a_manifest_that_is_missing_or_absurd(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(rewritten(path, tmp_path / "m.tvmq", lambda n, d: None if n == bundles.MANIFEST else d), "expected a manifest.json")
+    refused(
+        rewritten(path, tmp_path / "m.tvmq", lambda n, d: None if n == bundles.MANIFEST else d),
+        "expected a manifest.json",
+    )
     monkeypatch.setattr(bundles, "_MANIFEST_LIMIT", 10)
     refused(shutil.copy(path, tmp_path / "c.tvmq"), "absurd size")
 
@@ -216,7 +223,9 @@ def test_the_golden_pair_comes_back() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_the_old_file(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_an_interrupted_write_leaves_the_old_file(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     bundle, out = read(path), tmp_path / "m.tvmq"
     out.write_bytes(b"old")
     original, calls = zipfile.ZipFile.writestr, []

@@ -35,7 +35,13 @@ def test_inputs_come_in_every_form(executor: Executor, golden: tuple[np.ndarray,
     x, y = golden
     name = executor.signature.inputs[0].name
     strided = np.repeat(x, 2, axis=3)[..., ::2]
-    for result in (executor(x), executor(torch.from_numpy(x)), executor({name: x}), executor(**{name: x}), executor(strided)):
+    for result in (
+        executor(x),
+        executor(torch.from_numpy(x)),
+        executor({name: x}),
+        executor(**{name: x}),
+        executor(strided),
+    ):
         assert isinstance(result, tuple)
         np.testing.assert_array_equal(result[0], y)
 
@@ -43,7 +49,11 @@ def test_inputs_come_in_every_form(executor: Executor, golden: tuple[np.ndarray,
 def test_it_has_the_habits_of_a_graph_executor(executor: Executor, golden: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = golden
     name = executor.signature.inputs[0].name
-    for set_input in (lambda: executor.set_input(name, x), lambda: executor.set_input(0, x), lambda: executor.set_input(**{name: x})):
+    for set_input in (
+        lambda: executor.set_input(name, x),
+        lambda: executor.set_input(0, x),
+        lambda: executor.set_input(**{name: x}),
+    ):
         set_input()
         with pytest.raises(SignatureError, match="expected a run before it"):
             executor.get_output(0)
@@ -130,7 +140,9 @@ def test_models_at_the_edges(precision: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x, i = rng.standard_normal((2, 3, 13)).astype(np.float32), rng.integers(0, 11, (2, 3))
     model = tvmq.import_model(module, (torch.from_numpy(x), torch.from_numpy(i)))
-    tvmq.compile(model, "host", tvmq.Recipe(precision=precision), [(x, i)] if precision == "int8" else None, tmp_path / "m.tvmq")
+    tvmq.compile(
+        model, "host", tvmq.Recipe(precision=precision), [(x, i)] if precision == "int8" else None, tmp_path / "m.tvmq"
+    )
     executor = load(tmp_path / "m.tvmq")
     results = executor(x, i)
     with torch.no_grad():
@@ -190,7 +202,9 @@ def test_a_profile_has_a_row_for_each_kernel(executor: Executor, golden: tuple[n
     assert all(row.ms > 0 for row in rows)
     assert {row.precision for row in rows} == {"int8", "fp32"}
     assert sum("conv2d" in row.kernel for row in rows) == 6
-    assert [row.name for row in rows] == [step["results"][0]["name"] for step in executor.bundle.manifest["steps"] if step["symbol"]]
+    assert [row.name for row in rows] == [
+        step["results"][0]["name"] for step in executor.bundle.manifest["steps"] if step["symbol"]
+    ]
 
 
 # --- on a board -----------------------------------------------------------------------------------------------------

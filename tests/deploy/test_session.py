@@ -21,12 +21,13 @@ from tvmq.deploy.session import LocalSession, connect
 from tvmq.errors import BundleError, DeviceError, IsaError
 from tvmq.target import load_target
 
-
 # --- this machine ---------------------------------------------------------------------------------------------------
 
 
 def test_a_bundle_for_another_machine_is_refused(bundle_of: Callable[..., Path]) -> None:
-    with pytest.raises(IsaError, match=r"bundle for raspberry-pi-4b: expected a machine of type aarch64, saw .*; load it on a board"):
+    with pytest.raises(
+        IsaError, match=r"bundle for raspberry-pi-4b: expected a machine of type aarch64, saw .*; load it on a board"
+    ):
         load(bundle_of("flatten_linear", target="raspberry-pi-4b"))
 
 
@@ -36,11 +37,15 @@ def test_missing_instructions_are_named(bundle_of: Callable[..., Path], monkeypa
     monkeypatch.setattr(sessions, "host_features", lambda: have)
     monkeypatch.setattr(sessions.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr("tvmq.deploy.build.runs_here", lambda _target: False)
-    with pytest.raises(IsaError, match="bundle for x86-64-amx: expected a CPU with .*amx-int8.*, saw one without; compile with -t host"):
+    with pytest.raises(
+        IsaError, match="bundle for x86-64-amx: expected a CPU with .*amx-int8.*, saw one without; compile with -t host"
+    ):
         load(bundle_of("flatten_linear", target="x86-64-amx"))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or "amx-int8" in host_features(), reason="this machine has AMX, or is no x86")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or "amx-int8" in host_features(), reason="this machine has AMX, or is no x86"
+)
 def test_amx_is_missed_on_this_very_machine(bundle_of: Callable[..., Path]) -> None:
     with pytest.raises(IsaError, match="amx-int8") as caught:
         load(bundle_of("flatten_linear", target="x86-64-amx"))
@@ -49,7 +54,9 @@ def test_amx_is_missed_on_this_very_machine(bundle_of: Callable[..., Path]) -> N
 
 def test_a_machine_with_more_may_load(bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = read(bundle_of("flatten_linear"))
-    monkeypatch.setattr(sessions, "host_features", lambda: frozenset([*bundle.required_features, "amx-int8", "one more"]))
+    monkeypatch.setattr(
+        sessions, "host_features", lambda: frozenset([*bundle.required_features, "amx-int8", "one more"])
+    )
     LocalSession().check(bundle)
 
 
@@ -86,7 +93,19 @@ def test_an_unknown_device(device: str) -> None:
         connect(device)
 
 
-@pytest.mark.parametrize("device", ["rpc://", "rpc://host", "rpc://:9090", "rpc://host:", "rpc://host:0", "rpc://host:65536", "rpc://host:x", "rpc://host:-1"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "rpc://",
+        "rpc://host",
+        "rpc://:9090",
+        "rpc://host:",
+        "rpc://host:0",
+        "rpc://host:65536",
+        "rpc://host:x",
+        "rpc://host:-1",
+    ],
+)
 def test_an_address_that_is_none(device: str) -> None:
     with pytest.raises(DeviceError, match="expected rpc://HOST:PORT with a port from 1 to 65535"):
         connect(device)
@@ -103,7 +122,9 @@ def listener() -> Iterator[socket.socket]:
 
 def refused(port: int, said: str, seconds: float) -> None:
     started = time.monotonic()
-    with pytest.raises(DeviceError, match=f"device rpc://127.0.0.1:{port}: expected a TVM RPC server, saw {said}") as caught:
+    with pytest.raises(
+        DeviceError, match=f"device rpc://127.0.0.1:{port}: expected a TVM RPC server, saw {said}"
+    ) as caught:
         connect(f"rpc://127.0.0.1:{port}", timeout_s=seconds)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < seconds + 2
@@ -154,7 +175,9 @@ def test_a_session_may_last(board: EmulatedBoard) -> None:
 
 @pytest.mark.emulated
 def test_a_library_for_another_machine_is_one_line(board: EmulatedBoard, bundle_of: Callable[..., Path]) -> None:
-    with pytest.raises(DeviceError, match="expected to load a library for x86_64.*is the bundle's target this board") as caught:
+    with pytest.raises(
+        DeviceError, match="expected to load a library for x86_64.*is the bundle's target this board"
+    ) as caught:
         load(bundle_of("flatten_linear", target="x86-64-avx2"), board.url)
     assert "\n" not in str(caught.value)
 
@@ -168,6 +191,8 @@ def test_what_is_no_library_is_one_line(board: EmulatedBoard, bundle_of: Callabl
 
 
 def test_errors_of_tvm_are_its_last_line() -> None:
-    error = tvm.error.InternalError("Traceback (most recent call last):\n  File x\n  frame\nInternalError: it is gone\n")
+    error = tvm.error.InternalError(
+        "Traceback (most recent call last):\n  File x\n  frame\nInternalError: it is gone\n"
+    )
     assert sessions._reason(error) == "InternalError: it is gone"
     assert sessions._reason(OSError()) == "OSError"

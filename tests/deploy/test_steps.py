@@ -56,7 +56,10 @@ def test_kernels_are_called_as_lowering_says_else_as_their_symbol() -> None:
         return [builder.emit(relax.op.cumsum(y, axis=1), "second")]
 
     found = extract(scheduled(body), {"first": "u8-s8-conv2d-6x32-avx2"})
-    assert [(step.kernel, step.precision) for step in found] == [("u8-s8-conv2d-6x32-avx2", "int8"), ("tvm-cumsum1", "fp32")]
+    assert [(step.kernel, step.precision) for step in found] == [
+        ("u8-s8-conv2d-6x32-avx2", "int8"),
+        ("tvm-cumsum1", "fp32"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,9 @@ def test_step_by_step_is_the_whole(bundle_of: Callable[..., Path], name: str) ->
     inputs, _ = executor.bundle.golden()
     whole = executor(*inputs)
     tensors = {key: executor.session.tensor(value) for key, value in executor.bundle.parameters().items()}
-    tensors |= {spec.name: executor.session.tensor(x) for spec, x in zip(executor.signature.inputs, inputs, strict=True)}
+    tensors |= {
+        spec.name: executor.session.tensor(x) for spec, x in zip(executor.signature.inputs, inputs, strict=True)
+    }
     last: dict[str, np.ndarray] = {}
     for step, args, results in StepRunner(executor.bundle, executor.session, executor.library).run(tensors):
         assert len(args) == len(step.args)
@@ -129,7 +134,9 @@ def test_steps_that_make_no_sense_are_one_line(bundle_of: Callable[..., Path]) -
     bundle = read(bundle_of("flatten_linear"))
 
     def runner(changed: list) -> StepRunner:
-        return StepRunner(Bundle({**bundle.manifest, "steps": changed}, bundle.members), executor.session, executor.library)
+        return StepRunner(
+            Bundle({**bundle.manifest, "steps": changed}, bundle.members), executor.session, executor.library
+        )
 
     with pytest.raises(BundleError, match="steps: expected kernel calls"):
         runner([{"symbol": ""}])

@@ -92,7 +92,9 @@ def compiled(module: tvm.IRModule, target: Target) -> tuple[Lowered, Any]:
     return lowered, build(schedule(lowered.module, target), target)
 
 
-def run(module: tvm.IRModule, inputs: Sequence[Array], target: Target, board: EmulatedBoard | None = None) -> list[Array]:
+def run(
+    module: tvm.IRModule, inputs: Sequence[Array], target: Target, board: EmulatedBoard | None = None
+) -> list[Array]:
     """The outputs of a realized module, compiled for `target` and run here or on `board`."""
     lowered, executable = compiled(module, target)
     if board is None:
@@ -158,8 +160,10 @@ def floats(shape: Sequence[int], seed: int = 2) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def requantize(channels: int, products: int, dtype: str, *, bias: bool = True, seed: int = 3) -> tuple[list[Any], ops.Epilogue]:
-    """Operands and steps of an ordinary integer epilogue, scaled so that results of `products` products fill the range."""
+def requantize(
+    channels: int, products: int, dtype: str, *, bias: bool = True, seed: int = 3
+) -> tuple[list[Any], ops.Epilogue]:
+    """Operands and steps of an ordinary integer epilogue; sums of `products` products fill its range."""
     rng = np.random.default_rng(seed)
     zero_point = 5 + (128 if dtype == "uint8" else 0)
     low, high = numerics.INT_RANGE[dtype]
@@ -208,8 +212,15 @@ def conv(
     def emit(x: Any, *more: Any) -> Any:
         geometry = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
         return ops.conv2d(
-            x, ir.constant(weight), [*operands, *more], steps, **geometry, x_zero_point=zero_point, out_shape=out, out_dtype=out_dtype
-        )  # fmt: skip
+            x,
+            ir.constant(weight),
+            [*operands, *more],
+            steps,
+            **geometry,
+            x_zero_point=zero_point,
+            out_shape=out,
+            out_dtype=out_dtype,
+        )
 
     return Case(name, emit, (x, *extra))
 
@@ -234,7 +245,13 @@ def matmul(
     def emit(x: Any, *more: Any) -> Any:
         shape = (*ir.shape_of(x)[:-1], channels)
         return ops.matmul(
-            x, ir.constant(weight), [*operands, *more], steps, x_zero_point=zero_point, out_shape=shape, out_dtype=out_dtype
-        )  # fmt: skip
+            x,
+            ir.constant(weight),
+            [*operands, *more],
+            steps,
+            x_zero_point=zero_point,
+            out_shape=shape,
+            out_dtype=out_dtype,
+        )
 
     return Case(name, emit, (x, *extra))

@@ -22,7 +22,14 @@ def a_depthwise(dtype: str, n: int, h: int, w: int, c: int, k: tuple[int, int], 
     name = f"{n}x{h}x{w}x{c}_k{k}_" + "_".join(str(v) for v in geometry.values())
     if dtype == "float32":
         return conv(name, floats((n, h, w, c)), floats((c, *k, 1), 3), groups=c, **geometry)
-    return conv(name, integers((n, h, w, c), dtype), weights((c, *k, 1)), groups=c, zero_point=131 if dtype == "uint8" else 3, **geometry)
+    return conv(
+        name,
+        integers((n, h, w, c), dtype),
+        weights((c, *k, 1)),
+        groups=c,
+        zero_point=131 if dtype == "uint8" else 3,
+        **geometry,
+    )
 
 
 def cases_of(dtype: str) -> list[Case]:
@@ -62,12 +69,20 @@ def test_extreme_values_and_zero_points(name: str) -> None:
     ends = (0, 255) if dtype == "uint8" else (-128, 127)
     check(
         [
-            conv(f"x{x}_w{w}_z{z}", np.full((1, 5, 5, 17), x, dtype), np.full((17, 5, 5, 1), w, np.int8), groups=17, zero_point=z,
-                 padding=(2, 2, 2, 2), epilogue=([], ()), out_dtype="int32")
+            conv(
+                f"x{x}_w{w}_z{z}",
+                np.full((1, 5, 5, 17), x, dtype),
+                np.full((17, 5, 5, 1), w, np.int8),
+                groups=17,
+                zero_point=z,
+                padding=(2, 2, 2, 2),
+                epilogue=([], ()),
+                out_dtype="int32",
+            )
             for x, z, w in itertools.product(ends, ends, (-128, 127))
         ],
         target,
-    )  # fmt: skip
+    )
 
 
 @levels
@@ -79,7 +94,16 @@ def test_a_residual_and_no_bias(name: str) -> None:
     x, added = integers((2, 5, 7, 19), dtype), integers((2, 5, 7, 19), dtype, 5)
     check(
         [
-            conv(f"z{z}", x, weights((19, 3, 3, 1)), groups=19, zero_point=z, padding=(1, 1, 1, 1), epilogue=(operands, steps), extra=(added,))
+            conv(
+                f"z{z}",
+                x,
+                weights((19, 3, 3, 1)),
+                groups=19,
+                zero_point=z,
+                padding=(1, 1, 1, 1),
+                epilogue=(operands, steps),
+                extra=(added,),
+            )
             for z in (0, 9)
         ],
         target,
@@ -93,11 +117,17 @@ def test_random_shapes_are_the_oracle(name: str, seed: int) -> None:
     target, rng = runnable(name), random.Random(seed)
     cases = []
     for _ in range(40):
-        k, d, s = ((rng.randint(1, 5), rng.randint(1, 5)), (rng.randint(1, 3), rng.randint(1, 3)), (rng.randint(1, 3), rng.randint(1, 3)))
+        k, d, s = (
+            (rng.randint(1, 5), rng.randint(1, 5)),
+            (rng.randint(1, 3), rng.randint(1, 3)),
+            (rng.randint(1, 3), rng.randint(1, 3)),
+        )
         p = tuple(rng.randint(0, 3) for _ in range(4))
         h, w = (max(1, (k[i] - 1) * d[i] + 1 - p[i] - p[i + 2]) + rng.randint(0, 20) for i in range(2))
         dtype = rng.choice([target.isa.activation_dtype, "float32"])
-        cases.append(a_depthwise(dtype, rng.randint(1, 3), h, w, rng.randint(2, 70), k, strides=s, padding=p, dilation=d))
+        cases.append(
+            a_depthwise(dtype, rng.randint(1, 3), h, w, rng.randint(2, 70), k, strides=s, padding=p, dilation=d)
+        )
     check(cases, target)
 
 

@@ -18,12 +18,16 @@ LEVELS = ("sse2", "avx", "avx2", "avx512-vnni")
 levels = pytest.mark.parametrize("name", LEVELS)
 
 
-def a_map(name: str, x: np.ndarray, steps: ops.Epilogue, constants: tuple = (), extra: tuple = (), out: str = "") -> Case:
+def a_map(
+    name: str, x: np.ndarray, steps: ops.Epilogue, constants: tuple = (), extra: tuple = (), out: str = ""
+) -> Case:
     """A tvmq.map; `constants` and `extra` (activations) are the operands, constants first."""
     dtype = out or (steps[-1].dtype if isinstance(steps[-1], ops.Quantize) else "float32")
 
     def emit(x, *more):
-        return ops.elementwise(x, [*(ir.constant(c) for c in constants), *more], steps, out_shape=ir.shape_of(x), out_dtype=dtype)
+        return ops.elementwise(
+            x, [*(ir.constant(c) for c in constants), *more], steps, out_shape=ir.shape_of(x), out_dtype=dtype
+        )
 
     return Case(name, emit, (x, *extra))
 
@@ -63,7 +67,13 @@ def test_every_integer_step(name: str, dtype: str) -> None:
             a_map("high", q, (ops.Dequantize(0.3, zero), ops.Clip(None, 6.0), to_integer)),
             a_map("crossed", q, (ops.Dequantize(0.3, zero), ops.Clip(5.0, 2.0), to_integer)),
             a_map("residual", acc, (ops.Scale(), ops.Residual(0.77, zero), to_integer), (scale,), (q,)),
-            a_map("residuals", q, (ops.Dequantize(0.1, zero), ops.Residual(0.7, 5), ops.Residual(0.3, -9)), (), (q[::-1], q[:, ::-1])),
+            a_map(
+                "residuals",
+                q,
+                (ops.Dequantize(0.1, zero), ops.Residual(0.7, 5), ops.Residual(0.3, -9)),
+                (),
+                (q[::-1], q[:, ::-1]),
+            ),
         ],
         runnable(name),
     )
@@ -82,8 +92,19 @@ def test_sums_after_products_are_not_contracted(name: str) -> None:
             a_map("scale_residual", acc, (ops.Scale(), ops.Residual()), (scale,), (added,)),
             a_map("multiply_residual", acc, (ops.Multiply(1.1e-6), ops.Residual()), (), (added,)),
             a_map("dequantize_residual", q, (ops.Dequantize(0.0117, 3), ops.Residual()), (), (added,)),
-            a_map("bias_twice", acc, (ops.Bias(), ops.Scale(), ops.Bias(), ops.Multiply(9.9), to_integer), (acc[0, 0], scale, bias)),
-            a_map("float_then_integer", acc, (ops.Scale(), ops.Residual(), ops.Residual(0.3, 7), ops.Multiply(31.7), to_integer), (scale,), (added, q)),
+            a_map(
+                "bias_twice",
+                acc,
+                (ops.Bias(), ops.Scale(), ops.Bias(), ops.Multiply(9.9), to_integer),
+                (acc[0, 0], scale, bias),
+            ),
+            a_map(
+                "float_then_integer",
+                acc,
+                (ops.Scale(), ops.Residual(), ops.Residual(0.3, 7), ops.Multiply(31.7), to_integer),
+                (scale,),
+                (added, q),
+            ),
         ],
         runnable(name),
     )
@@ -92,18 +113,31 @@ def test_sums_after_products_are_not_contracted(name: str) -> None:
 @levels
 def test_rounding_is_half_to_even(name: str) -> None:
     halves = (np.arange(-300, 301) / 2).astype(np.float32)
-    tiny = np.array([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, np.inf, -np.inf, 0.49999997, -0.49999997, 126.5, 127.5], np.float32)
+    tiny = np.array(
+        [0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, np.inf, -np.inf, 0.49999997, -0.49999997, 126.5, 127.5], np.float32
+    )
     steps = (ops.Quantize(3, -128, 127, "int8"),)
     unsigned = (ops.Quantize(131, 0, 255, "uint8"),)
-    exact([a_map(f"{n}{s[0].dtype}", x, s) for n, x in (("halves", halves), ("tiny", tiny)) for s in (steps, unsigned)], runnable(name))
+    exact(
+        [a_map(f"{n}{s[0].dtype}", x, s) for n, x in (("halves", halves), ("tiny", tiny)) for s in (steps, unsigned)],
+        runnable(name),
+    )
 
 
 @levels
 @pytest.mark.parametrize("function", sorted(functions.ACTIVATIONS))
 def test_activations_are_the_oracle(name: str, function: str) -> None:
     x = np.concatenate([np.linspace(-12, 12, 5001), [-1e30, -200, -88.5, 0.0, 88.5, 200, 1e30]]).astype(np.float32)
-    quantized = (ops.Dequantize(0.047, 3), ops.Activate(function), ops.Multiply(77.7), ops.Quantize(-9, -128, 127, "int8"))
-    exact([a_map(function, x, (ops.Activate(function),)), a_map("q", integers((4, 257), "int8"), quantized)], runnable(name))
+    quantized = (
+        ops.Dequantize(0.047, 3),
+        ops.Activate(function),
+        ops.Multiply(77.7),
+        ops.Quantize(-9, -128, 127, "int8"),
+    )
+    exact(
+        [a_map(function, x, (ops.Activate(function),)), a_map("q", integers((4, 257), "int8"), quantized)],
+        runnable(name),
+    )
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx512-vnni", "sse2"])
@@ -113,8 +147,17 @@ def test_shapes_of_maps(name: str) -> None:
     steps = (ops.Dequantize(0.5, 3), ops.Quantize(-4, -128, 127, "int8"))
     shapes = [(), (1,), (7,), (3, 1), (1, 4095), (4096,), (4097,), (3, 4096 + 17), (2, 3, 5, 7)]
     cases = [a_map(f"s{'x'.join(map(str, s))}", integers(s, "int8"), steps) for s in shapes]
-    wide = [a_map(f"b{'x'.join(map(str, s))}", integers(s, "int8").astype(np.int32), (ops.Bias(),), (accumulators(s[-1:]),), out="int32")
-            for s in shapes if s]  # fmt: skip
+    wide = [
+        a_map(
+            f"b{'x'.join(map(str, s))}",
+            integers(s, "int8").astype(np.int32),
+            (ops.Bias(),),
+            (accumulators(s[-1:]),),
+            out="int32",
+        )
+        for s in shapes
+        if s
+    ]
     check([*cases, *wide], target)
 
 

@@ -29,7 +29,9 @@ def kernel(o: int, kh: int, kw: int, i: int, dtype: str) -> np.ndarray:
     return floats((o, kh, kw, i), 7) if dtype == "float32" else weights((o, kh, kw, i))
 
 
-def a_conv(dtype: str, n: int, h: int, w: int, c: int, o: int, k: tuple[int, int], groups: int = 1, **geometry: object) -> Case:
+def a_conv(
+    dtype: str, n: int, h: int, w: int, c: int, o: int, k: tuple[int, int], groups: int = 1, **geometry: object
+) -> Case:
     zero_point = 0 if dtype == "float32" else {"uint8": 131, "int8": 3}[dtype]
     name = f"{n}x{h}x{w}x{c}_{o}_k{k[0]}x{k[1]}_g{groups}_" + "_".join(str(v) for v in geometry.values())
     x, weight = image(n, h, w, c, dtype), kernel(o, *k, c // groups, dtype)
@@ -54,9 +56,14 @@ def geometries(dtype: str) -> list[Case]:
         a_conv(dtype, 2, 11, 9, 5, 19, (3, 3), strides=(s, t), padding=p)
         for (s, t), p in itertools.product([(1, 1), (2, 2), (3, 3), (1, 2), (3, 1)], pads)
     ]
-    cases += [a_conv(dtype, 2, 9, 11, 6, 7, (3, 2), dilation=d, padding=(2, 1, 2, 1)) for d in [(2, 2), (1, 2), (3, 1), (2, 3)]]
+    cases += [
+        a_conv(dtype, 2, 9, 11, 6, 7, (3, 2), dilation=d, padding=(2, 1, 2, 1))
+        for d in [(2, 2), (1, 2), (3, 1), (2, 3)]
+    ]
     cases += [a_conv(dtype, 1, 9, 8, 3, 5, k, padding=(0, 1, 0, 1)) for k in [(1, 3), (3, 1), (7, 7), (2, 2), (1, 5)]]
-    cases += [a_conv(dtype, 2, 7, 5, 6, 9, (1, 1), strides=(s, t), padding=(1, 0, 1, 2)) for s, t in [(1, 1), (2, 2), (2, 1)]]
+    cases += [
+        a_conv(dtype, 2, 7, 5, 6, 9, (1, 1), strides=(s, t), padding=(1, 0, 1, 2)) for s, t in [(1, 1), (2, 2), (2, 1)]
+    ]
     return [*cases, a_conv(dtype, 1, 1, 1, 8, 8, (3, 3), padding=(1, 1, 1, 1)), a_conv(dtype, 3, 2, 1, 1, 1, (2, 1))]
 
 
@@ -99,7 +106,9 @@ def extreme(x: int, w: int, dtype: str, channels: int = 2048) -> list[Case]:
     data, weight = np.full((1, 3, 3, channels), x, dtype), np.full((17, 1, 1, channels), w, np.int8)
     cases = [conv(f"x{x}_w{w}_z{z}", data, weight, zero_point=z, **out) for z in zero_points]
     deep = np.full((1, 5, 5, 33), x, dtype)
-    return cases + [conv(f"3x3_x{x}_w{w}_z{z}", deep, np.full((5, 3, 3, 33), w, np.int8), zero_point=z, **out) for z in zero_points]
+    return cases + [
+        conv(f"3x3_x{x}_w{w}_z{z}", deep, np.full((5, 3, 3, 33), w, np.int8), zero_point=z, **out) for z in zero_points
+    ]
 
 
 @levels
@@ -118,12 +127,19 @@ def test_the_zero_point_is_folded_without_a_bias_too(name: str) -> None:
     zero_points = (0, 1, 128, 255) if dtype == "uint8" else (-128, 0, 127)
     check(
         [
-            conv(f"z{z}_b{bias}", x, weights((19, 3, 3, 9)), zero_point=z, padding=(1, 0, 1, 2), epilogue=requantize(19, 81, dtype, bias=bias))
+            conv(
+                f"z{z}_b{bias}",
+                x,
+                weights((19, 3, 3, 9)),
+                zero_point=z,
+                padding=(1, 0, 1, 2),
+                epilogue=requantize(19, 81, dtype, bias=bias),
+            )
             for z in zero_points
             for bias in (False, True)
         ],
         target,
-    )  # fmt: skip
+    )
 
 
 # --- matmul ---------------------------------------------------------------------------------------------------------
@@ -134,17 +150,26 @@ def test_integer_matmuls_are_the_oracle(name: str) -> None:
     target = runnable(name)
     dtype = target.isa.activation_dtype
     zero_point = 131 if dtype == "uint8" else 3
-    cases = [matmul(f"k{k}_n{n}", integers((m, k), dtype), weights((k, n)), zero_point=zero_point)
-             for k, n, m in zip(SIZES, reversed(SIZES), (1, 2, 3, 5, 7, 8, 13, 14, 16, 31), strict=True)]  # fmt: skip
-    cases += [matmul(f"{'x'.join(map(str, lead))}_k{k}", integers((*lead, k), dtype), weights((k, 10)), zero_point=zero_point)
-              for lead, k in [((2, 5), 13), ((1, 1), 1), ((3, 7), 64), ((2, 3, 4), 6), ((1, 128), 33)]]  # fmt: skip
+    cases = [
+        matmul(f"k{k}_n{n}", integers((m, k), dtype), weights((k, n)), zero_point=zero_point)
+        for k, n, m in zip(SIZES, reversed(SIZES), (1, 2, 3, 5, 7, 8, 13, 14, 16, 31), strict=True)
+    ]
+    cases += [
+        matmul(f"{'x'.join(map(str, lead))}_k{k}", integers((*lead, k), dtype), weights((k, 10)), zero_point=zero_point)
+        for lead, k in [((2, 5), 13), ((1, 1), 1), ((3, 7), 64), ((2, 3, 4), 6), ((1, 128), 33)]
+    ]
     check(cases, target)
 
 
 @pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni"])
 def test_float_matmuls_are_the_oracle(name: str) -> None:
-    check([matmul(f"{m}_{k}_{n}", floats((2, m, k)), floats((k, n))) for m, k, n in [(1, 1, 1), (5, 13, 7), (33, 64, 17), (7, 9, 129)]],
-          runnable(name))  # fmt: skip
+    check(
+        [
+            matmul(f"{m}_{k}_{n}", floats((2, m, k)), floats((k, n)))
+            for m, k, n in [(1, 1, 1), (5, 13, 7), (33, 64, 17), (7, 9, 129)]
+        ],
+        runnable(name),
+    )
 
 
 # --- epilogues in the tile ------------------------------------------------------------------------------------------
@@ -163,7 +188,9 @@ def test_residuals_in_the_tile_are_the_oracle(name: str) -> None:
         added = integers((2, 5, 7, channels), dtype, seed=9)
         pad = (k // 2,) * 4
         weight = weights((channels, k, k, 6))
-        cases.append(conv(f"r{channels}_{k}", x, weight, padding=pad, zero_point=4, epilogue=(operands, steps), extra=(added,)))
+        cases.append(
+            conv(f"r{channels}_{k}", x, weight, padding=pad, zero_point=4, epilogue=(operands, steps), extra=(added,))
+        )
     check(cases, target)
 
 
@@ -171,7 +198,10 @@ def test_residuals_in_the_tile_are_the_oracle(name: str) -> None:
 def test_float_epilogues_in_the_tile_are_the_oracle(name: str) -> None:
     x, added = floats((2, 5, 7, 6)), floats((2, 5, 7, 17), 11)
     epilogue = ([ir.constant(floats((17,), 4))], (ops.Bias(), ops.Residual(), ops.Clip(0.0, 6.0)))
-    check([conv("f", x, floats((17, 3, 3, 6), 5), padding=(1, 1, 1, 1), epilogue=epilogue, extra=(added,))], runnable(name))
+    check(
+        [conv("f", x, floats((17, 3, 3, 6), 5), padding=(1, 1, 1, 1), epilogue=epilogue, extra=(added,))],
+        runnable(name),
+    )
 
 
 # --- a longer sweep -------------------------------------------------------------------------------------------------
@@ -185,7 +215,19 @@ def random_case(rng: random.Random, dtype: str) -> Case:
     padding = tuple(rng.randint(0, 3) for _ in range(4))
     least = [(k[i] - 1) * dilation[i] + 1 - padding[i] - padding[i + 2] for i in range(2)]
     h, w = (max(1, size) + rng.randint(0, 20) for size in least)
-    return a_conv(dtype, rng.choice([1, 1, 2, 3]), h, w, c, o, k, groups=groups, strides=strides, padding=padding, dilation=dilation)
+    return a_conv(
+        dtype,
+        rng.choice([1, 1, 2, 3]),
+        h,
+        w,
+        c,
+        o,
+        k,
+        groups=groups,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+    )
 
 
 @pytest.mark.slow
@@ -202,9 +244,21 @@ def test_random_convolutions_are_the_oracle(name: str, seed: int) -> None:
 extent = st.integers(1, 5)
 
 
-@given(groups=extent, o=extent, kh=extent, kw=extent, i=extent, lanes=st.sampled_from([4, 8, 16]), vectors=st.integers(1, 3), kr=st.sampled_from([1, 2, 4]), rows=st.booleans())
+@given(
+    groups=extent,
+    o=extent,
+    kh=extent,
+    kw=extent,
+    i=extent,
+    lanes=st.sampled_from([4, 8, 16]),
+    vectors=st.integers(1, 3),
+    kr=st.sampled_from([1, 2, 4]),
+    rows=st.booleans(),
+)
 @settings(max_examples=200, deadline=None)
-def test_packing_is_undone(groups: int, o: int, kh: int, kw: int, i: int, lanes: int, vectors: int, kr: int, rows: bool) -> None:
+def test_packing_is_undone(
+    groups: int, o: int, kh: int, kw: int, i: int, lanes: int, vectors: int, kr: int, rows: bool
+) -> None:
     weight = weights((groups * o, kh, kw, i), seed=groups + 10 * o + 100 * i)
     taps = kh if rows else kh * kw
     packed = gemm.pack(weight, taps, groups, lanes * vectors, kr)
@@ -212,7 +266,15 @@ def test_packing_is_undone(groups: int, o: int, kh: int, kw: int, i: int, lanes:
     assert np.abs(packed.astype(int)).sum() == np.abs(weight.astype(int)).sum(), "the rest is zeros"
 
 
-@given(n=st.integers(1, 3), h=st.integers(1, 40), w=st.integers(1, 40), o=st.integers(1, 300), i=st.integers(1, 70), k=st.sampled_from([1, 3]), cores=st.integers(1, 16))
+@given(
+    n=st.integers(1, 3),
+    h=st.integers(1, 40),
+    w=st.integers(1, 40),
+    o=st.integers(1, 300),
+    i=st.integers(1, 70),
+    k=st.sampled_from([1, 3]),
+    cores=st.integers(1, 16),
+)
 @settings(max_examples=100, deadline=None)
 def test_a_chosen_tile_fits_the_registers(n: int, h: int, w: int, o: int, i: int, k: int, cores: int) -> None:
     geometry = gemm.conv_geometry((n, h + k - 1, w + k - 1, i), (o, k, k, i), (n, h, w, o), (1, 1), (1, 1), 1)

@@ -41,7 +41,15 @@ def random_conv(rng: random.Random, dtype: str) -> Case:
     shape = (rng.randint(1, 2), h, w, groups * i)
     x = floats(shape) if dtype == "float32" else integers(shape, dtype)
     weight = floats((groups * o, *k, i)) if dtype == "float32" else weights((groups * o, *k, i))
-    return conv("c", x, weight, strides=strides, dilation=dilation, groups=groups, padding=tuple(rng.randint(0, 1) for _ in range(4)))
+    return conv(
+        "c",
+        x,
+        weight,
+        strides=strides,
+        dilation=dilation,
+        groups=groups,
+        padding=tuple(rng.randint(0, 1) for _ in range(4)),
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -71,7 +79,12 @@ def test_no_matrix_kernel_reads_past_its_input(target: str) -> None:
     ],
 )
 def test_the_smallest_inputs_are_not_passed(target: str, shape: tuple, o: int, k: tuple, groups: int) -> None:
-    case = conv("c", integers(shape, target_of(target).isa.activation_dtype), weights((o * groups, *k, shape[3] // groups)), groups=groups)
+    case = conv(
+        "c",
+        integers(shape, target_of(target).isa.activation_dtype),
+        weights((o * groups, *k, shape[3] // groups)),
+        groups=groups,
+    )
     [kernel] = [kernel for kernel in kernels_of(case, target) if isinstance(kernel, Gemm)]
     assert reads(kernel) <= math.prod(kernel.x_shape)
 
@@ -108,9 +121,16 @@ def test_equal_kernels_are_built_once() -> None:
 def test_packed_weights_unpack_to_the_models(target: str) -> None:
     dtype = target_of(target).isa.activation_dtype
     x = integers((1, 5, 5, 6), dtype)
-    kernels = {"dense": weights((9, 3, 3, 6)), "grouped": weights((4, 3, 3, 3)), "depth": weights((6, 3, 3, 1)), "one": weights((7, 1, 1, 6))}
+    kernels = {
+        "dense": weights((9, 3, 3, 6)),
+        "grouped": weights((4, 3, 3, 3)),
+        "depth": weights((6, 3, 3, 1)),
+        "one": weights((7, 1, 1, 6)),
+    }
     groups = {"dense": 1, "grouped": 2, "depth": 6, "one": 1}
-    lowered = lower(module_of([conv(name, x, w, groups=groups[name]) for name, w in kernels.items()]), target_of(target))
+    lowered = lower(
+        module_of([conv(name, x, w, groups=groups[name]) for name, w in kernels.items()]), target_of(target)
+    )
     assert list(lowered.packed) == list(kernels)
     for name, (parameter, packing) in lowered.packed.items():
         np.testing.assert_array_equal(packing.unpack(lowered.parameters[parameter]), kernels[name])
@@ -119,7 +139,11 @@ def test_packed_weights_unpack_to_the_models(target: str) -> None:
 def test_parameters_have_names_of_their_own() -> None:
     """A variable may have the name that another one's weight would get."""
     x = integers((1, 3, 3, 4), "uint8")
-    cases = [conv("a", x, weights((4, 1, 1, 4))), conv("a_weight", x, weights((4, 1, 1, 4), seed=5)), conv("a_1", x, weights((4, 1, 1, 4), seed=6))]
+    cases = [
+        conv("a", x, weights((4, 1, 1, 4))),
+        conv("a_weight", x, weights((4, 1, 1, 4), seed=5)),
+        conv("a_1", x, weights((4, 1, 1, 4), seed=6)),
+    ]
     lowered = lower(module_of(cases), target_of("avx2"))
     assert sorted(name for name in lowered.kernels if "padded" not in name) == ["a", "a_1", "a_weight"]
     bound = {str(var.name) for var, _ in ir.bindings(lowered.module)}
@@ -132,7 +156,19 @@ def test_parameters_have_names_of_their_own() -> None:
         np.testing.assert_array_equal(weight, weights((4, 1, 1, 4), seed=seed))
 
 
-@pytest.mark.parametrize("target", ["raspberry-pi-2", "beaglebone", "raspberry-pi-4b", "raspberry-pi-5", "rk3588", "graviton3", "intel-n100", "x86-64-amx"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "raspberry-pi-2",
+        "beaglebone",
+        "raspberry-pi-4b",
+        "raspberry-pi-5",
+        "rk3588",
+        "graviton3",
+        "intel-n100",
+        "x86-64-amx",
+    ],
+)
 def test_code_for_other_machines_compiles(target: str, tmp_path) -> None:
     """To an object: LLVM ends the process where an instruction does not exist on the target."""
     spec = target_of(target)

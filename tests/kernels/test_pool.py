@@ -26,7 +26,8 @@ GEOMETRIES = [
 
 def extents(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, dilation: tuple = (1, 1)) -> tuple[int, ...]:
     sizes = (
-        (x.shape[1 + i] + padding[i] + padding[2 + i] - (window[i] - 1) * dilation[i] - 1) // strides[i] + 1 for i in range(2)
+        (x.shape[1 + i] + padding[i] + padding[2 + i] - (window[i] - 1) * dilation[i] - 1) // strides[i] + 1
+        for i in range(2)
     )
     return (x.shape[0], *sizes, x.shape[3])
 
@@ -35,13 +36,17 @@ def a_max(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, dilation
     out = extents(x, window, strides, padding, dilation)
 
     def emit(x):
-        return ops.max_pool2d(x, pool=window, strides=strides, padding=padding, dilation=dilation, out_shape=out, out_dtype=dtype)
+        return ops.max_pool2d(
+            x, pool=window, strides=strides, padding=padding, dilation=dilation, out_shape=out, out_dtype=dtype
+        )
 
     dtype = str(x.dtype)
     return Case(f"max{x.shape}{window}{strides}{padding}{dilation}", emit, (x,))
 
 
-def an_average(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, count_include_pad: bool, zero_point: int) -> Case:
+def an_average(
+    x: np.ndarray, window: tuple, strides: tuple, padding: tuple, count_include_pad: bool, zero_point: int
+) -> Case:
     out = extents(x, window, strides, padding)
     dtype = str(x.dtype)
     steps = ()
@@ -50,8 +55,18 @@ def an_average(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, cou
         steps = (ops.Multiply(0.83), ops.Quantize(11, low, high, dtype))
 
     def emit(x):
-        return ops.avg_pool2d(x, (), steps, pool=window, strides=strides, padding=padding, count_include_pad=count_include_pad,
-                              x_zero_point=zero_point, out_shape=out, out_dtype=dtype)  # fmt: skip
+        return ops.avg_pool2d(
+            x,
+            (),
+            steps,
+            pool=window,
+            strides=strides,
+            padding=padding,
+            count_include_pad=count_include_pad,
+            x_zero_point=zero_point,
+            out_shape=out,
+            out_dtype=dtype,
+        )
 
     return Case(f"avg{x.shape}{window}{strides}{padding}{count_include_pad}", emit, (x,))
 
@@ -92,11 +107,16 @@ def test_global_averages(name: str) -> None:
     cases = []
     for n, c in itertools.product((1, 2), (1, 8, 64, 67)):
         x = integers((n, 7, 7, c), target.isa.activation_dtype)
-        cases += [an_average(x, (7, 7), (7, 7), (0, 0, 0, 0), False, 128), an_average(np.full_like(x, 127), (7, 7), (7, 7), (0, 0, 0, 0), False, 0)]
+        cases += [
+            an_average(x, (7, 7), (7, 7), (0, 0, 0, 0), False, 128),
+            an_average(np.full_like(x, 127), (7, 7), (7, 7), (0, 0, 0, 0), False, 0),
+        ]
     check(cases, target)
 
 
 def test_counts_are_of_what_is_averaged() -> None:
     inside = reciprocal_counts((3, 3), (3, 3), (2, 2), (1, 1, 1, 1), False)
     np.testing.assert_array_equal(inside, np.full(4, np.float32(1 / 4)))
-    np.testing.assert_array_equal(reciprocal_counts((3, 3), (3, 3), (2, 2), (1, 1, 1, 1), True), np.full(4, np.float32(1 / 9)))
+    np.testing.assert_array_equal(
+        reciprocal_counts((3, 3), (3, 3), (2, 2), (1, 1, 1, 1), True), np.full(4, np.float32(1 / 9))
+    )

@@ -50,10 +50,18 @@ GRAPHS: dict[str, tuple] = {
     "cumsum": (lambda x: relax.op.cumsum(x, axis=1), LARGE),
     "batched_matmul": (lambda x, y: relax.op.matmul(x, y), LARGE, floats((4, 65, 33), 5)),
     "conv_of_activations": (lambda x, w: relax.op.nn.conv2d(x, w), floats((1, 3, 9, 9)), floats((4, 3, 3, 3), 5)),
-    "layer_norm_of_two_axes": (lambda x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1, 2]), LARGE, floats((37, 65), 6), floats((37, 65), 7)),
+    "layer_norm_of_two_axes": (
+        lambda x, g, b: relax.op.nn.layer_norm(x, g, b, axes=[1, 2]),
+        LARGE,
+        floats((37, 65), 6),
+        floats((37, 65), 7),
+    ),
     "scalar": (lambda x: relax.op.exp(x), np.array(0.5, np.float32)),
-    "minus_infinity": (lambda x: relax.op.where(relax.op.greater(x, relax.const(0.0)), x, relax.const(float("-inf"))), SMALL),
-}  # fmt: skip
+    "minus_infinity": (
+        lambda x: relax.op.where(relax.op.greater(x, relax.const(0.0)), x, relax.const(float("-inf"))),
+        SMALL,
+    ),
+}
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

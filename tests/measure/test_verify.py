@@ -13,7 +13,17 @@ from tvmq.deploy.bundle import Bundle, read
 from tvmq.errors import SignatureError
 from tvmq.measure.verify import verify
 
-NAMES = ("residual", "depthwise_separable", "concat", "pools", "split", "transformer", "activations", "broadcasts", "dead_channels")
+NAMES = (
+    "residual",
+    "depthwise_separable",
+    "concat",
+    "pools",
+    "split",
+    "transformer",
+    "activations",
+    "broadcasts",
+    "dead_channels",
+)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
@@ -60,7 +70,11 @@ def test_the_first_operator_that_differs_is_named(bundle_of: Callable[..., Path]
     """A scale of the epilogue, which the oracle has from elsewhere."""
     bundle = read(bundle_of("residual"))
     victim = list(bundle.manifest["packed"])[2]
-    scale = next(entry["name"] for entry in bundle.manifest["parameters"] if entry["name"].startswith(f"{victim}_") and entry["dtype"] == "float32")
+    scale = next(
+        entry["name"]
+        for entry in bundle.manifest["parameters"]
+        if entry["name"].startswith(f"{victim}_") and entry["dtype"] == "float32"
+    )
     result = verify(with_negated(bundle, scale), save=tmp_path / "saved")
     assert not result.ok
     assert not result.outputs_agree

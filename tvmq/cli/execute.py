@@ -82,9 +82,13 @@ class Bench(Command):
         "tvmq bench model.tvmq",
         "tvmq bench fp32.tvmq int8.tvmq --repeat 30 --threads 1",
         "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --json",
+        "tvmq bench --suite --models resnet18 mobilenetv2        against PyTorch, ONNX Runtime and OpenVINO",
     )
 
-    bundles: tuple[str, ...]
+    bundles: tuple[str, ...] = ()
+    suite: bool = False
+    models: tuple[str, ...] = ()
+    target: str = "host"
     device: str = "host"
     threads: int = 0
     repeat: int = 10
@@ -94,7 +98,10 @@ class Bench(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
-        parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help=".tvmq files")
+        parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help=".tvmq files")
+        parser.add_argument("--suite", action="store_true", help="tvmq's model zoo and its peers instead of bundles")
+        parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="of the suite (default all)")
+        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="of the suite (default host)")
         add_device(parser)
         parser.add_argument("--repeat", type=int, default=10, metavar="N", help="measurements (default 10)")
         parser.add_argument(
@@ -109,6 +116,10 @@ class Bench(Command):
         for name in ("repeat", "number"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name}", expected="at least 1", seen=getattr(self, name))
+        if self.suite:
+            return self._suite(out)
+        if not self.bundles:
+            raise UsageError("tvmq bench", expected="bundles, or --suite", seen="neither")
         with progress(out.errors, "bench") as report:
             report("loading TVM", 0)
             import tvmq
@@ -118,6 +129,22 @@ class Bench(Command):
             found = interleaved(executors, self.repeat, self.number, self.min_repeat_ms, lambda n: report("round", n))
         rows = [{"bundle": path, **latency.to_dict()} for path, latency in zip(self.bundles, found, strict=True)]
         out.result({"device": self.device, "bundles": rows}, render.latencies(rows))
+        return 0
+
+    def _suite(self, out: Output) -> int:
+        """The zoo's models on tvmq and its peers."""
+        with progress(out.errors, "bench") as report:
+            report("loading TVM", 0)
+            from tvmq.measure import suite
+
+            found = suite.run(
+                self.models or tuple(suite.MODELS),
+                target=self.target,
+                threads=self.threads,
+                rounds=self.repeat,
+                progress=lambda text: report(text, 0),
+            )
+        out.result({"suite": found.to_dict()}, found.to_markdown())
         return 0
 
 

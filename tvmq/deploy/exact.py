@@ -15,10 +15,61 @@ from tvm import relax
 from tvmq import ir
 
 # Operators of Relax whose results hold elements of their operands, or are found by comparing them.
-_MOVES = """reshape permute_dims squeeze expand_dims flatten strided_slice take concat split nn.pad nn.max_pool2d broadcast_to
-    repeat tile flip gather_elements gather_nd where greater greater_equal less less_equal equal not_equal logical_and
-    logical_or logical_not argmax argmin max min maximum minimum nn.relu clip full zeros ones full_like zeros_like ones_like
-    arange tril triu negative abs floor ceil round sign topk sort argsort""".split()
+_MOVES = [
+    "reshape",
+    "permute_dims",
+    "squeeze",
+    "expand_dims",
+    "flatten",
+    "strided_slice",
+    "take",
+    "concat",
+    "split",
+    "nn.pad",
+    "nn.max_pool2d",
+    "broadcast_to",
+    "repeat",
+    "tile",
+    "flip",
+    "gather_elements",
+    "gather_nd",
+    "where",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "equal",
+    "not_equal",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "maximum",
+    "minimum",
+    "nn.relu",
+    "clip",
+    "full",
+    "zeros",
+    "ones",
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "arange",
+    "tril",
+    "triu",
+    "negative",
+    "abs",
+    "floor",
+    "ceil",
+    "round",
+    "sign",
+    "topk",
+    "sort",
+    "argsort",
+]
 _OURS = ("tvmq.map", "tvmq.max_pool2d", "tvmq.concat", "tvmq.layer_norm", "tvmq.softmax")
 
 

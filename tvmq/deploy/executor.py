@@ -14,7 +14,7 @@ from tvm import relax
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.session import Session, connect
-from tvmq.errors import DeviceError, SignatureError
+from tvmq.errors import SignatureError
 from tvmq.model import Signature, as_array
 
 Array = npt.NDArray[Any]
@@ -103,8 +103,10 @@ class Executor:
         return self.session.fetch(self._outputs[index])
 
     def __call__(self, *inputs: object, **named: object) -> tuple[Array, ...]:
-        """One inference: inputs in order or by name, NumPy arrays or torch tensors; all outputs. Raises SignatureError."""
-        values: object = named if named else inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs
+        """One inference: inputs in order or by name, arrays or torch tensors; all outputs. Raises SignatureError."""
+        values: object = (
+            named if named else inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs
+        )
         for spec, array in zip(self.signature.inputs, self.signature.arrays(values), strict=True):
             self._inputs[spec.name] = self.session.tensor(array)
         self.run()
@@ -126,7 +128,7 @@ class Executor:
         return latency(times, repeat, number, self.threads)
 
     def runner(self) -> Callable[[], object]:
-        """A function that runs one inference on the inputs that are set (golden ones where none are), and nothing else."""
+        """A function that runs one inference on the inputs that are set (else the golden ones), and nothing else."""
         self._fill()
         self._bind()
         invoke = self._machine.module["invoke_stateful"]

@@ -63,7 +63,7 @@ def _div(x: Any, y: Any) -> Any:
     return x.to(torch.get_default_dtype()) / y
 
 
-def _attention(  # noqa: PLR0917
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -81,10 +81,23 @@ class Attention:
                     lambda v: transposed.load(d * padded + column * step + v * self.lanes, self.lanes),
                 )
             factor = VectorMath(self.lanes).number(self.scale)
-            tile.each(lambda r, v, value: scores.store(value * factor, r * padded + column * step + v * self.lanes, self.lanes))
+            tile.each(
+                lambda r, v, value: scores.store(
+                    value * factor, r * padded + column * step + v * self.lanes, self.lanes
+                )
+            )
 
     def _values(
-        self, f: builder.Function, scores: Flat, v: Flat, image: Expr, head: Expr, out: Flat, base: Expr, rows: int, padded: int
+        self,
+        f: builder.Function,
+        scores: Flat,
+        v: Flat,
+        image: Expr,
+        head: Expr,
+        out: Flat,
+        base: Expr,
+        rows: int,
+        padded: int,
     ) -> None:
         """out[r, d] = sum over keys of scores[r, key] * value[key, d]."""
         heads, depth = self.shape[2], self.depth_out
@@ -121,7 +134,9 @@ class _Tile:
         for r in range(self.rows):
             for v in range(self.vectors):
                 slot = (r * self.vectors + v) * self.lanes
-                product = builder.fma(builder.splat(scalar(r), self.lanes), vector(v), self.acc.load(slot, self.lanes), self.lanes)
+                product = builder.fma(
+                    builder.splat(scalar(r), self.lanes), vector(v), self.acc.load(slot, self.lanes), self.lanes
+                )
                 self.acc.store(product, slot, self.lanes)
 
     def each(self, run: Callable[[int, int, Expr], None]) -> None:

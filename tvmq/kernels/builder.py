@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,6 @@ class Function:
         """A local array that becomes registers where every index into it is a constant."""
         return Flat(T.alloc_buffer((size,), dtype, scope="local"), dtype)
 
-
     def scratch(self, size: int, dtype: str) -> Flat:
         """A local array in memory, from the thread's own pool: for indices that are not constants."""
         return Flat(T.alloc_buffer((size,), dtype, scope="global"), dtype)
@@ -133,7 +133,9 @@ def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequenc
     return value
 
 
-def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: Place) -> tuple[Expr, str]:
+def _step(  # noqa: PLR0911 (a case a step)
+    value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: Place
+) -> tuple[Expr, str]:
     lanes = place.lanes
     match step:
         case ops.Bias():
@@ -267,7 +269,7 @@ def when(condition: Expr) -> Iterator[None]:
 @contextlib.contextmanager
 def taps(offsets: Sequence[int]) -> Iterator[tuple[Expr, Expr]]:
     """A loop over (index, offset); offsets are those of a grid: a constant step, or rows of a constant step."""
-    steps = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(offsets)]
     if len(set(steps)) <= 1:
         with serial(len(offsets)) as tap:
             yield tap, tap * (steps[0] if steps else 0) + offsets[0]

@@ -75,12 +75,17 @@ class Depthwise:
         taps = self.kernel[0] * self.kernel[1]
         w_dtype = "float32" if self.x_dtype == "float32" else "int8"
         x, w, *operands, out = f.arguments(
-            (self.x_shape, self.x_dtype), ((blocks * taps * self.lanes,), w_dtype), *self.operands, (self.out_shape, self.out_dtype)
+            (self.x_shape, self.x_dtype),
+            ((blocks * taps * self.lanes,), w_dtype),
+            *self.operands,
+            (self.out_shape, self.out_dtype),
         )
         with builder.parallel(n * oh) as row, builder.serial(blocks) as block:
             image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
 
-            def piece(column: Expr, columns: int, lanes: int, image: Expr = image, y: Expr = y, block: Expr = block) -> None:
+            def piece(
+                column: Expr, columns: int, lanes: int, image: Expr = image, y: Expr = y, block: Expr = block
+            ) -> None:
                 self._piece(f, x, w, operands, out, (image, y, block), column, columns, lanes)
 
             def width(lanes: int) -> None:

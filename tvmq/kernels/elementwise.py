@@ -40,7 +40,9 @@ class Map:
         def run(row: Expr, at: Expr, lanes: int) -> None:
             flat = row + at
             place = Place(at, flat, lanes)
-            out.store(builder.run_epilogue(x.load(flat, lanes), self.dtype, self.epilogue, operands, place), flat, lanes)
+            out.store(
+                builder.run_epilogue(x.load(flat, lanes), self.dtype, self.epilogue, operands, place), flat, lanes
+            )
 
         if any(isinstance(step, ops.Bias | ops.Scale) for step in self.epilogue):
             rows = math.prod(self.shape) // channels
@@ -88,9 +90,13 @@ class Concat:
             for part, shape, epilogue in zip(parts, self.shapes, self.epilogues, strict=True):
                 run = math.prod(shape[self.axis :])
 
-                def move(at: Expr, lanes: int, part: Any = part, run: int = run, start: int = start, steps: Any = epilogue) -> None:
+                def move(
+                    at: Expr, lanes: int, part: Any = part, run: int = run, start: int = start, steps: Any = epilogue
+                ) -> None:
                     flat = row * pitch + start + at
-                    value = builder.run_epilogue(part.load(row * run + at, lanes), self.dtype, steps, (), Place(at, flat, lanes))
+                    value = builder.run_epilogue(
+                        part.load(row * run + at, lanes), self.dtype, steps, (), Place(at, flat, lanes)
+                    )
                     out.store(value, flat, lanes)
 
                 for_each(run, self.lanes, move)

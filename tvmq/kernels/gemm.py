@@ -2,8 +2,8 @@
 
 A convolution over channels-last images is, for each tap row, a matmul whose rows overlap: output pixel (y, x) reads the
 `length` consecutive elements from `image + y * sy + x * sx + tap`. Where the dilation is 1, the `kw` taps of a row are
-one run of `kw * channels` elements, so that even a 3-channel stem has long runs. A 1x1 convolution and a dense layer have
-one tap; all their pixels are one row.
+one run of `kw * channels` elements, so that even a 3-channel stem has long runs. A 1x1 convolution and a dense layer
+have one tap; all their pixels are one row.
 
 Weights are packed when compiling: [group, panel, tap, length / kr, nr, kr], zero-padded; `nr` is a few vectors.
 """
@@ -31,9 +31,9 @@ Array = npt.NDArray[Any]
 class Geometry:
     """A convolution without padding (its input is padded already), in elements of flat buffers.
 
-    images, height, width: of the output. x_size: elements of the input buffer. sn, sy, sx: input distance of the next
-    image, output row and output pixel. taps: input offsets of the runs. length: elements of a run. sg: input distance of
-    the next group. channels: output channels of one group.
+    images, height, width: of the output. sn, sy, sx: input distance of the next image, output row and output pixel.
+    taps: input offsets of the runs. length: elements of a run. sg: input distance of the next group. channels: output
+    channels of one group.
     """
 
     images: int
@@ -76,7 +76,12 @@ class Blocking:
 
 
 def conv_geometry(
-    padded: Sequence[int], kernel: Sequence[int], out: Sequence[int], strides: Sequence[int], dilation: Sequence[int], groups: int
+    padded: Sequence[int],
+    kernel: Sequence[int],
+    out: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Geometry:
     """The geometry of a convolution of a padded NHWC input with [O, kh, kw, I / groups] weights."""
     n, hp, wp, c = padded
@@ -131,7 +136,12 @@ def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Block
 
 
 def _tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
-    spare = micro.registers - 1 - (2 if micro.widened and micro.kr > 1 else 0) - (1 if micro.widened and micro.kr == 1 else 0)
+    spare = (
+        micro.registers
+        - 1
+        - (2 if micro.widened and micro.kr > 1 else 0)
+        - (1 if micro.widened and micro.kr == 1 else 0)
+    )
     vectors_needed = -(-geometry.channels // micro.lanes)
     tiles = []
     for vectors in range(1, min(8, vectors_needed) + 1):
@@ -243,10 +253,14 @@ class _Emitter:
                 full = self.g.width // self.tile.columns
                 if full:
                     with builder.serial(full) as column:
-                        self._micro_kernel(panel, image, row * self.tile.rows, column * self.tile.columns, rows, self.tile.columns)
+                        self._micro_kernel(
+                            panel, image, row * self.tile.rows, column * self.tile.columns, rows, self.tile.columns
+                        )
                 if self.g.width % self.tile.columns:
                     start = full * self.tile.columns
-                    self._micro_kernel(panel, image, row * self.tile.rows, start, rows, self.g.width % self.tile.columns)
+                    self._micro_kernel(
+                        panel, image, row * self.tile.rows, start, rows, self.g.width % self.tile.columns
+                    )
 
             _either(whole, self.g.height // self.tile.rows, rest, lambda: run(self.tile.rows), lambda: run(rest))
 
@@ -288,7 +302,9 @@ class _Emitter:
         base = image * self.g.sn + row * self.g.sy + column * self.g.sx + group * self.g.sg
         pixels = [(y, x) for y in range(rows) for x in range(columns)]
         acc = self.f.registers(len(pixels) * self.tile.vectors * lanes, m.acc_dtype)
-        slots = [(i, v, (i * self.tile.vectors + v) * lanes) for i in range(len(pixels)) for v in range(self.tile.vectors)]
+        slots = [
+            (i, v, (i * self.tile.vectors + v) * lanes) for i in range(len(pixels)) for v in range(self.tile.vectors)
+        ]
         steps = self.k.epilogue
         starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias)
         channel = group * self.g.channels + index * self.nr
@@ -328,7 +344,9 @@ class _Emitter:
         """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""
         return self.g.channels % self.nr == 0
 
-    def _finish(self, acc: Flat, slot: Expr, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]) -> None:
+    def _finish(
+        self, acc: Flat, slot: Expr, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]
+    ) -> None:
         """The epilogue of one vector, and its store: whole, or the lanes that exist."""
 
         def store(lanes: int) -> None:

@@ -121,7 +121,9 @@ class _Lowering:
 
         return [one(arg, index) for index, arg in enumerate(args)]
 
-    def pad(self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: float, dtype: str) -> Any:
+    def pad(
+        self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: float, dtype: str
+    ) -> Any:
         """`x` (4-D) padded and converted; `x` itself where there is nothing to do."""
         pad = Pad(ir.shape_of(x), ir.dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
         if not pad.copies:
@@ -279,13 +281,17 @@ def _pool(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     lowering.names[name] = title
     args = [padded, *lowering.lift(state, name, [*counts, *operands])]
     result = lowering.call(spec, title, args, out, a["out_dtype"])
-    return result if out == ir.shape_of(call) else relax.op.reshape(state.emit(result, f"{name}_image"), ir.shape_of(call))
+    return (
+        result if out == ir.shape_of(call) else relax.op.reshape(state.emit(result, f"{name}_image"), ir.shape_of(call))
+    )
 
 
 def _map(lowering: _Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     x, *operands = call.args
     out_dtype = ir.dtype_of(call)
-    spec = Map(ir.shape_of(x), ir.dtype_of(x), out_dtype, ops.epilogue_of(call), _declared(operands), lowering.float.lanes)
+    spec = Map(
+        ir.shape_of(x), ir.dtype_of(x), out_dtype, ops.epilogue_of(call), _declared(operands), lowering.float.lanes
+    )
     title = f"{_SHORT[out_dtype]}-{_SHORT[ir.dtype_of(x)]}-map"
     lowering.names[name] = title
     return lowering.call(spec, title, [x, *lowering.lift(state, name, operands)], ir.shape_of(call), out_dtype)

@@ -1,7 +1,7 @@
 """The micro-kernel table: for each instruction set, the inner product step that a register tile repeats.
 
-A step takes `kr` consecutive elements of a row of A, repeated in every lane, and `kr` times `lanes` elements of a weight
-panel, and adds their products to `lanes` accumulators. Its plain meaning is the same for all rows of the table:
+A step takes `kr` consecutive elements of a row of A, repeated in every lane, and `kr` times `lanes` elements of a
+weight panel, and adds their products to `lanes` accumulators. Its plain meaning is the same for all rows of the table:
 
     acc[lane] += sum over i < kr of a[i] * w[lane, i]
 

@@ -73,7 +73,11 @@ class Pad:
 
     def _fill(self, out: Flat, start: Expr, count: int) -> None:
         value = 0 if self.out_dtype == "int16" else self.value
-        for_each(count, _LANES[self.out_dtype], lambda at, n: out.store(builder.number(value, self.out_dtype, n), start + at, n))
+        for_each(
+            count,
+            _LANES[self.out_dtype],
+            lambda at, n: out.store(builder.number(value, self.out_dtype, n), start + at, n),
+        )
 
     def _copy(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
         def move(at: Expr, lanes: int) -> None:

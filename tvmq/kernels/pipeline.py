@@ -10,7 +10,6 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
-
 NAME = "tvmq"
 
 

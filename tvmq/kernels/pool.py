@@ -56,19 +56,30 @@ class Pool:
         )
         blocks = -(-c // self.lanes)
         rows_first = n * oh > 1
-        with builder.parallel(n * oh if rows_first else blocks) as outer:
-            with builder.serial(blocks if rows_first else 1) as inner, builder.serial(ow) as column:
-                row, block = (outer, inner) if rows_first else (inner, outer)
-                rest = c % self.lanes
-                if c >= self.lanes:
-                    with builder.when(block < c // self.lanes):
-                        self._pixel(f, x, middle, out, row, column, block, self.lanes)
-                if rest:
-                    with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
-                        self._pixel(f, x, middle, out, row, column, block, rest)
+        rest = c % self.lanes
+        with (
+            builder.parallel(n * oh if rows_first else blocks) as outer,
+            builder.serial(blocks if rows_first else 1) as inner,
+            builder.serial(ow) as column,
+        ):
+            row, block = (outer, inner) if rows_first else (inner, outer)
+            if c >= self.lanes:
+                with builder.when(block < c // self.lanes):
+                    self._pixel(f, x, middle, out, row, column, block, self.lanes)
+            if rest:
+                with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
+                    self._pixel(f, x, middle, out, row, column, block, rest)
 
     def _pixel(
-        self, f: builder.Function, x: Flat, middle: Sequence[Flat], out: Flat, row: Expr, column: Expr, block: Expr, lanes: int
+        self,
+        f: builder.Function,
+        x: Flat,
+        middle: Sequence[Flat],
+        out: Flat,
+        row: Expr,
+        column: Expr,
+        block: Expr,
+        lanes: int,
     ) -> None:
         _, hp, wp, c = self.x_shape
         _, oh, ow, _ = self.out_shape

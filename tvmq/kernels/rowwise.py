@@ -16,7 +16,6 @@ from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, VectorMath
 from tvmq.kernels.pad import for_each
 
-
 # Parallel tasks: enough for the cores of any board, each with rows enough to pay for its scratch row.
 _TASKS = 16
 
@@ -122,7 +121,11 @@ def _row_max(f: builder.Function, n: int, element: Callable[[Expr, int], Expr]) 
 
 
 def _reduce(
-    f: builder.Function, n: int, element: Callable[[Expr, int], Expr], start: float, combine: Callable[[Expr, Expr], Expr]
+    f: builder.Function,
+    n: int,
+    element: Callable[[Expr, int], Expr],
+    start: float,
+    combine: Callable[[Expr, Expr], Expr],
 ) -> Expr:
     """Interleaved partial results, then halves with halves."""
     lanes = f.registers(ROW_LANES, FLOAT)

@@ -36,7 +36,9 @@ def schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
 def build(module: tvm.IRModule, target: Target) -> Any:
     """The VM executable of a scheduled module."""
     with tvm.transform.PassContext(opt_level=3):
-        return relax.build(module, target=target.tvm_target(), relax_pipeline=_lowering_pipeline(), tir_pipeline=pipeline.register())
+        return relax.build(
+            module, target=target.tvm_target(), relax_pipeline=_lowering_pipeline(), tir_pipeline=pipeline.register()
+        )
 
 
 def _lowering_pipeline() -> Any:
@@ -61,9 +63,8 @@ def schedule_rest(module: tvm.IRModule, lanes: int) -> tvm.IRModule:
     """Parallelize and vectorize each function that TVM legalized; tvmq's own kernels have no blocks and stay."""
     functions = {}
     for var, function in module.functions.items():
-        if isinstance(function, tirx.PrimFunc) and not str(var.name_hint).startswith("tvmq_"):
-            function = _scheduled(function, lanes)
-        functions[var] = function
+        foreign = isinstance(function, tirx.PrimFunc) and not str(var.name_hint).startswith("tvmq_")
+        functions[var] = _scheduled(function, lanes) if foreign else function
     return tvm.IRModule(functions, attrs=module.attrs)
 
 
@@ -104,8 +105,8 @@ def _schedule_block(schedule: Any, block: Any, lanes: int) -> None:
         return
     fused = schedule.fuse(*outer)
     if total >= _GRAIN:
-        task, inner, vector = schedule.split(fused, [None, _GRAIN // lanes // 4, lanes])
+        task, _, vector = schedule.split(fused, [None, _GRAIN // lanes // 4, lanes])
         schedule.parallel(task)
     else:
-        inner, vector = schedule.split(fused, [None, lanes])
+        _, vector = schedule.split(fused, [None, lanes])
     schedule.vectorize(vector)

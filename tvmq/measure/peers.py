@@ -31,7 +31,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Peer:
-    """`prepare` makes the function that runs one inference. `needs`: packages. `kinds`: of models that it makes sense for."""
+    """`prepare` makes the function that runs one inference. `needs`: packages. `kinds`: of models that it suits."""
 
     name: str
     precision: str

@@ -73,11 +73,16 @@ class Suite:
     def to_markdown(self) -> str:
         """A table a model."""
         lines = [f"tvmq for {self.target}, {self.threads} threads, {self.rounds} interleaved rounds, {self.cpu}", ""]
-        lines += ["| model | runtime | precision | median ms | min | max | best peer / tvmq |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "| model | runtime | precision | median ms | min | max | best peer / tvmq |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for row in self.rows:
             times = [f"{v:.2f}" if v is not None else "" for v in (row.median_ms, row.min_ms, row.max_ms)]
             ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
-            lines.append(f"| {row.model} | {row.runtime} | {row.precision} | {' | '.join(times)} | {ratio or row.note} |")
+            lines.append(
+                f"| {row.model} | {row.runtime} | {row.precision} | {' | '.join(times)} | {ratio or row.note} |"
+            )
         return "\n".join(lines) + "\n"
 
 
@@ -105,7 +110,13 @@ def run(
 
 
 def _model(
-    name: str, precisions: Sequence[str], target: str, threads: int, rounds: int, with_peers: bool, report: Callable[[str], None]
+    name: str,
+    precisions: Sequence[str],
+    target: str,
+    threads: int,
+    rounds: int,
+    with_peers: bool,
+    report: Callable[[str], None],
 ) -> list[Row]:
     module, example = MODELS[name]()
     subject = Subject(name, module, example, samples(example, _CALIBRATION), threads)

@@ -189,7 +189,7 @@ def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Array:
     return v
 
 
-def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:  # noqa: PLR0911 (a case a step)
+def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
     match step:
         case ops.Bias():
             assert operand is not None

@@ -1,4 +1,4 @@
-"""Encoders in the shape of MiniLM-L6 (Wang et al., 2020) and BERT-base (Devlin et al., 2018), random weights, sequence 128."""
+"""Encoders shaped like MiniLM-L6 (Wang et al., 2020) and BERT-base (Devlin et al., 2018), with random weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Encoder(nn.Module):
         x = self.norm(self.tokens(ids) + self.positions)
         for layer in self.layers:
             x = layer(x)
-        return x
+        result: torch.Tensor = x
+        return result
 
 
 class Layer(nn.Module):
@@ -68,4 +69,5 @@ class Layer(nn.Module):
 
         mixed = functional.scaled_dot_product_attention(split(self.query(x)), split(self.key(x)), split(self.value(x)))
         x = self.norm1(x + self.out(mixed.transpose(1, 2).reshape(n, s, width)))
-        return self.norm2(x + self.down(functional.gelu(self.up(x))))
+        result: torch.Tensor = self.norm2(x + self.down(functional.gelu(self.up(x))))
+        return result

@@ -67,7 +67,8 @@ class Basic(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, width, H / stride, W / stride]."""
-        return torch.relu(self.body(x) + self.shortcut(x))
+        result: torch.Tensor = torch.relu(self.body(x) + self.shortcut(x))
+        return result
 
 
 class Bottleneck(nn.Module):
@@ -85,7 +86,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, 4 * width, H / stride, W / stride]."""
-        return torch.relu(self.body(x) + self.shortcut(x))
+        result: torch.Tensor = torch.relu(self.body(x) + self.shortcut(x))
+        return result
 
 
 class ResNet(nn.Module):
@@ -107,7 +109,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, 224, 224] -> logits [N, 1000]."""
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+        result: torch.Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
+        return result
 
 
 class Inverted(nn.Module):
@@ -122,7 +125,8 @@ class Inverted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, cin, H, W] -> [N, cout, H / stride, W / stride]."""
-        return x + self.body(x) if self.residual else self.body(x)
+        result: torch.Tensor = x + self.body(x) if self.residual else self.body(x)
+        return result
 
 
 class MobileNetV2(nn.Module):
@@ -143,4 +147,5 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, 224, 224] -> logits [N, 1000]."""
-        return self.head(self.features(x).mean((2, 3)))
+        result: torch.Tensor = self.head(self.features(x).mean((2, 3)))
+        return result
