@@ -133,9 +133,7 @@ def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequenc
     return value
 
 
-def _step(  # noqa: PLR0911 (a case a step)
-    value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: Place
-) -> tuple[Expr, str]:
+def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: Place) -> tuple[Expr, str]:
     lanes = place.lanes
     match step:
         case ops.Bias():
