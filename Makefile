@@ -35,10 +35,10 @@ demo: $(INSTALLED)
 	$(BIN)/tvmq demo -o $(DEMO)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

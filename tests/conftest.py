@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from samples import calibration_of
 from torch import nn
 from torch.nn import functional
 from tvm import relax
@@ -133,13 +134,6 @@ def bundle_of(imported: Callable[[str], Model], tmp_path_factory: pytest.TempPat
         return path
 
     return get
-
-
-def calibration_of(model: Model) -> list[tuple[np.ndarray, ...]]:
-    """Four batches that fit `model`, its example among them."""
-    rng = np.random.default_rng(1)
-    shapes = [spec.shape for spec in model.signature.inputs]
-    return [model.example, *(tuple(rng.standard_normal(s).astype(np.float32) for s in shapes) for _ in range(3))]
 
 
 BOARD_NEEDS = ("qemu-aarch64", "apt-get", "dpkg-deb")

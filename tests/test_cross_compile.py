@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import calibration_of
+from samples import calibration_of
 
 from tvmq import pipeline
 from tvmq.deploy.bundle import read

@@ -167,7 +167,6 @@ def test_tvmq_operators_are_computed_by_the_oracle(graph):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(reason="interpret._avg_pool2d runs the epilogue before it drops the kept dimensions", strict=False)
 def test_a_residual_after_a_global_mean(build):
     class MeanAdd(nn.Module):
         def __init__(self) -> None:

@@ -102,7 +102,7 @@ def test_a_graph_that_only_moves_is_exact() -> None:
 @pytest.fixture
 def product(imported: Callable, monkeypatch: pytest.MonkeyPatch) -> build.Product:
     """The product of a small integer model, caught on its way."""
-    from conftest import calibration_of
+    from samples import calibration_of
 
     from tvmq import pipeline
     from tvmq.recipe import Recipe

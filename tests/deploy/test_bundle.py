@@ -60,7 +60,7 @@ def test_a_bundle_says_what_it_is(path: Path) -> None:
 
 
 def test_the_same_compilation_gives_the_same_file(path: Path, imported: Callable, tmp_path: Path) -> None:
-    from conftest import calibration_of
+    from samples import calibration_of
 
     from tvmq.pipeline import compile_model
     from tvmq.recipe import Recipe

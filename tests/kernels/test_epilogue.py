@@ -124,6 +124,7 @@ def test_rounding_is_half_to_even(name: str) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @levels
 @pytest.mark.parametrize("function", sorted(functions.ACTIVATIONS))
 def test_activations_are_the_oracle(name: str, function: str) -> None:

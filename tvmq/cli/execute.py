@@ -100,7 +100,7 @@ class Bench(Command):
         """Declare the options."""
         parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help=".tvmq files")
         parser.add_argument("--suite", action="store_true", help="tvmq's model zoo and its peers instead of bundles")
-        parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="of the suite (default all)")
+        parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help="of the suite (default all)")
         parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="of the suite (default host)")
         add_device(parser)
         parser.add_argument("--repeat", type=int, default=10, metavar="N", help="measurements (default 10)")
