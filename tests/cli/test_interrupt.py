@@ -35,6 +35,8 @@ def interrupt(words: list[str], folder: Path, ready: Callable[[], bool]) -> tupl
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that starts its jobs in the background has them ignore SIGINT, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])},
     )
     try:
