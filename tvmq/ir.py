@@ -217,7 +217,7 @@ def _module(params: list[Any], state: Rewrite, result: Any, attrs: dict[str, Any
     taken = {str(param.name) for param in params}
     block = []
     for var in reversed(kept):
-        renamed[var] = relax.DataflowVar(_unique(state.names[var], taken), var.ty)
+        renamed[var] = relax.DataflowVar(unique(state.names[var], taken), var.ty)
         block.append(relax.VarBinding(renamed[var], _typed(substitute(state.values[var], renamed), state.values[var])))
     output = relax.Var("outputs", relax.TupleType([field.ty for field in result.fields]))
     block.append(relax.VarBinding(output, _typed(substitute(result, renamed), output)))
@@ -234,7 +234,8 @@ def _typed(value: Expr, like: Expr) -> Expr:
     return value
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def unique(name: str, taken: set[str]) -> str:
+    """`name`, or the first of `name_2`, `name_3`, ... that is not in `taken`, which it joins."""
     candidate, count = name, 1
     while candidate in taken:
         count += 1

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
+from tvmq import ir
 from tvmq.errors import ModelError
 from tvmq.model import Array, TensorSpec, as_array
 
@@ -94,20 +95,11 @@ def output_names(program: ExportedProgram) -> list[str]:
     named = any(not isinstance(key, pytree.SequenceKey) for path in keys for key in path)
     names = ["_".join(map(_key_name, path)) for path in keys] if named else nodes
     taken = set(input_names(program))
-    return [_unique(name or f"output{index}", taken) for index, name in enumerate(names)]
+    return [ir.unique(name or f"output{index}", taken) for index, name in enumerate(names)]
 
 
 def _key_name(key: Any) -> str:
     return str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
 
 
 def run(program: ExportedProgram, example: Sequence[Array]) -> tuple[Array, ...]:

@@ -208,15 +208,15 @@ def _names(module: tvm.IRModule, importer: _Importer) -> tuple[dict[Any, str], d
         if var not in first:
             continue
         path = importer.path_of.get(first[var], "")
-        names[var] = _unique(_identifier(path) or str(var.name), taken)
+        names[var] = ir.unique(_identifier(path) or str(var.name), taken)
         paths[names[var]] = path or names[var]
         for inner, call in pending[:-1]:
             suffix = ir.op_name(call).split(".")[-1] if ir.is_call(call) else "part"
-            names[inner] = _unique(_identifier(f"{path}_{suffix}"), taken)
+            names[inner] = ir.unique(_identifier(f"{path}_{suffix}"), taken)
             paths[names[inner]] = path or names[inner]
         pending.clear()
     for var, _ in pending:
-        names[var] = _unique(str(var.name), taken)
+        names[var] = ir.unique(str(var.name), taken)
     return names, paths
 
 
@@ -248,15 +248,6 @@ def _layer_class(node: fx.Node) -> str:
 def _identifier(path: str) -> str:
     """`path` as a name that TVMScript can print: layer "0.conv" is _0_conv."""
     return re.sub(r"\W", "_", f"_{path}" if path[:1].isdigit() else path)
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate
 
 
 def _first_line(error: BaseException) -> str:
