@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,15 +52,20 @@ class Product:
     realized: tvm.IRModule
     lowered: Lowered
 
-    @property
+    @functools.cached_property
     def steps(self) -> list[Step]:
         """The kernel calls of an inference."""
         return extract(self.lowered.module, self.lowered.kernels)
 
-    @property
+    @functools.cached_property
     def exact(self) -> bool:
         """Whether every result is promised bit for bit."""
         return is_exact_graph(self.realized)
+
+    @functools.cached_property
+    def parameters(self) -> tuple[bytes, list[dict[str, Any]]]:
+        """The parameters as one block, and where each is: the check and the bundle read the same."""
+        return bundle.pack_parameters(self.lowered.parameters)
 
 
 def compile_library(product: Product) -> bytes:
@@ -125,7 +131,7 @@ def write_bundle(
 
 
 def _manifest(product: Product) -> dict[str, Any]:
-    _, index = bundle.pack_parameters(product.lowered.parameters)
+    _, index = product.parameters
     model = product.model
     return {
         "name": model.name,
@@ -150,7 +156,7 @@ def _manifest(product: Product) -> dict[str, Any]:
 
 
 def _members(product: Product, library: bytes, expected: tuple[Array, ...]) -> dict[str, bytes]:
-    parameters, _ = bundle.pack_parameters(product.lowered.parameters)
+    parameters, _ = product.parameters
     members = {
         bundle.LIBRARY: library,
         bundle.PARAMETERS: parameters,
