@@ -28,7 +28,8 @@ from tvmq.errors import CalibrationError
 from tvmq.files import atomic_write_text, require_folder
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.canonical import fold_constants
-from tvmq.kernels.lower import Lowered, lower
+from tvmq.kernels.lower import lower
+from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
 from tvmq.quantize.annotate import annotate

@@ -20,7 +20,8 @@ from tvmq.deploy.build import FLOAT_TOLERANCE, runs_here
 from tvmq.deploy.crosslink import linker
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.isa import Int8Dot
-from tvmq.kernels.lower import Lowered, lower
+from tvmq.kernels.lower import lower
+from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build, schedule
 from tvmq.quantize import numerics
 from tvmq.target import Target, load_target

@@ -11,18 +11,18 @@ import pytest
 from harness import Case, compiled, conv, floats, integers, matmul, module_of, target_of, weights
 
 from tvmq import ir
-from tvmq.kernels import lower as lowering_file
 from tvmq.kernels.depthwise import Depthwise
 from tvmq.kernels.gemm import Gemm
-from tvmq.kernels.lower import lower
+from tvmq.kernels.lower import lower, visit
+from tvmq.kernels.lowering import Lowering
 
 TARGETS = ("sse2", "avx2", "avx512-vnni", "raspberry-pi-4b", "raspberry-pi-5", "raspberry-pi-2")
 
 
 def kernels_of(case: Case, target: str) -> list[Any]:
     """The kernel descriptions behind a lowered operator."""
-    lowering = lowering_file._Lowering(target_of(target))
-    ir.rewrite(module_of([case]), lowering.visit)
+    lowering = Lowering(target_of(target))
+    ir.rewrite(module_of([case]), lambda *step: visit(lowering, *step))
     return list(lowering.functions)
 
 

@@ -27,7 +27,7 @@ from tvmq.deploy.session import LocalSession
 from tvmq.deploy.steps import Step, extract, with_entry_points
 from tvmq.errors import CheckFailed
 from tvmq.files import scratch_folder
-from tvmq.kernels.lower import Lowered
+from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
 from tvmq.quantize.plan import Decision

@@ -19,7 +19,7 @@ from tvmq.deploy.exact import is_exact
 from tvmq.deploy.executor import Executor
 from tvmq.deploy.session import connect
 from tvmq.deploy.steps import Step, StepRunner
-from tvmq.kernels.lower import Packing
+from tvmq.kernels.lowering import Packing
 
 Array = npt.NDArray[Any]
 

@@ -1,0 +1,129 @@
+"""Lowering rules of products with constant weights: convolution, depthwise convolution, dense."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import relax
+
+from tvmq import ir, ops
+from tvmq.kernels import depthwise, gemm
+from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
+
+Array = npt.NDArray[Any]
+
+
+def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.conv2d`: padding, and a product with panels; depthwise ones have a kernel of their own."""
+    a = ops.attributes(call)
+    x, weight, *operands = call.args
+    kernel = ir.to_numpy(weight)
+    channels = ir.shape_of(x)[3]
+    if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
+        return _depthwise(lowering, state, name, call, kernel)
+    m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
+    padding = list(a["padding"])
+    whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
+    run = kernel.shape[3] * (kernel.shape[2] if a["groups"] == 1 and a["dilation"][1] == 1 and not whole else 1)
+    # A run's last step reads past its end, against zero weights: into more channels, or into more rows.
+    past = -run % m.kr
+    if not whole:
+        padding[2] += -(-past // (channels * (ir.shape_of(x)[2] + padding[1] + padding[3])))
+    wide = channels + past if whole else channels
+    padded = lowering.pad(state, name, x, padding, wide, a["x_zero_point"], m.a_dtype)
+    out = ir.shape_of(call)
+    geometry = gemm.conv_geometry(ir.shape_of(padded), kernel.shape, out, a["strides"], a["dilation"], a["groups"])
+    return _gemm(lowering, state, name, "conv2d", call, padded, kernel, geometry, operands)
+
+
+def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.matmul` with a constant weight."""
+    x, weight, *operands = call.args
+    depth = ir.shape_of(x)[-1]
+    m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
+    rows = math.prod(ir.shape_of(x)[:-1])
+    wide = -(-depth // m.kr) * m.kr
+    if wide != depth or ir.dtype_of(x) != m.a_dtype:
+        image = state.emit(relax.op.reshape(x, (1, 1, rows, depth)), f"{name}_rows")
+        x = lowering.pad(state, name, image, (0, 0, 0, 0), wide, ops.attributes(call)["x_zero_point"], m.a_dtype)
+    kernel = np.ascontiguousarray(ir.to_numpy(weight).T).reshape(-1, 1, 1, depth)
+    cout = kernel.shape[0]
+    geometry = gemm.conv_geometry((1, 1, rows, wide), kernel.shape, (1, 1, rows, cout), (1, 1), (1, 1), 1)
+    return _gemm(lowering, state, name, "matmul", call, x, kernel, geometry, operands)
+
+
+def _gemm(
+    lowering: Lowering,
+    state: ir.Rewrite,
+    name: str,
+    kind: str,
+    call: Any,
+    x: Any,
+    kernel: Array,
+    geometry: gemm.Geometry,
+    operands: list[Any],
+) -> Any:
+    a = ops.attributes(call)
+    integer = kernel.dtype == np.int8
+    m = lowering.int8 if integer else lowering.float
+    target = lowering.target
+    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
+    epilogue = ops.epilogue_of(call)
+    if integer and not m.widened:
+        epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
+    packing = Packing("gemm", kernel.shape, len(geometry.taps), geometry.groups, blocking.tile.vectors * m.lanes, m.kr)
+    packed = gemm.pack(kernel, packing.taps, packing.groups, packing.nr, packing.kr)
+    spec = gemm.Gemm(
+        geometry, m, blocking, epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands)
+    )
+    tile = f"{blocking.tile.pixels}x{blocking.tile.vectors * m.lanes}"
+    title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}-{m.name}"
+    lowering.names[name] = title
+    weights = lowering.parameter(state, f"{name}_weight", packed)
+    lowering.packed[name] = (str(weights.name), packing)
+    args = [x, weights, *lowering.lift(state, name, operands)]
+    return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
+
+
+def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
+    a = ops.attributes(call)
+    x, _, *operands = call.args
+    m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
+    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], ir.dtype_of(x))
+    epilogue = ops.epilogue_of(call)
+    if kernel.dtype == np.int8:
+        epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
+    spec = depthwise.Depthwise(
+        ir.shape_of(padded),  # type: ignore[arg-type]
+        ir.dtype_of(padded),
+        kernel.shape[1:3],
+        a["strides"],
+        a["dilation"],
+        ir.shape_of(call),  # type: ignore[arg-type]
+        a["out_dtype"],
+        epilogue,
+        declared(operands),
+        m.lanes,
+        m.registers,
+    )
+    title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
+    lowering.names[name] = title
+    packed = lowering.parameter(state, f"{name}_weight", depthwise.pack(kernel, m.lanes))
+    lowering.packed[name] = (str(packed.name), Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1))
+    args = [padded, packed, *lowering.lift(state, name, operands)]
+    return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
+
+
+def _fold_zero_point(
+    epilogue: ops.Epilogue, operands: list[Any], kernel: Array, zero_point: int
+) -> tuple[ops.Epilogue, list[Any]]:
+    """sum((x - z) * w) = sum(x * w) - z * sum(w): the correction goes into the bias, one number a channel."""
+    if zero_point == 0:
+        return epilogue, operands
+    correction = (-zero_point * kernel.astype(np.int64).reshape(kernel.shape[0], -1).sum(axis=1)).astype(np.int32)
+    if epilogue and isinstance(epilogue[0], ops.Bias):
+        return epilogue, [ir.constant(ir.to_numpy(operands[0]) + correction), *operands[1:]]
+    return (ops.Bias(), *epilogue), [ir.constant(correction), *operands]

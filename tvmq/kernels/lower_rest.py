@@ -1,0 +1,112 @@
+"""Lowering rules of operators without constant weights: pools, maps, concat, row-wise operators, attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax
+
+from tvmq import ir, ops
+from tvmq.kernels.attention import Attention
+from tvmq.kernels.elementwise import Concat, Map
+from tvmq.kernels.lowering import SHORT, Lowering, declared
+from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
+from tvmq.kernels.rowwise import Rowwise
+
+
+def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.avg_pool2d` and `tvmq.max_pool2d`."""
+    a = ops.attributes(call)
+    x, *operands = call.args
+    kind = "max" if ir.is_call(call, "tvmq.max_pool2d") else "avg"
+    dtype = ir.dtype_of(x)
+    zero_point = a.get("x_zero_point", 0)
+    fill = lowest(dtype) if kind == "max" else zero_point
+    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], fill, dtype)
+    shape = ir.shape_of(x)
+    window, strides, dilation = a["pool"], a["strides"], a.get("dilation", (1, 1))
+    height, width = (
+        (padded_extent - (size - 1) * step - 1) // stride + 1
+        for padded_extent, size, step, stride in zip(ir.shape_of(padded)[1:3], window, dilation, strides, strict=True)
+    )
+    out = (shape[0], height, width, shape[3])
+    counts = []
+    if kind == "avg":
+        counts = [ir.constant(reciprocal_counts(shape[1:3], window, strides, a["padding"], a["count_include_pad"]))]  # type: ignore[arg-type]
+    spec = Pool(
+        kind,
+        ir.shape_of(padded),  # type: ignore[arg-type]
+        dtype,
+        window,
+        strides,
+        dilation,
+        out,
+        a["out_dtype"],
+        ops.epilogue_of(call),
+        declared(operands),
+        zero_point,
+        lowering.float.lanes,
+    )
+    title = f"{SHORT[a['out_dtype']]}-{kind}pool2d-{window[0]}x{window[1]}"
+    lowering.names[name] = title
+    args = [padded, *lowering.lift(state, name, [*counts, *operands])]
+    result = lowering.call(spec, title, args, out, a["out_dtype"])
+    return (
+        result if out == ir.shape_of(call) else relax.op.reshape(state.emit(result, f"{name}_image"), ir.shape_of(call))
+    )
+
+
+def elementwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.map`."""
+    x, *operands = call.args
+    out_dtype = ir.dtype_of(call)
+    spec = Map(
+        ir.shape_of(x), ir.dtype_of(x), out_dtype, ops.epilogue_of(call), declared(operands), lowering.float.lanes
+    )
+    title = f"{SHORT[out_dtype]}-{SHORT[ir.dtype_of(x)]}-map"
+    lowering.names[name] = title
+    return lowering.call(spec, title, [x, *lowering.lift(state, name, operands)], ir.shape_of(call), out_dtype)
+
+
+def concat(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.concat`."""
+    shapes = tuple(ir.shape_of(arg) for arg in call.args)
+    dtype, out_dtype = ir.dtype_of(call.args[0]), ir.dtype_of(call)
+    axis = ops.attributes(call)["axis"]
+    spec = Concat(shapes, dtype, ir.shape_of(call), out_dtype, axis, ops.concat_epilogues(call), lowering.float.lanes)
+    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-concat"
+    lowering.names[name] = title
+    return lowering.call(spec, title, list(call.args), ir.shape_of(call), out_dtype)
+
+
+def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.layer_norm` and `tvmq.softmax`."""
+    kind = ir.op_name(call).removeprefix(ops.PREFIX)
+    epsilon = ops.attributes(call).get("epsilon", 0.0)
+    operands = call.args[3:] if kind == "layer_norm" else call.args[1:]
+    shape, out_dtype = ir.shape_of(call), ir.dtype_of(call)
+    spec = Rowwise(kind, shape, out_dtype, epsilon, ops.epilogue_of(call), declared(operands))
+    title = f"{SHORT[out_dtype]}-f32-{kind}"
+    lowering.names[name] = title
+    return lowering.call(spec, title, lowering.lift(state, name, call.args), shape, out_dtype)
+
+
+def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.attention`."""
+    query, key, value = call.args
+    m = lowering.float
+    # Two vectors of keys a tile row leave most registers to queries, which share the loads of keys and values.
+    vectors = 2
+    rows = min(ir.shape_of(query)[1], (m.registers - vectors - 1) // vectors, 12)
+    spec = Attention(
+        ir.shape_of(query),  # type: ignore[arg-type]
+        ir.shape_of(key)[1],
+        ir.shape_of(value)[3],
+        ops.attributes(call)["scale"],
+        m.lanes,
+        rows,
+        vectors,
+    )
+    title = f"f32-f32-attention-{rows}x{vectors * m.lanes}-{m.name}"
+    lowering.names[name] = title
+    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), "float32")

@@ -1,0 +1,113 @@
+"""What lowering rules share: the target's micro-kernels, kernels built once, packed weights, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from tvmq import ir
+from tvmq.kernels import depthwise, gemm, micro
+from tvmq.kernels.pad import Pad
+from tvmq.target import Target
+
+Array = npt.NDArray[Any]
+SHORT = {"float32": "f32", "int8": "s8", "uint8": "u8", "int16": "s16", "int32": "s32"}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight of `shape` was packed: see `gemm.pack` and `depthwise.pack` (where nr is the number of lanes)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    taps: int
+    groups: int
+    nr: int
+    kr: int
+
+    def unpack(self, packed: Array) -> Array:
+        """The weight as it was."""
+        if self.kind == "depthwise":
+            return depthwise.unpack(packed, self.shape, self.nr)
+        return gemm.unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """`module`: main and its kernels. `kernels`: variable of main -> the name of the kernel that computes it.
+
+    `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
+    operator -> (name of its packed weight, how to unpack it).
+    """
+
+    module: tvm.IRModule
+    kernels: dict[str, str]
+    parameters: dict[str, Array]
+    packed: dict[str, tuple[str, Packing]]
+
+
+@dataclass
+class Lowering:
+    """What has been lowered so far, and the helpers that rules call."""
+
+    target: Target
+    taken: frozenset[str] = frozenset()  # names of the module's variables
+    functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
+    names: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Array] = field(default_factory=dict)
+    packed: dict[str, tuple[str, Packing]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.builder = relax.BlockBuilder()
+        self.float = micro.float_micro(self.target.isa)
+        self.int8 = micro.int8_micro(self.target.isa)
+
+    def call(self, kernel: Any, title: str, args: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
+        """A call of `kernel` (built at its first use) that makes a tensor."""
+        if kernel not in self.functions:
+            symbol = f"tvmq_{title.replace('-', '_')}_{len(self.functions)}"
+            # The pattern "opaque" keeps TVM's operator fusion away.
+            function = kernel.function().with_attrs({"global_symbol": symbol, "op_pattern": 8})
+            self.functions[kernel] = (self.builder.add_func(function, symbol), function)
+        return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), relax.TensorType(list(shape), dtype))
+
+    def parameter(self, state: ir.Rewrite, name: str, value: Array) -> Any:
+        """`value` as a parameter of main: weights live beside the code, not in it. Names in use are made distinct."""
+        unique = name
+        while unique in self.parameters or unique in self.taken:
+            unique += "_"
+        self.parameters[unique] = np.ascontiguousarray(value)
+        return state.parameter(unique, value)
+
+    def lift(self, state: ir.Rewrite, name: str, args: Sequence[Any]) -> list[Any]:
+        """`args` with each constant tensor (not scalar) as a parameter."""
+
+        def one(arg: Any, index: int) -> Any:
+            if ir.is_constant(arg) and ir.shape_of(arg):
+                return self.parameter(state, f"{name}_{index}", ir.to_numpy(arg))
+            return relax.Tuple(self.lift(state, name, arg.fields)) if isinstance(arg, relax.Tuple) else arg
+
+        return [one(arg, index) for index, arg in enumerate(args)]
+
+    def pad(
+        self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: float, dtype: str
+    ) -> Any:
+        """`x` (4-D) padded and converted; `x` itself where there is nothing to do."""
+        pad = Pad(ir.shape_of(x), ir.dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
+        if not pad.copies:
+            return x
+        title = f"{SHORT[pad.x_dtype]}-{SHORT[dtype]}-pad"
+        var = state.emit(self.call(pad, title, [x], pad.out_shape, dtype), f"{name}_padded")
+        self.names[f"{name}_padded"] = title
+        return var
+
+
+def declared(operands: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """(shape, dtype) of each operand."""
+    return tuple((ir.shape_of(operand), ir.dtype_of(operand)) for operand in operands)
