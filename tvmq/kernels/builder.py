@@ -264,6 +264,19 @@ def when(condition: Expr) -> Iterator[None]:
         yield
 
 
+def either(condition: Expr, whole: int, rest: int, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Both cases where both occur (`whole` and `rest` count them), else the one that does."""
+    if whole and rest:
+        with when(condition):
+            then()
+        with when(tirx.Not(condition)):
+            otherwise()
+    elif whole:
+        then()
+    else:
+        otherwise()
+
+
 @contextlib.contextmanager
 def taps(offsets: Sequence[int]) -> Iterator[tuple[Expr, Expr]]:
     """A loop over (index, offset); offsets are those of a grid: a constant step, or rows of a constant step."""

@@ -23,6 +23,7 @@ from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import Expr, Flat, Place
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.results import Results
 
 Array = npt.NDArray[Any]
 
@@ -127,7 +128,7 @@ def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Block
     A step costs its products, its loads (one a broadcast, one a panel vector) or the latency of a product, whichever is
     most (products and loads issue in parallel, about one of each a cycle), and what streaming the panel costs.
     """
-    best = min(_tiles(geometry, micro), key=lambda tile: (_cost(geometry, micro, tile), tile.pixels, -tile.vectors))
+    best = min(_tiles(geometry, micro), key=lambda tile: (cost(geometry, micro, tile), tile.pixels, -tile.vectors))
     bands = -(-geometry.height // best.rows) * geometry.images
     panels = geometry.groups * -(-geometry.channels // (best.vectors * micro.lanes))
     if geometry.height * geometry.images == 1:
@@ -161,7 +162,8 @@ _STREAM = 1.5
 _FINISH = 6
 
 
-def _cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
+def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
+    """What one group of a convolution takes with `tile` on one core, in issue slots of a product."""
     panels = -(-geometry.channels // (tile.vectors * micro.lanes))
     steps = len(geometry.taps) * geometry.padded_length(micro.kr) // micro.kr
     total = 0.0
@@ -231,6 +233,7 @@ class _Emitter:
             (k.x_shape, self.m.a_dtype), (panels, self.m.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
         )
         self.f = f
+        self.results = Results(self.out, self.m.acc_dtype, self.m.lanes, self.g.channels, self._padded_operands())
         if self.g.height * self.g.images == 1:
             self._flat()
         else:
@@ -262,14 +265,14 @@ class _Emitter:
                         panel, image, row * self.tile.rows, start, rows, self.g.width % self.tile.columns
                     )
 
-            _either(whole, self.g.height // self.tile.rows, rest, lambda: run(self.tile.rows), lambda: run(rest))
+            builder.either(whole, self.g.height // self.tile.rows, rest, lambda: run(self.tile.rows), lambda: run(rest))
 
         self._tasks(per_image * self.g.images, band)
 
     def _columns(self, panel: Expr, image: Expr, row: Expr, rows: int, index: Expr) -> None:
         full, rest = self.g.width // self.tile.columns, self.g.width % self.tile.columns
         start = index * self.tile.columns
-        _either(
+        builder.either(
             index < full,
             full,
             rest,
@@ -327,7 +330,7 @@ class _Emitter:
             pixel = (image * self.g.height + row + y) * self.g.width + column + x
             first = index * self.nr + v * lanes
             place = Place(group * self.g.channels + first, pixel * self.cout + group * self.g.channels + first, lanes)
-            self._finish(values, slot, place, first, rest, operands)
+            self.results.finish(values, slot, place, first, rest, operands)
 
         if not any(isinstance(step, ops.Activate) for step in rest):
             for i, v, slot in slots:
@@ -344,39 +347,5 @@ class _Emitter:
         """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""
         return self.g.channels % self.nr == 0
 
-    def _finish(
-        self, acc: Flat, slot: Expr, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]
-    ) -> None:
-        """The epilogue of one vector, and its store: whole, or the lanes that exist."""
-
-        def store(lanes: int) -> None:
-            at = Place(place.channel, place.flat, lanes)
-            value = builder.run_epilogue(acc.load(slot, lanes), self.m.acc_dtype, steps, operands, at)
-            self.out.store(value, place.flat, lanes)
-
-        lanes, channels = self.m.lanes, self.g.channels
-        if channels % self.nr == 0:
-            store(lanes)
-            return
-        rest = channels % lanes
-        with builder.when(first + lanes <= channels):
-            store(lanes)
-        if rest:
-            with builder.when(tirx.EQ(first, tirx.const(channels - rest, "int32"))):
-                store(rest)
-
     def _taps(self) -> Any:
         return builder.taps(self.g.taps)
-
-
-def _either(condition: Expr, whole: int, rest: int, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
-    """Both cases where both occur, else the one that does."""
-    if whole and rest:
-        with builder.when(condition):
-            then()
-        with builder.when(tirx.Not(condition)):
-            otherwise()
-    elif whole:
-        then()
-    else:
-        otherwise()
