@@ -309,11 +309,13 @@ class _Emitter:
             (i, v, (i * self.tile.vectors + v) * lanes) for i in range(len(pixels)) for v in range(self.tile.vectors)
         ]
         steps = self.k.epilogue
-        starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias)
+        activates = any(isinstance(step, ops.Activate) for step in steps)
+        # Accumulators start as the bias, but not before a float function: LLVM then spills them in the product loop.
+        starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands() and not activates
         channel = group * self.g.channels + index * self.nr
         for _, v, slot in slots:
             initial = builder.number(0, m.acc_dtype, lanes)
-            if starts_with_bias and self._padded_operands():
+            if starts_with_bias:
                 initial = self.operands[0].load(channel + v * lanes, lanes)
             acc.store(initial, slot, lanes)
         with self._taps() as (tap, offset), builder.serial(self.steps) as step:
@@ -323,8 +325,8 @@ class _Emitter:
                 a = base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx)
                 product = m.step(acc.load(slot, lanes), self.x, a, self.w, w + v * lanes * m.kr)
                 acc.store(product, slot, lanes)
-        rest = steps[1:] if starts_with_bias and self._padded_operands() else steps
-        operands = self.operands[1:] if starts_with_bias and self._padded_operands() else self.operands
+        rest = steps[1:] if starts_with_bias else steps
+        operands = self.operands[1:] if starts_with_bias else self.operands
 
         def finish(values: Flat, y: Expr, x: Expr, v: Expr, slot: Expr) -> None:
             pixel = (image * self.g.height + row + y) * self.g.width + column + x
@@ -332,7 +334,7 @@ class _Emitter:
             place = Place(group * self.g.channels + first, pixel * self.cout + group * self.g.channels + first, lanes)
             self.results.finish(values, slot, place, first, rest, operands)
 
-        if not any(isinstance(step, ops.Activate) for step in rest):
+        if not activates:
             for i, v, slot in slots:
                 finish(acc, *pixels[i], v, slot)
             return
