@@ -170,12 +170,17 @@ def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
     for rows, down in _split(geometry.height, tile.rows):
         for columns, across in _split(geometry.width, tile.columns):
             pixels = rows * columns
-            # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
-            products = pixels * tile.vectors * (2 if micro.widened and micro.kr > 1 else 1)
-            loads = _LOAD * (pixels + tile.vectors * (2 if micro.widened else 1))
-            step = max(products, loads, _LATENCY) + _STREAM * tile.vectors
+            step = step_cost(micro, pixels, tile.vectors)
             total += down * across * (steps * step + pixels * tile.vectors * _FINISH)
     return total * panels * geometry.images
+
+
+def step_cost(micro: Micro, pixels: int, vectors: int) -> float:
+    """What a step of a register tile takes, in issue slots of a product: about cycles."""
+    # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
+    products = pixels * vectors * (2 if micro.widened and micro.kr > 1 else 1)
+    loads = _LOAD * (pixels + vectors * (2 if micro.widened else 1))
+    return max(products, loads, _LATENCY) + _STREAM * vectors
 
 
 def _split(extent: int, part: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import depthwise, gemm
+from tvmq.kernels import depthwise, gemm, lower_winograd
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
 
 Array = npt.NDArray[Any]
@@ -24,6 +24,9 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     channels = ir.shape_of(x)[3]
     if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
         return _depthwise(lowering, state, name, call, kernel)
+    transformed = lower_winograd.conv2d(lowering, state, name, call)
+    if transformed is not None:
+        return transformed
     m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
     padding = list(a["padding"])
     whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)

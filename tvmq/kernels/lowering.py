@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.kernels import depthwise, gemm, micro
+from tvmq.kernels import depthwise, gemm, micro, winograd
 from tvmq.kernels.pad import Pad
 from tvmq.target import Target
 
@@ -22,7 +22,9 @@ SHORT = {"float32": "f32", "int8": "s8", "uint8": "u8", "int16": "s16", "int32":
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight of `shape` was packed: see `gemm.pack` and `depthwise.pack` (where nr is the number of lanes)."""
+    """How a weight of `shape` was packed: see `gemm.pack`, `depthwise.pack` (where nr is the number of lanes) and
+    `winograd.pack` (where taps is m).
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -35,6 +37,8 @@ class Packing:
         """The weight as it was."""
         if self.kind == "depthwise":
             return depthwise.unpack(packed, self.shape, self.nr)
+        if self.kind == "winograd":
+            return winograd.unpack(packed, self.shape, self.taps, self.nr)
         return gemm.unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
 
 

@@ -42,6 +42,27 @@ G = {
     ),
 }
 
+# B^T and A^T: what `_input2` to `_output4` compute, as matrices.
+TRANSFORMS = {
+    2: (
+        np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
+        np.array([[1, 1, 1, 0], [0, 1, -1, -1]]),
+    ),
+    4: (
+        np.array(
+            [
+                [4, 0, -5, 0, 1, 0],
+                [0, -4, -4, 1, 1, 0],
+                [0, 4, -4, -1, 1, 0],
+                [0, -2, -1, 2, 1, 0],
+                [0, 2, -1, -2, 1, 0],
+                [0, 4, 0, -5, 0, 1],
+            ]
+        ),
+        np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -220,9 +241,7 @@ class _Emitter:
                 def load(component: int, tile: Expr = tile, vector: Expr = vector) -> Expr:
                     return results.load((component * b.tiles + tile) * self.nr + vector * lanes, lanes)
 
-                def tile_of(
-                    load: Any = load, place: tuple[Any, ...] = place, channel: Expr = channel
-                ) -> None:
+                def tile_of(load: Any = load, place: tuple[Any, ...] = place, channel: Expr = channel) -> None:
                     patch = [[T.Bind(load(i * self.side + j)) for j in range(self.side)] for i in range(self.side)]
                     self._finish(list(_both_ways(patch, _OUTPUT[b.m])), place, channel)
 

@@ -72,6 +72,8 @@ class _Realizer:
             return self._dequantize(old, value)
         if ir.is_call(value, "nn.attention"):
             return _attention(value)
+        if ir.is_call(value, "nn.max_pool2d") and ir.dtype_of(value) == "float32" and not no_integer_form(value):
+            return _max_pool(value, value.args[0], "float32")
         if old in self.chain_of_end and not self._only_quantized(old):
             return self._chain(state, self.chain_of_end[old], None)
         return None

@@ -1,0 +1,139 @@
+"""Which convolutions Winograd computes, how they are blocked, and their lowering.
+
+The rule compares estimated cycles with the direct kernel's: Winograd does fewer products but streams more weights
+(four times as many for 4 x 4 outputs), and its sums are rounded more. It is taken where it saves a fifth or more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvmq import ir, ops
+from tvmq.kernels import gemm, winograd
+from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.winograd import Blocking, Shape
+
+Array = npt.NDArray[Any]
+
+# Cycles to transform a vector of a tile, in and out, by the outputs of the tile's side: measured on Zen 4.
+_TRANSFORMS = {2: (80, 90), 4: (250, 300)}
+# Bytes of weights a cycle that all cores together get from memory, for each lane of a vector: 32 GB/s on Zen 4.
+_BYTES_PER_LANE = 0.5
+# What fraction of the direct kernel's time is good enough to change the sums' rounding.
+_WORTH = 0.8
+# The most that results may differ from exact sums, relative to the largest result.
+TOLERANCE = 2e-5
+
+
+def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """A float32 `tvmq.conv2d` as Winograd; None where the direct kernel is the better choice."""
+    shape = _shape_of(call, lowering.float.lanes)
+    if shape is None:
+        return None
+    m, target = lowering.float, lowering.target
+    blocking = choose(shape, m, target.cores, target.l2_kib * 1024)
+    x, weight, *operands = call.args
+    kernel = ir.to_numpy(weight)
+    if blocking is None or error(kernel, blocking.m) > TOLERANCE:
+        return None
+    nr, out_dtype = blocking.vectors * m.lanes, ir.dtype_of(call)
+    spec = winograd.Winograd(shape, m, blocking, ops.epilogue_of(call), out_dtype, declared(operands))
+    title = f"{SHORT[out_dtype]}-f32-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"
+    lowering.names[name] = title
+    weights = lowering.parameter(state, f"{name}_weight", winograd.pack(kernel, blocking.m, nr))
+    lowering.packed[name] = (str(weights.name), Packing("winograd", kernel.shape, blocking.m, 1, nr, 1))
+    args = [x, weights, *lowering.lift(state, name, operands)]
+    return lowering.call(spec, title, args, ir.shape_of(call), out_dtype)
+
+
+def _shape_of(call: Any, lanes: int) -> Shape | None:
+    """The convolution, where it has the form that the kernel takes."""
+    a = ops.attributes(call)
+    x, weight = call.args[:2]
+    kernel = ir.shape_of(weight)
+    if ir.dtype_of(x) != "float32" or kernel[1:3] != (3, 3) or a["groups"] != 1:
+        return None
+    if a["strides"] != (1, 1) or a["dilation"] != (1, 1) or kernel[0] % lanes or kernel[3] % lanes:
+        return None
+    n, height, width, channels = ir.shape_of(x)
+    _, out_height, out_width, out_channels = ir.shape_of(call)
+    top, left = a["padding"][:2]
+    return Shape(n, height, width, channels, top, left, out_height, out_width, out_channels)
+
+
+def choose(shape: Shape, micro: Micro, cores: int, l2_bytes: int) -> Blocking | None:
+    """The blocking with the least estimated time; None where the direct kernel's is within `_WORTH` of it."""
+    s = shape
+    padded, out = (s.images, s.out_height + 2, s.out_width + 2, s.channels), (s.out_height, s.out_width)
+    weight = (s.out_channels, 3, 3, s.channels)
+    geometry = gemm.conv_geometry(padded, weight, (s.images, *out, s.out_channels), (1, 1), (1, 1), 1)
+    tile = gemm.choose(geometry, micro, cores, l2_bytes).tile
+    direct = max(gemm.cost(geometry, micro, tile) / cores, _stream(9 * s.channels * s.out_channels, micro))
+    cost, blocking = min(
+        ((_cost(shape, micro, blocking, cores, l2_bytes), blocking) for blocking in _blockings(shape, micro, cores)),
+        key=lambda option: option[0],
+    )
+    return blocking if cost < _WORTH * direct else None
+
+
+def _blockings(shape: Shape, micro: Micro, cores: int) -> list[Blocking]:
+    found = []
+    for m, vectors in itertools.product((2, 4), range(1, min(6, shape.out_channels // micro.lanes) + 1)):
+        tiles = shape.images * -(-shape.out_height // m) * -(-shape.out_width // m)
+        most = min((micro.registers - vectors - 1) // vectors, tiles)
+        panels = -(-shape.out_channels // (vectors * micro.lanes))
+        for rows in range(max(1, most // 2), most + 1):
+            groups = {1, 2, 3, 4, -(-tiles // rows)}
+            splits = {part for part in (1, 2, cores) if part <= panels}
+            found += [Blocking(m, rows, vectors, g, part) for g in groups for part in splits if (g - 1) * rows < tiles]
+    return found
+
+
+def _cost(shape: Shape, micro: Micro, blocking: Blocking, cores: int, l2_bytes: int) -> float:
+    """Estimated cycles on `cores` cores."""
+    b, lanes = blocking, micro.lanes
+    tiles = shape.images * -(-shape.out_height // b.m) * -(-shape.out_width // b.m)
+    panels = -(-shape.out_channels // (b.vectors * lanes))
+    tasks = -(-tiles // b.tiles) * b.splits
+    into, out = _TRANSFORMS[b.m]
+    step = gemm.step_cost(micro, b.rows, b.vectors)
+    products = b.components * b.groups * (shape.channels * step + 2 * b.rows * b.vectors)
+    task = b.tiles * shape.channels / lanes * into
+    task += -(-panels // b.splits) * (products + b.tiles * b.vectors * out)
+    scratch = 4 * b.components * b.tiles * (shape.channels + b.vectors * lanes)
+    if scratch > l2_bytes * 0.75:
+        task *= 1.5
+    total = math.ceil(tasks / cores) * task
+    return max(total, _stream(b.components * shape.channels * shape.out_channels, micro))
+
+
+def _stream(weights: int, micro: Micro) -> float:
+    """Cycles to read so many float32 weights from memory."""
+    return 4 * weights / (_BYTES_PER_LANE * micro.lanes)
+
+
+def error(kernel: Array, m: int) -> float:
+    """The largest difference from exact sums, relative to the largest result, over random tiles and 16 outputs.
+
+    Inputs are normal, of any scale: the error is relative. [O, 3, 3, I] weights.
+    """
+    weight = kernel[:16].astype(np.float64)
+    side = m + 2
+    x = np.random.default_rng(0).normal(size=(8, side, side, weight.shape[3]))
+    exact = sum(
+        np.einsum("tyxi,oi->tyxo", x[:, i : i + m, j : j + m], weight[:, i, j]) for i in range(3) for j in range(3)
+    )
+    components = winograd.transform(kernel[:16], m).astype(np.float32).reshape(side, side, weight.shape[3], -1)
+    single = np.float32
+    before, after = (matrix.astype(single) for matrix in winograd.TRANSFORMS[m])
+    inputs = np.einsum("ay,tyxi,bx->tabi", before, x.astype(single), before, optimize=True).astype(single)
+    sums = np.einsum("tabi,abio->tabo", inputs, components, optimize=True).astype(single)
+    got = np.einsum("ya,tabo,xb->tyxo", after, sums, after, optimize=True).astype(single)
+    largest = float(np.abs(exact).max())
+    return float(np.abs(got - exact).max()) / largest if largest else 0.0
