@@ -35,6 +35,7 @@ def test_dict_round_trip():
         momentum=0.3,
         symmetric=True,
         per_channel=False,
+        winograd=False,
         kinds=("conv2d", "add"),
         rules=(Rule("stem*", Precision.FP32),),
     )

@@ -92,7 +92,7 @@ def compile_model(
     report("realize", 0)
     realized = stages("realize", realize(quantized.qdq, spec.isa.activation_dtype))
     report("lower", 0)
-    lowered = lower(realized, spec)
+    lowered = lower(realized, spec, winograd=recipe.winograd)
     stages("lower", lowered.module)
     report("schedule", 0)
     scheduled = stages("schedule", schedule(lowered.module, spec))
@@ -166,7 +166,7 @@ def wants_integers(recipe: Recipe) -> bool:
 
 
 def _with(lowered: Lowered, module: tvm.IRModule) -> Lowered:
-    return Lowered(module, lowered.kernels, lowered.parameters, lowered.packed)
+    return Lowered(module, lowered.kernels, lowered.parameters, lowered.packed, lowered.notes)
 
 
 class _Dump:

@@ -61,7 +61,8 @@ class Recipe:
     precision: of every operator that no rule names. observer: how ranges are estimated; `percentile` (of a tensor's
     elements that its range holds) and `momentum` (the weight of a new inference) belong to two of them. symmetric: zero
     points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. kinds: operator kinds
-    that may become integer. rules: exceptions.
+    that may become integer. winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more.
+    rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -71,6 +72,7 @@ class Recipe:
     symmetric: bool = False
     per_channel: bool = True
     kinds: tuple[str, ...] = KINDS
+    winograd: bool = True
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Recipe:
         object.__setattr__(self, "observer", _enum(Observer, "observer", self.observer))
         object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in _items("kinds", self.kinds)))
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in _items("rules", self.rules)))
-        for name in ("symmetric", "per_channel"):
+        for name in ("symmetric", "per_channel", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
         _between("percentile", self.percentile, 50.0, 100.0)

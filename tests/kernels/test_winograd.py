@@ -88,6 +88,8 @@ def test_a_convolution_with_a_large_error_stays_direct(monkeypatch: pytest.Monke
     monkeypatch.setattr(lower_winograd, "TOLERANCE", 1e-9)
     lowered = lower(module_of([a_conv(56, 56, 64, 64)]), target_of("avx512-vnni"))
     assert not any("winograd" in kernel for kernel in lowered.kernels.values())
+    (note,) = lowered.notes.values()
+    assert "would be faster, but off by" in note
 
 
 @pytest.mark.parametrize(("size", "channels"), RESNET18)
@@ -110,6 +112,15 @@ def test_other_convolutions_stay_direct(change: dict[str, object]) -> None:
     case = conv("c", floats((1, 56, 56, 64)), floats((64, 3, 3, 64 // groups), 7), padding=(1, 1, 1, 1), **change)
     lowered = lower(module_of([case]), target_of("avx512-vnni"))
     assert not any("winograd" in kernel for kernel in lowered.kernels.values())
+
+
+def test_its_error_is_reported_and_a_recipe_can_refuse_it() -> None:
+    module, target = module_of([a_conv(56, 56, 64, 64)]), target_of("avx512-vnni")
+    (note,) = lower(module, target).notes.values()
+    assert note.startswith("Winograd of 4 x 4 outputs: results within ")
+    lowered = lower(module, target, winograd=False)
+    assert not any("winograd" in kernel for kernel in lowered.kernels.values())
+    assert not lowered.notes
 
 
 def test_few_pixels_of_many_channels_stay_direct() -> None:

@@ -119,6 +119,7 @@ def operator_rows(operators: list[dict[str, Any]], times: list[OpTime] | None) -
             "kernel": time.kernel,
             "step": time.name,
             "reason": "",
+            "note": "",
             "ms": time.ms,
         }
         for time in helpers

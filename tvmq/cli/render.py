@@ -33,7 +33,7 @@ def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
     """One row an operator, as `tvmq explain --json` lists them."""
-    columns = ("layer", "op", "precision", "kernel", *(("ms",) if timed else ()), "why it stayed float")
+    columns = ("layer", "op", "precision", "kernel", *(("ms",) if timed else ()), "why it stayed float, and notes")
     cells = (
         (
             row["path"],
@@ -41,7 +41,7 @@ def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
             row["precision"],
             row["kernel"],
             *(("" if row["ms"] is None else f"{row['ms']:.4f}",) if timed else ()),
-            row["reason"],
+            "; ".join(text for text in (row["reason"], row.get("note", "")) if text),
         )
         for row in rows
     )

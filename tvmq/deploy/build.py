@@ -183,7 +183,7 @@ def oracle(product: Product) -> str:
 
 
 def operators(product: Product) -> list[dict[str, Any]]:
-    """One row an operator of the realized graph: name, path, kind, precision, kernel, step, reason.
+    """One row an operator of the realized graph: name, path, kind, precision, kernel, step, reason, note.
 
     `step`: the kernel call that computes it, "" where a neighbour's does.
     """
@@ -200,6 +200,7 @@ def operators(product: Product) -> list[dict[str, Any]]:
                 "kernel": step.kernel if step else "fused with a neighbour",
                 "step": step.out if step else "",
                 "reason": "" if decision.precision is Precision.INT8 else decision.reason,
+                "note": product.lowered.notes.get(step.out, "") if step else "",
             }
         )
     return rows

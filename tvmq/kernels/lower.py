@@ -19,14 +19,17 @@ from tvmq.kernels.lowering import Lowered, Lowering
 from tvmq.target import Target
 
 
-def lower(module: tvm.IRModule, target: Target) -> Lowered:
-    """Lower every tvmq operator of `module`; other operators stay for TVM's own lowering."""
+def lower(module: tvm.IRModule, target: Target, *, winograd: bool = True) -> Lowered:
+    """Lower every tvmq operator of `module`; other operators stay for TVM's own lowering.
+
+    winograd: whether float convolutions may be computed by it.
+    """
     variables = [*ir.main(module).params, *(var for var, _ in ir.bindings(module))]
-    lowering = Lowering(target, frozenset(str(var.name) for var in variables))
+    lowering = Lowering(target, winograd, frozenset(str(var.name) for var in variables))
     main = ir.rewrite(module, lambda *step: visit(lowering, *step))
     functions = {"main": ir.main(main)}
     lowered = tvm.IRModule({**functions, **{var: f for var, f in lowering.functions.values()}})
-    return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed)
+    return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed, lowering.notes)
 
 
 def visit(lowering: Lowering, state: ir.Rewrite, name: str, value: Any) -> Any:

@@ -34,14 +34,20 @@ TOLERANCE = 2e-5
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """A float32 `tvmq.conv2d` as Winograd; None where the direct kernel is the better choice."""
     shape = _shape_of(call, lowering.float.lanes)
-    if shape is None:
+    if shape is None or not lowering.winograd:
         return None
     m, target = lowering.float, lowering.target
     blocking = choose(shape, m, target.cores, target.l2_kib * 1024)
     x, weight, *operands = call.args
     kernel = ir.to_numpy(weight)
-    if blocking is None or error(kernel, blocking.m) > TOLERANCE:
+    if blocking is None:
         return None
+    off = error(kernel, blocking.m)
+    if off > TOLERANCE:
+        lowering.notes[name] = f"Winograd would be faster, but off by {off:.1e} of the largest result"
+        return None
+    m_by_m = f"{blocking.m} x {blocking.m}"
+    lowering.notes[name] = f"Winograd of {m_by_m} outputs: results within {off:.1e} of the largest one"
     nr, out_dtype = blocking.vectors * m.lanes, ir.dtype_of(call)
     spec = winograd.Winograd(shape, m, blocking, ops.epilogue_of(call), out_dtype, declared(operands))
     title = f"{SHORT[out_dtype]}-f32-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"

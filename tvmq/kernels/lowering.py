@@ -47,13 +47,15 @@ class Lowered:
     """`module`: main and its kernels. `kernels`: variable of main -> the name of the kernel that computes it.
 
     `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
-    operator -> (name of its packed weight, how to unpack it).
+    operator -> (name of its packed weight, how to unpack it). `notes`: variable -> what its user should
+    know of the kernel.
     """
 
     module: tvm.IRModule
     kernels: dict[str, str]
     parameters: dict[str, Array]
     packed: dict[str, tuple[str, Packing]]
+    notes: dict[str, str]
 
 
 @dataclass
@@ -61,11 +63,13 @@ class Lowering:
     """What has been lowered so far, and the helpers that rules call."""
 
     target: Target
+    winograd: bool = True
     taken: frozenset[str] = frozenset()  # names of the module's variables
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
     names: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Array] = field(default_factory=dict)
     packed: dict[str, tuple[str, Packing]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.builder = relax.BlockBuilder()
