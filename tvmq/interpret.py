@@ -93,7 +93,8 @@ def _compute(name: str, call: Any, args: list[Value]) -> Value:
 def _apply(call: Any, args: list[Value]) -> Value:
     name = ir.op_name(call) if isinstance(call.op, tvm.ir.Op) else ""
     if name.startswith(ops.PREFIX):
-        return _TVMQ[name.removeprefix(ops.PREFIX)](call, args)
+        result = _TVMQ[name.removeprefix(ops.PREFIX)](call, [numerics.widened(arg) for arg in args])
+        return numerics.to_bfloat16(result) if ir.dtype_of(call) == "bfloat16" else result
     if name in _RELAX and _same_as_tvm(name, call, args):
         return _RELAX[name](call, args)
     return _by_tvm(call, args)

@@ -7,12 +7,14 @@
     tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
     tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
     tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
-    tvmq.attention   (q, k, v: float32 [N, S, heads, depth])                   -> [N, S, heads, depth]
+    tvmq.attention   (q, k, v: floats of one dtype, [N, S, heads, depth])      -> [N, S, heads, depth], of that dtype
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
-(or one) in int32. The epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with
-that bit for bit. Attributes are plain data, so that a module prints, hashes and compares like any other.
+(or one) in int32. Float operands and results may also be bfloat16, which says how they are stored: they are widened to
+float32 when they are read, and rounded when they are written; x and the weight of an anchor have one dtype. The
+epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with that bit for bit.
+Attributes are plain data, so that a module prints, hashes and compares like any other.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Residual:
-    """Add a tensor operand of the result's shape: as it is when float32; else `fma(q - zero_point, scale, v)`."""
+    """Add a tensor operand of the result's shape: as it is when a float; else `fma(q - zero_point, scale, v)`."""
 
     scale: float | None = None
     zero_point: int = 0
@@ -240,7 +242,7 @@ def layer_norm(
     out_shape: Sequence[int],
     out_dtype: str,
 ) -> Any:
-    """`tvmq.layer_norm` over the last axis of float32 x, as `functions.layer_norm` computes it."""
+    """`tvmq.layer_norm` over the last axis of float x, as `functions.layer_norm` computes it."""
     return _call(
         "layer_norm",
         [x, gamma, beta, *operands],
@@ -252,13 +254,14 @@ def layer_norm(
 
 
 def softmax(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str) -> Any:
-    """`tvmq.softmax` over the last axis of float32 x, as `functions.softmax` computes it."""
+    """`tvmq.softmax` over the last axis of float x, as `functions.softmax` computes it."""
     return _call("softmax", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def attention(query: Expr, key: Expr, value: Expr, *, scale: float, out_shape: Sequence[int]) -> Any:
-    """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, all float32."""
-    return _call("attention", [query, key, value], {"scale": scale}, (), out_shape=out_shape, out_dtype="float32")
+    """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, computed in float32."""
+    out_dtype = str(query.ty.dtype)
+    return _call("attention", [query, key, value], {"scale": scale}, (), out_shape=out_shape, out_dtype=out_dtype)
 
 
 def concat(

@@ -1,4 +1,7 @@
-"""Builds single tvmq operators for a target, runs them here or on a board, and compares them with the NumPy oracle."""
+"""Builds single tvmq operators for a target, runs them here or on a board, and compares them with the NumPy oracle.
+
+bfloat16 inputs are given as float32, and rounded by the module itself: a program's own inputs are never bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -73,14 +76,21 @@ def module_of(cases: Sequence[Case]) -> tvm.IRModule:
     """A realized module: every case is an output of its own, reading inputs of its own."""
     builder, params, results = relax.BlockBuilder(), [], []
     for i, case in enumerate(cases):
-        params.append([relax.Var(f"x{i}_{j}", _type(x)) for j, x in enumerate(case.inputs)])
+        params.append([relax.Var(f"x{i}_{j}", _type(numerics.widened(x))) for j, x in enumerate(case.inputs)])
     with builder.function("main", [param for group in params for param in group]):
         with builder.dataflow():
             for case, group in zip(cases, params, strict=True):
-                results.append(builder.emit(case.emit(*group), case.name))
+                inputs = [_stored(builder, *pair) for pair in zip(group, case.inputs, strict=True)]
+                results.append(builder.emit(case.emit(*inputs), case.name))
             outputs = builder.emit_output(relax.Tuple(results))
         builder.emit_func_output(outputs)
     return builder.get()
+
+
+def _stored(builder: Any, param: Any, x: Array) -> Any:
+    if x.dtype != numerics.BF16:
+        return param
+    return builder.emit(ops.elementwise(param, (), (), out_shape=x.shape, out_dtype="bfloat16"))
 
 
 def _type(array: Array) -> Any:
@@ -120,12 +130,13 @@ def _uploaded(executable: Any, target: Target, board: EmulatedBoard) -> tuple[An
 
 
 def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = None) -> None:
-    """Every case equals the oracle: bit for bit for integers, within the float tolerance for floats."""
+    """Every case equals the oracle: bit for bit for integers, `same` says how closely for floats."""
     module = module_of(cases)
-    inputs = [x for case in cases for x in case.inputs]
+    inputs = [numerics.widened(x) for case in cases for x in case.inputs]
     wanted = interpret.run(module, inputs)
     wrong = []
-    for case, want, got in zip(cases, wanted, run(module, inputs, target, board), strict=True):
+    for case, want, bits in zip(cases, wanted, run(module, inputs, target, board), strict=True):
+        got = bits.view(want.dtype) if want.dtype == numerics.BF16 else bits
         if want.dtype != got.dtype or want.shape != got.shape:
             wrong.append(f"{case.name}: {got.dtype}{got.shape} for {want.dtype}{want.shape}")
         elif not same(want, got):
@@ -135,11 +146,14 @@ def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = N
 
 
 def same(want: Array, got: Array) -> bool:
-    """Equal bits for integers; for floats, sums in another order."""
+    """Equal bits for integers; for floats, sums in another order, and for bfloat16 a last place that they decide."""
     if want.dtype.kind in "iu":
         return bool(np.array_equal(want, got))
+    # The last place of a bfloat16 is 2**-7 of its value at most; denormal numbers may be zeros.
+    place = 2.0**-7 if want.dtype == numerics.BF16 else 0.0
+    want, got = numerics.widened(want), numerics.widened(got)
     scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
-    return bool(np.allclose(want, got, rtol=0.0, atol=FLOAT_TOLERANCE * 1e-2 * scale + 1e-30))
+    return bool(np.allclose(want, got, rtol=place, atol=FLOAT_TOLERANCE * 1e-2 * scale + 1e-30))
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -156,9 +170,14 @@ def weights(shape: Sequence[int], seed: int = 1) -> Array:
     return np.random.default_rng(seed).integers(-127, 128, shape).astype(np.int8)
 
 
-def floats(shape: Sequence[int], seed: int = 2) -> Array:
-    """Normal float32."""
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+def floats(shape: Sequence[int], seed: int = 2, dtype: str = "float32") -> Array:
+    """Normal numbers."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def is_float(array: Array) -> bool:
+    """Whether an array is float32 or bfloat16."""
+    return str(array.dtype) in ("float32", "bfloat16")
 
 
 def requantize(
@@ -206,7 +225,7 @@ def conv(
         cout,
     )
     if epilogue is None:
-        epilogue = ([], ()) if x.dtype == np.float32 else requantize(cout, weight[0].size, str(x.dtype))
+        epilogue = ([], ()) if is_float(x) else requantize(cout, weight[0].size, str(x.dtype))
     operands, steps = epilogue
     out_dtype = out_dtype or str(x.dtype)
 
@@ -239,7 +258,7 @@ def matmul(
     """A tvmq.matmul; see `conv`."""
     depth, channels = weight.shape
     if epilogue is None:
-        epilogue = ([], ()) if x.dtype == np.float32 else requantize(channels, depth, str(x.dtype))
+        epilogue = ([], ()) if is_float(x) else requantize(channels, depth, str(x.dtype))
     operands, steps = epilogue
     out_dtype = out_dtype or str(x.dtype)
 

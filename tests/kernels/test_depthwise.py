@@ -20,8 +20,8 @@ levels = pytest.mark.parametrize("name", LEVELS)
 
 def a_depthwise(dtype: str, n: int, h: int, w: int, c: int, k: tuple[int, int], **geometry: object) -> Case:
     name = f"{n}x{h}x{w}x{c}_k{k}_" + "_".join(str(v) for v in geometry.values())
-    if dtype == "float32":
-        return conv(name, floats((n, h, w, c)), floats((c, *k, 1), 3), groups=c, **geometry)
+    if "float" in dtype:
+        return conv(name, floats((n, h, w, c), 2, dtype), floats((c, *k, 1), 3, dtype), groups=c, **geometry)
     return conv(
         name,
         integers((n, h, w, c), dtype),
@@ -57,9 +57,10 @@ def test_integers_are_the_oracle(name: str) -> None:
     check(cases_of(target.isa.activation_dtype), target)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
-def test_floats_are_the_oracle(name: str) -> None:
-    check(cases_of("float32"), runnable(name))
+def test_floats_are_the_oracle(name: str, dtype: str) -> None:
+    check(cases_of(dtype), runnable(name))
 
 
 @levels

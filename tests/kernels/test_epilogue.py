@@ -37,9 +37,9 @@ def exact(cases: list[Case], target) -> None:
     from harness import module_of, run
 
     module = module_of(cases)
-    inputs = [x for case in cases for x in case.inputs]
+    inputs = [numerics.widened(x) for case in cases for x in case.inputs]
     for case, want, got in zip(cases, interpret.run(module, inputs), run(module, inputs, target), strict=True):
-        np.testing.assert_array_equal(got, want, err_msg=case.name)
+        np.testing.assert_array_equal(got, want.view(got.dtype) if want.dtype == numerics.BF16 else want, case.name)
 
 
 def accumulators(shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tvmq import ir, ops
 from tvmq.kernels import gemm
 from tvmq.kernels.gemm import Tile
-from tvmq.kernels.micro import float_micro, int8_micro
+from tvmq.kernels.micro import bf16_micro, float_micro, int8_micro
 
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 RUN_LEVELS = [name for name in LEVELS if name != "amx"]
@@ -22,17 +22,17 @@ levels = pytest.mark.parametrize("name", RUN_LEVELS)
 
 
 def image(n: int, h: int, w: int, c: int, dtype: str, seed: int = 0) -> np.ndarray:
-    return floats((n, h, w, c), seed) if dtype == "float32" else integers((n, h, w, c), dtype, seed)
+    return floats((n, h, w, c), seed, dtype) if "float" in dtype else integers((n, h, w, c), dtype, seed)
 
 
 def kernel(o: int, kh: int, kw: int, i: int, dtype: str) -> np.ndarray:
-    return floats((o, kh, kw, i), 7) if dtype == "float32" else weights((o, kh, kw, i))
+    return floats((o, kh, kw, i), 7, dtype) if "float" in dtype else weights((o, kh, kw, i))
 
 
 def a_conv(
     dtype: str, n: int, h: int, w: int, c: int, o: int, k: tuple[int, int], groups: int = 1, **geometry: object
 ) -> Case:
-    zero_point = 0 if dtype == "float32" else {"uint8": 131, "int8": 3}[dtype]
+    zero_point = {"uint8": 131, "int8": 3}.get(dtype, 0)
     name = f"{n}x{h}x{w}x{c}_{o}_k{k[0]}x{k[1]}_g{groups}_" + "_".join(str(v) for v in geometry.values())
     x, weight = image(n, h, w, c, dtype), kernel(o, *k, c // groups, dtype)
     return conv(name, x, weight, groups=groups, zero_point=zero_point, **geometry)
@@ -99,6 +99,13 @@ def test_float_convolutions_are_the_oracle(name: str, family) -> None:
     check(family("float32"), runnable(name))
 
 
+# With a dot product (host has one, or runs the pairs), and the pairs in vectors of each width.
+@pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni", "host"])
+@pytest.mark.parametrize("family", [shapes, geometries, grouped])
+def test_bfloat16_convolutions_are_the_oracle(name: str, family) -> None:
+    check(family("bfloat16"), runnable(name))
+
+
 def extreme(x: int, w: int, dtype: str, channels: int = 2048) -> list[Case]:
     """Every product the same and as large as it can be, where 16-bit sums of pairs would saturate."""
     out = dict(epilogue=([], ()), out_dtype="int32")
@@ -161,11 +168,12 @@ def test_integer_matmuls_are_the_oracle(name: str) -> None:
     check(cases, target)
 
 
-@pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni"])
-def test_float_matmuls_are_the_oracle(name: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni", "host"])
+def test_float_matmuls_are_the_oracle(name: str, dtype: str) -> None:
     check(
         [
-            matmul(f"{m}_{k}_{n}", floats((2, m, k)), floats((k, n)))
+            matmul(f"{m}_{k}_{n}", floats((2, m, k), 2, dtype), floats((k, n), 3, dtype))
             for m, k, n in [(1, 1, 1), (5, 13, 7), (33, 64, 17), (7, 9, 129)]
         ],
         runnable(name),
@@ -194,14 +202,26 @@ def test_residuals_in_the_tile_are_the_oracle(name: str) -> None:
     check(cases, target)
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
-def test_float_epilogues_in_the_tile_are_the_oracle(name: str) -> None:
-    x, added = floats((2, 5, 7, 6)), floats((2, 5, 7, 17), 11)
-    epilogue = ([ir.constant(floats((17,), 4))], (ops.Bias(), ops.Residual(), ops.Clip(0.0, 6.0)))
-    check(
-        [conv("f", x, floats((17, 3, 3, 6), 5), padding=(1, 1, 1, 1), epilogue=epilogue, extra=(added,))],
-        runnable(name),
-    )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["avx2", "avx512-vnni", "host"])
+def test_float_epilogues_in_the_tile_are_the_oracle(name: str, dtype: str, out_dtype: str) -> None:
+    """Whatever of an operator is bfloat16: what it multiplies, what it adds, what it makes."""
+    x, weight, bias = floats((2, 5, 7, 6), 2, dtype), floats((17, 3, 3, 6), 5, dtype), ir.constant(floats((17,), 4))
+    cases = [
+        conv(
+            f"{added_dtype}_{steps[-1]}",
+            x,
+            weight,
+            padding=(1, 1, 1, 1),
+            epilogue=([bias], (ops.Bias(), ops.Residual(), *steps)),
+            out_dtype=out_dtype,
+            extra=(floats((2, 5, 7, 17), 11, added_dtype),),
+        )
+        for added_dtype in ("float32", "bfloat16")
+        for steps in [(ops.Clip(0.0, 6.0),), (ops.Activate("silu"),)]
+    ]
+    check(cases, runnable(name))
 
 
 # --- a longer sweep -------------------------------------------------------------------------------------------------
@@ -280,7 +300,7 @@ def test_a_chosen_tile_fits_the_registers(n: int, h: int, w: int, o: int, i: int
     geometry = gemm.conv_geometry((n, h + k - 1, w + k - 1, i), (o, k, k, i), (n, h, w, o), (1, 1), (1, 1), 1)
     for name in ("sse2", "avx2", "avx512-pairs", "avx512-vnni", "raspberry-pi-4b", "raspberry-pi-5"):
         isa = target_of(name).isa
-        for micro in (int8_micro(isa), float_micro(isa)):
+        for micro in (int8_micro(isa), bf16_micro(isa), float_micro(isa)):
             blocking = gemm.choose(geometry, micro, cores, 1 << 18)
             tile = blocking.tile
             assert 1 <= tile.pixels * tile.vectors + tile.vectors < micro.registers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from harness import LEVELS, check, conv, integers, matmul, runnable, target_of, 
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.isa import Int8Dot
-from tvmq.kernels import builder, lower, micro
-from tvmq.kernels.micro import Micro, float_micro, int8_micro
+from tvmq.kernels import builder, micro
+from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
 from tvmq.target import Target
 
 RUN_LEVELS = [name for name in LEVELS if name not in ("amx", "avx-vnni")]
@@ -23,6 +24,8 @@ def one_step(m: Micro) -> object:
 
     def body(f: builder.Function) -> None:
         a, w, acc = f.arguments(((m.kr,), m.a_dtype), ((m.lanes * m.kr,), m.w_dtype), ((m.lanes,), m.acc_dtype))
+        if m.llvm:
+            f.import_llvm(m.llvm)
         zero = T.int32(0)
         acc.store(m.step(acc.load(0, m.lanes), a, zero, w, zero), 0, m.lanes)
 
@@ -62,25 +65,38 @@ def test_a_float_step_is_its_plain_meaning(name: str) -> None:
     np.testing.assert_array_equal(run_step(m, target, a, w, acc), acc + a * w)
 
 
+@pytest.mark.parametrize("name", RUN_LEVELS)
+def test_a_bfloat16_step_is_its_plain_meaning(name: str) -> None:
+    target = runnable(name)
+    m = bf16_micro(target.isa)
+    # Small whole numbers: exact in every order.
+    a, w, acc = (np.arange(n) - 3 for n in (m.kr, m.kr * m.lanes, m.lanes))
+    a, w, acc = a.astype("bfloat16"), w.astype("bfloat16"), acc.astype(np.float32)
+    products = w.reshape(m.lanes, m.kr).astype(np.float32) * a.astype(np.float32)
+    got = run_step(m, target, a.view(np.uint16), w.view(np.uint16), acc)
+    np.testing.assert_array_equal(got, acc + products.sum(axis=1))
+
+
 @pytest.mark.parametrize(
-    ("name", "int8", "float32"),
+    ("name", "int8", "bfloat16", "float32"),
     [
-        ("sse2", "generic", "sse"),
-        ("avx", "generic", "avx"),
-        ("avx2", "avx2", "avx2"),
-        ("avx-vnni", "avxvnni", "avx2"),
-        ("avx512-pairs", "avx512bw", "avx512"),
-        ("avx512-vnni", "avx512vnni", "avx512"),
-        ("raspberry-pi-3b", "neon", "neon"),
-        ("raspberry-pi-4b", "neon", "neon"),
-        ("raspberry-pi-5", "sdot", "neon"),
-        ("graviton3", "sdot", "neon"),
-        ("raspberry-pi-2", "neon", "neon"),
+        ("sse2", "generic", "sse", "sse"),
+        ("avx", "generic", "avx", "avx"),
+        ("avx2", "avx2", "avx2", "avx2"),
+        ("avx-vnni", "avxvnni", "avx2", "avx2"),
+        ("avx512-pairs", "avx512bw", "avx512", "avx512"),
+        ("avx512-vnni", "avx512vnni", "avx512", "avx512"),
+        ("amx", "avx512vnni", "avx512bf16", "avx512"),
+        ("raspberry-pi-3b", "neon", "neon", "neon"),
+        ("raspberry-pi-4b", "neon", "neon", "neon"),
+        ("raspberry-pi-5", "sdot", "neon", "neon"),
+        ("graviton3", "sdot", "bfdot", "neon"),
+        ("raspberry-pi-2", "neon", "neon", "neon"),
     ],
 )
-def test_the_best_step_of_an_instruction_set(name: str, int8: str, float32: str) -> None:
+def test_the_best_step_of_an_instruction_set(name: str, int8: str, bfloat16: str, float32: str) -> None:
     isa = target_of(name).isa
-    assert (int8_micro(isa).name, float_micro(isa).name) == (int8, float32)
+    assert (int8_micro(isa).name, bf16_micro(isa).name, float_micro(isa).name) == (int8, bfloat16, float32)
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -94,12 +110,13 @@ def test_a_processor_without_vectors_still_has_a_step() -> None:
     assert isa.int8_dot is Int8Dot.NONE
     assert int8_micro(isa).widened
     assert float_micro(isa).lanes >= 4
+    assert bf16_micro(isa).lanes >= 4
 
 
 def test_256_bit_vnni_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step of AVX-VNNI with its AVX-512VL spelling, for machines that have only that."""
     target = runnable("avx512-vnni")
-    monkeypatch.setattr(lower.micro, "int8_micro", lambda isa: micro._vnni("avxvnni", 256, target_of("avx-vnni").isa))
+    monkeypatch.setattr(micro, "int8_micro", lambda isa: micro._vnni("avxvnni", 256, target_of("avx-vnni").isa))
     check(
         [
             conv("c", integers((2, 7, 9, 5), "uint8"), weights((19, 3, 3, 5)), padding=(1, 1, 1, 1), zero_point=77),
@@ -110,20 +127,23 @@ def test_256_bit_vnni_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "instruction"),
+    ("name", "micro", "instruction"),
     [
-        ("avx2", "vpmaddwd"),
-        ("avx-vnni", "vpdpbusd"),
-        ("avx512-pairs", "vpmaddwd"),
-        ("avx512-vnni", "vpdpbusd"),
-        ("raspberry-pi-4b", "smlal"),
-        ("raspberry-pi-5", "sdot"),
-        ("raspberry-pi-2", "vmlal"),
+        ("avx2", int8_micro, "vpmaddwd"),
+        ("avx-vnni", int8_micro, "vpdpbusd"),
+        ("avx512-pairs", int8_micro, "vpmaddwd"),
+        ("avx512-vnni", int8_micro, "vpdpbusd"),
+        ("raspberry-pi-4b", int8_micro, "smlal"),
+        ("raspberry-pi-5", int8_micro, "sdot"),
+        ("raspberry-pi-2", int8_micro, "vmlal"),
+        ("amx", bf16_micro, "vdpbf16ps"),
+        ("graviton3", bf16_micro, "bfdot"),
+        ("raspberry-pi-4b", bf16_micro, "fmla"),
     ],
 )
-def test_the_instruction_is_in_the_code(name: str, instruction: str, tmp_path: Path) -> None:
+def test_the_instruction_is_in_the_code(name: str, micro: Callable, instruction: str, tmp_path: Path) -> None:
     target = target_of(name)
-    compiled = tvm.compile(builder.module({"step": one_step(int8_micro(target.isa))}), target=target.tvm_target())
+    compiled = tvm.compile(builder.module({"step": one_step(micro(target.isa))}), target=target.tvm_target())
     path = tmp_path / "step.s"
     compiled.mod.write_to_file(str(path), "s")
     assert instruction in path.read_text()

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from harness import Case, check, floats, integers, runnable
+from harness import Case, check, floats, integers, is_float, runnable
 
 from tvmq import ops
 from tvmq.kernels.pool import reciprocal_counts
@@ -50,7 +50,7 @@ def an_average(
     out = extents(x, window, strides, padding)
     dtype = str(x.dtype)
     steps = ()
-    if dtype != "float32":
+    if not is_float(x):
         low, high = numerics.INT_RANGE[dtype]
         steps = (ops.Multiply(0.83), ops.Quantize(11, low, high, dtype))
 
@@ -79,7 +79,7 @@ def test_max_pooling(name: str, channels: int) -> None:
     x = integers((2, 9, 7, channels), target.isa.activation_dtype)
     lowest = np.full_like(x, np.iinfo(x.dtype).min)
     negative = -1 - np.abs(floats((2, 9, 7, channels)))
-    cases = [a_max(data, *g) for g in GEOMETRIES for data in (x, negative)]
+    cases = [a_max(data, *g) for g in GEOMETRIES for data in (x, negative, negative.astype("bfloat16"))]
     cases += [a_max(data, (3, 3), (1, 2), (2, 2, 2, 2), (2, 3)) for data in (x, negative, lowest)]
     check([*cases, a_max(np.full_like(negative, -np.inf), *GEOMETRIES[0])], target)
 
@@ -88,13 +88,13 @@ def test_max_pooling(name: str, channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 19])
 def test_average_pooling(name: str, channels: int) -> None:
     target = runnable(name)
-    x = integers((2, 9, 7, channels), target.isa.activation_dtype)
+    shape = (2, 9, 7, channels)
+    x = integers(shape, target.isa.activation_dtype)
+    inputs = [(x, 0), (x, 117), (floats(shape), 0), (floats(shape, 2, "bfloat16"), 0)]
     check(
         [
-            an_average(data, *g, count, 0 if data.dtype == np.float32 else z)
-            for g, count, (data, z) in itertools.product(
-                GEOMETRIES, (True, False), ((x, 0), (x, 117), (floats((2, 9, 7, channels)), 0))
-            )
+            an_average(data, *g, count, z)
+            for g, count, (data, z) in itertools.product(GEOMETRIES, (True, False), inputs)
         ],
         target,
     )

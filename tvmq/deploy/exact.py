@@ -78,7 +78,7 @@ def is_exact(call: Any) -> bool:
     if ir.is_call(call, "tvmq.conv2d", "tvmq.matmul"):
         return ir.dtype_of(call.args[1]) == "int8"
     if ir.is_call(call, "tvmq.avg_pool2d"):
-        return ir.dtype_of(call.args[0]) != "float32"
+        return "float" not in ir.dtype_of(call.args[0])
     if ir.is_call(call, "astype"):
         return not ir.dtype_of(call).startswith(("float16", "bfloat16"))
     return ir.is_call(call, *_MOVES, *_OURS) or not any(_is_float(expr) for expr in (call, *call.args))

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention of float32 [N, S, heads, depth] tensors, one head and a few queries at a time.
+"""Scaled dot-product attention of float [N, S, heads, depth] tensors, one head and a few queries at a time.
 
 The scores of a block of queries stay in the first-level cache: products with the transposed keys, softmax in place,
 products with the values. Nothing of size S x S is stored. Sums run over depth and over keys in order.
@@ -28,6 +28,7 @@ class Attention:
     lanes: int
     rows: int
     vectors: int
+    dtype: str
 
     def function(self) -> Any:
         """The PrimFunc: (query, key, value, out)."""
@@ -36,10 +37,10 @@ class Attention:
     def _emit(self, f: builder.Function) -> None:
         n, s, heads, depth = self.shape
         q, k, v, out = f.arguments(
-            (self.shape, FLOAT),
-            ((n, self.keys, heads, depth), FLOAT),
-            ((n, self.keys, heads, self.depth_out), FLOAT),
-            ((n, s, heads, self.depth_out), FLOAT),
+            (self.shape, self.dtype),
+            ((n, self.keys, heads, depth), self.dtype),
+            ((n, self.keys, heads, self.depth_out), self.dtype),
+            ((n, s, heads, self.depth_out), self.dtype),
         )
         step = self.lanes * self.vectors
         padded = -(-self.keys // step) * step

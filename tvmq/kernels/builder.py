@@ -19,22 +19,47 @@ from tvmq import functions, ops
 
 Expr = Any  # tvm.tirx.PrimExpr
 FLOAT = "float32"
+BF16 = "bfloat16"
+# Dtypes whose elements are float32 once they are loaded.
+FLOATS = (FLOAT, BF16)
 
 
 @dataclass(frozen=True)
 class Flat:
-    """A buffer addressed by one index: loads and stores of `lanes` consecutive elements."""
+    """A buffer addressed by one index: loads and stores of `lanes` consecutive elements.
+
+    A bfloat16 buffer holds bits, as uint16: it loads float32 values, and rounds those that it stores.
+    """
 
     buffer: Any
     dtype: str
 
+    @property
+    def value_dtype(self) -> str:
+        """The dtype of what `load` gives."""
+        return FLOAT if self.dtype in FLOATS else self.dtype
+
     def load(self, index: Expr, lanes: int = 1) -> Expr:
         """The `lanes` elements from `index`."""
+        bits = self.bits(index, lanes)
+        return widen(bits, lanes) if self.dtype == BF16 else bits
+
+    def bits(self, index: Expr, lanes: int = 1) -> Expr:
+        """The `lanes` elements from `index` as they are stored."""
         return self.buffer[T.Ramp(index, 1, lanes) if lanes > 1 else index]
 
     def store(self, value: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements from `index`."""
-        T.buffer_store(self.buffer, value, [T.Ramp(index, 1, lanes) if lanes > 1 else index])
+        self.store_bits(narrow(value, lanes) if self.dtype == BF16 else value, index, lanes)
+
+    def store_bits(self, bits: Expr, index: Expr, lanes: int = 1) -> None:
+        """Store `lanes` elements as `bits` of another buffer of this dtype gives them."""
+        T.buffer_store(self.buffer, bits, [T.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def stored_dtype(dtype: str) -> str:
+    """What a tensor of `dtype` is made of: TVM's code generation knows no bfloat16."""
+    return "uint16" if dtype == BF16 else dtype
 
 
 def function(body: Callable[[Function], None]) -> Any:
@@ -52,20 +77,25 @@ class Function:
     """The function being built. Its body is one root block, as TVM's passes expect of a schedulable function."""
 
     def __init__(self) -> None:
-        self.root = T.sblock("root")
+        self.frames = contextlib.ExitStack()
 
     def close(self) -> None:
         """End the body."""
-        self.root.__exit__(None, None, None)
+        self.frames.close()
 
     def arguments(self, *tensors: tuple[Sequence[int], str]) -> list[Flat]:
         """Declare all parameters, (shape, dtype) each: dense tensors, addressed flat."""
-        buffers = [T.arg(f"p{i}", T.buffer(tuple(shape), dtype)) for i, (shape, dtype) in enumerate(tensors)]
-        self.root.__enter__()
+        stored = [stored_dtype(dtype) for _, dtype in tensors]
+        buffers = [T.arg(f"p{i}", T.buffer(tuple(shape), stored[i])) for i, (shape, _) in enumerate(tensors)]
+        self.frames.enter_context(T.sblock("root"))
         return [
-            Flat(T.decl_buffer((max(math.prod(shape), 1),), dtype, data=buffer.data), dtype)
-            for buffer, (shape, dtype) in zip(buffers, tensors, strict=True)
+            Flat(T.decl_buffer((max(math.prod(shape), 1),), bits, data=buffer.data), dtype)
+            for buffer, bits, (shape, dtype) in zip(buffers, stored, tensors, strict=True)
         ]
+
+    def import_llvm(self, text: str) -> None:
+        """Make the functions of an LLVM module known to `external` calls after this one."""
+        self.frames.enter_context(T.attr(0, "pragma_import_llvm", text))
 
     def registers(self, size: int, dtype: str) -> Flat:
         """A local array that becomes registers where every index into it is a constant."""
@@ -108,6 +138,32 @@ def cast(value: Expr, dtype: str, lanes: int) -> Expr:
 def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
     """A call of an LLVM intrinsic without side effects."""
     return T.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def external(dtype: str, name: str, *args: Expr) -> Expr:
+    """A call of a function that `Function.import_llvm` brought in."""
+    return T.call_extern(dtype, name, *args)
+
+
+def widen(bits: Expr, lanes: int) -> Expr:
+    """The float32 of bfloat16 bits: their upper half."""
+    wide = cast(bits, "uint32", lanes) << number(16, "uint32", lanes)
+    return T.reinterpret(_vector(FLOAT, lanes), wide)
+
+
+def narrow(value: Expr, lanes: int) -> Expr:
+    """The bits of the nearest bfloat16, ties to even, as `numerics.to_bfloat16` rounds; a NaN stays one.
+
+    In integers, so that every machine agrees: AVX512-BF16's own conversion makes zeros of denormal numbers.
+    """
+    bits = T.Bind(T.reinterpret(_vector("uint32", lanes), value))
+    high = T.Bind(bits >> number(16, "uint32", lanes))
+    # Half of the last place that is kept, less one where it is even: ties go to even. Infinity overflows into nothing.
+    rounded = (bits + number(0x7FFF, "uint32", lanes) + (high & number(1, "uint32", lanes))) >> number(
+        16, "uint32", lanes
+    )
+    nan = (bits & number(0x7FFFFFFF, "uint32", lanes)) > number(0x7F800000, "uint32", lanes)
+    return cast(T.Select(nan, high | number(0x40, "uint32", lanes), rounded), "uint16", lanes)
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:

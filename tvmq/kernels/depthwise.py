@@ -1,6 +1,7 @@
 """Depthwise convolution: vectors of channels, a few pixels of a row at a time, so that loaded pixels are reused.
 
-Weights are packed as [channel block, kh * kw, lanes]. The input is padded already. 8-bit products are exact in int32.
+Weights are packed as [channel block, kh * kw, lanes]. The input is padded already. 8-bit products are exact in int32;
+bfloat16 is multiplied and added as float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tvm import tirx
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Place
+from tvmq.kernels.builder import FLOATS, Expr, Place
 
 Array = npt.NDArray[Any]
 
@@ -55,7 +56,7 @@ class Depthwise:
     @property
     def acc_dtype(self) -> str:
         """int32 for integers."""
-        return "float32" if self.x_dtype == "float32" else "int32"
+        return "float32" if self.x_dtype in FLOATS else "int32"
 
     @property
     def columns(self) -> int:
@@ -73,7 +74,7 @@ class Depthwise:
         n, oh, ow, c = self.out_shape
         blocks = -(-c // self.lanes)
         taps = self.kernel[0] * self.kernel[1]
-        w_dtype = "float32" if self.x_dtype == "float32" else "int8"
+        w_dtype = self.x_dtype if self.x_dtype in FLOATS else "int8"
         x, w, *operands, out = f.arguments(
             (self.x_shape, self.x_dtype),
             ((blocks * taps * self.lanes,), w_dtype),
@@ -140,4 +141,4 @@ class Depthwise:
             out.store(builder.run_epilogue(acc.load(i * lanes, lanes), self.acc_dtype, steps, rest, at), flat, lanes)
 
     def _wide(self, value: Expr, lanes: int) -> Expr:
-        return value if self.x_dtype == "float32" else builder.cast(value, "int32", lanes)
+        return value if self.x_dtype in FLOATS else builder.cast(value, "int32", lanes)

@@ -41,7 +41,7 @@ class Map:
             flat = row + at
             place = Place(at, flat, lanes)
             out.store(
-                builder.run_epilogue(x.load(flat, lanes), self.dtype, self.epilogue, operands, place), flat, lanes
+                builder.run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, operands, place), flat, lanes
             )
 
         if any(isinstance(step, ops.Bias | ops.Scale) for step in self.epilogue):
@@ -94,8 +94,11 @@ class Concat:
                     at: Expr, lanes: int, part: Any = part, run: int = run, start: int = start, steps: Any = epilogue
                 ) -> None:
                     flat = row * pitch + start + at
+                    if part.dtype == out.dtype and not steps:
+                        out.store_bits(part.bits(row * run + at, lanes), flat, lanes)
+                        return
                     value = builder.run_epilogue(
-                        part.load(row * run + at, lanes), self.dtype, steps, (), Place(at, flat, lanes)
+                        part.load(row * run + at, lanes), part.value_dtype, steps, (), Place(at, flat, lanes)
                     )
                     out.store(value, flat, lanes)
 

@@ -137,12 +137,7 @@ def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Block
 
 
 def _tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
-    spare = (
-        micro.registers
-        - 1
-        - (2 if micro.widened and micro.kr > 1 else 0)
-        - (1 if micro.widened and micro.kr == 1 else 0)
-    )
+    spare = micro.registers - 1 - micro.temporaries
     vectors_needed = -(-geometry.channels // micro.lanes)
     tiles = []
     for vectors in range(1, min(8, vectors_needed) + 1):
@@ -177,9 +172,8 @@ def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
 
 def step_cost(micro: Micro, pixels: int, vectors: int) -> float:
     """What a step of a register tile takes, in issue slots of a product: about cycles."""
-    # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
-    products = pixels * vectors * (2 if micro.widened and micro.kr > 1 else 1)
-    loads = _LOAD * (pixels + vectors * (2 if micro.widened else 1))
+    products = pixels * vectors * micro.products
+    loads = _LOAD * (pixels * (1 + micro.a_unpacks) + vectors * (1 + micro.w_unpacks))
     return max(products, loads, _LATENCY) + _STREAM * vectors
 
 
@@ -191,7 +185,7 @@ def _split(extent: int, part: int) -> list[tuple[int, int]]:
 
 def _band_rows(geometry: Geometry, micro: Micro, bands: int, panels: int, cores: int, l2_bytes: int) -> int:
     """Tile rows a task: its input fits a quarter of L2, and there are enough equal tasks for the cores."""
-    item = {"float32": 4, "int16": 2}.get(micro.a_dtype, 1)
+    item = {"float32": 4, "int16": 2, "bfloat16": 2}.get(micro.a_dtype, 1)
     image = item * (geometry.sn if geometry.sn else geometry.width * geometry.sx) * geometry.images
     split = max(1, math.ceil(image / (l2_bytes / 4)))
     while split < bands and _imbalance(split * panels, cores) > 1.1:
@@ -237,6 +231,8 @@ class _Emitter:
         self.x, self.w, *self.operands, self.out = f.arguments(
             (k.x_shape, self.m.a_dtype), (panels, self.m.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
         )
+        if self.m.llvm:
+            f.import_llvm(self.m.llvm)
         self.f = f
         self.results = Results(self.out, self.m.acc_dtype, self.m.lanes, self.g.channels, self._padded_operands())
         if self.g.height * self.g.images == 1:

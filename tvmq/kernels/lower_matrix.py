@@ -11,7 +11,7 @@ from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.kernels import depthwise, gemm, lower_winograd
-from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
+from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +27,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     transformed = lower_winograd.conv2d(lowering, state, name, call)
     if transformed is not None:
         return transformed
-    m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
+    m = lowering.micro(str(kernel.dtype))
     padding = list(a["padding"])
     whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
     run = kernel.shape[3] * (kernel.shape[2] if a["groups"] == 1 and a["dilation"][1] == 1 and not whole else 1)
@@ -46,10 +46,10 @@ def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.matmul` with a constant weight."""
     x, weight, *operands = call.args
     depth = ir.shape_of(x)[-1]
-    m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
+    m = lowering.micro(ir.dtype_of(weight))
     rows = math.prod(ir.shape_of(x)[:-1])
     wide = -(-depth // m.kr) * m.kr
-    if wide != depth or ir.dtype_of(x) != m.a_dtype:
+    if wide != depth or dtype_of(x) != m.a_dtype:
         image = state.emit(relax.op.reshape(x, (1, 1, rows, depth)), f"{name}_rows")
         x = lowering.pad(state, name, image, (0, 0, 0, 0), wide, ops.attributes(call)["x_zero_point"], m.a_dtype)
     kernel = np.ascontiguousarray(ir.to_numpy(weight).T).reshape(-1, 1, 1, depth)
@@ -71,7 +71,7 @@ def _gemm(
 ) -> Any:
     a = ops.attributes(call)
     integer = kernel.dtype == np.int8
-    m = lowering.int8 if integer else lowering.float
+    m = lowering.micro(str(kernel.dtype))
     target = lowering.target
     blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
     epilogue = ops.epilogue_of(call)
@@ -94,14 +94,15 @@ def _gemm(
 def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
     a = ops.attributes(call)
     x, _, *operands = call.args
-    m = lowering.float if ir.dtype_of(x) == "float32" else lowering.int8
-    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], ir.dtype_of(x))
+    # Floats are multiplied one by one, in float32: a bfloat16 dot product sums over channels, which are apart here.
+    m = lowering.int8 if kernel.dtype == np.int8 else lowering.float
+    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], dtype_of(x))
     epilogue = ops.epilogue_of(call)
     if kernel.dtype == np.int8:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
     spec = depthwise.Depthwise(
         ir.shape_of(padded),  # type: ignore[arg-type]
-        ir.dtype_of(padded),
+        dtype_of(padded),
         kernel.shape[1:3],
         a["strides"],
         a["dilation"],

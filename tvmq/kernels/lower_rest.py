@@ -9,7 +9,7 @@ from tvm import relax
 from tvmq import ir, ops
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.elementwise import Concat, Map
-from tvmq.kernels.lowering import SHORT, Lowering, declared
+from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
 from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
 from tvmq.kernels.rowwise import Rowwise
 
@@ -19,7 +19,7 @@ def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     a = ops.attributes(call)
     x, *operands = call.args
     kind = "max" if ir.is_call(call, "tvmq.max_pool2d") else "avg"
-    dtype = ir.dtype_of(x)
+    dtype = dtype_of(x)
     zero_point = a.get("x_zero_point", 0)
     fill = lowest(dtype) if kind == "max" else zero_point
     padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], fill, dtype)
@@ -60,10 +60,9 @@ def elementwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> 
     """`tvmq.map`."""
     x, *operands = call.args
     out_dtype = ir.dtype_of(call)
-    spec = Map(
-        ir.shape_of(x), ir.dtype_of(x), out_dtype, ops.epilogue_of(call), declared(operands), lowering.float.lanes
-    )
-    title = f"{SHORT[out_dtype]}-{SHORT[ir.dtype_of(x)]}-map"
+    dtype = dtype_of(x)
+    spec = Map(ir.shape_of(x), dtype, out_dtype, ops.epilogue_of(call), declared(operands), lowering.float.lanes)
+    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-map"
     lowering.names[name] = title
     return lowering.call(spec, title, [x, *lowering.lift(state, name, operands)], ir.shape_of(call), out_dtype)
 
@@ -71,7 +70,7 @@ def elementwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> 
 def concat(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.concat`."""
     shapes = tuple(ir.shape_of(arg) for arg in call.args)
-    dtype, out_dtype = ir.dtype_of(call.args[0]), ir.dtype_of(call)
+    dtype, out_dtype = dtype_of(call.args[0]), ir.dtype_of(call)
     axis = ops.attributes(call)["axis"]
     spec = Concat(shapes, dtype, ir.shape_of(call), out_dtype, axis, ops.concat_epilogues(call), lowering.float.lanes)
     title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-concat"
@@ -85,8 +84,9 @@ def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     epsilon = ops.attributes(call).get("epsilon", 0.0)
     operands = call.args[3:] if kind == "layer_norm" else call.args[1:]
     shape, out_dtype = ir.shape_of(call), ir.dtype_of(call)
-    spec = Rowwise(kind, shape, out_dtype, epsilon, ops.epilogue_of(call), declared(operands))
-    title = f"{SHORT[out_dtype]}-f32-{kind}"
+    dtype = dtype_of(call.args[0])
+    spec = Rowwise(kind, shape, dtype, out_dtype, epsilon, ops.epilogue_of(call), declared(operands))
+    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-{kind}"
     lowering.names[name] = title
     return lowering.call(spec, title, lowering.lift(state, name, call.args), shape, out_dtype)
 
@@ -94,7 +94,7 @@ def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
 def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.attention`."""
     query, key, value = call.args
-    m = lowering.float
+    m, dtype = lowering.float, dtype_of(query)
     # Two vectors of keys a tile row leave most registers to queries, which share the loads of keys and values.
     vectors = 2
     rows = min(ir.shape_of(query)[1], (m.registers - vectors - 1) // vectors, 12)
@@ -106,7 +106,8 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
         m.lanes,
         rows,
         vectors,
+        dtype,
     )
-    title = f"f32-f32-attention-{rows}x{vectors * m.lanes}-{m.name}"
+    title = f"{SHORT[dtype]}-{SHORT[dtype]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
     lowering.names[name] = title
-    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), "float32")
+    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), dtype)

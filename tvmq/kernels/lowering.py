@@ -13,11 +13,13 @@ from tvm import relax
 
 from tvmq import ir
 from tvmq.kernels import depthwise, gemm, micro, winograd
+from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
+from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import Pad
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
-SHORT = {"float32": "f32", "int8": "s8", "uint8": "u8", "int16": "s16", "int32": "s32"}
+SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8", "uint8": "u8", "int16": "s16", "int32": "s32"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Lowering:
         self.builder = relax.BlockBuilder()
         self.float = micro.float_micro(self.target.isa)
         self.int8 = micro.int8_micro(self.target.isa)
+        self.bf16 = micro.bf16_micro(self.target.isa)
+
+    def micro(self, weight_dtype: str) -> Micro:
+        """The micro-kernel for weights of a dtype."""
+        return {FLOAT: self.float, BF16: self.bf16}.get(weight_dtype, self.int8)
 
     def call(self, kernel: Any, title: str, args: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
         """A call of `kernel` (built at its first use) that makes a tensor."""
@@ -83,15 +90,16 @@ class Lowering:
             # The pattern "opaque" keeps TVM's operator fusion away.
             function = kernel.function().with_attrs({"global_symbol": symbol, "op_pattern": 8})
             self.functions[kernel] = (self.builder.add_func(function, symbol), function)
-        return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), relax.TensorType(list(shape), dtype))
+        made = relax.TensorType(list(shape), stored_dtype(dtype))
+        return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), made)
 
     def parameter(self, state: ir.Rewrite, name: str, value: Array) -> Any:
         """`value` as a parameter of main: weights live beside the code, not in it. Names in use are made distinct."""
         unique = name
         while unique in self.parameters or unique in self.taken:
             unique += "_"
-        self.parameters[unique] = np.ascontiguousarray(value)
-        return state.parameter(unique, value)
+        self.parameters[unique] = np.ascontiguousarray(value).view(stored_dtype(str(value.dtype)))
+        return state.parameter(unique, self.parameters[unique])
 
     def lift(self, state: ir.Rewrite, name: str, args: Sequence[Any]) -> list[Any]:
         """`args` with each constant tensor (not scalar) as a parameter."""
@@ -107,7 +115,7 @@ class Lowering:
         self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: float, dtype: str
     ) -> Any:
         """`x` (4-D) padded and converted; `x` itself where there is nothing to do."""
-        pad = Pad(ir.shape_of(x), ir.dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
+        pad = Pad(ir.shape_of(x), dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
         if not pad.copies:
             return x
         title = f"{SHORT[pad.x_dtype]}-{SHORT[dtype]}-pad"
@@ -116,6 +124,12 @@ class Lowering:
         return var
 
 
+def dtype_of(expr: Any) -> str:
+    """The element type of an operand: the uint16 that lowering makes are bfloat16."""
+    dtype = ir.dtype_of(expr)
+    return BF16 if dtype == stored_dtype(BF16) else dtype
+
+
 def declared(operands: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str], ...]:
     """(shape, dtype) of each operand."""
-    return tuple((ir.shape_of(operand), ir.dtype_of(operand)) for operand in operands)
+    return tuple((ir.shape_of(operand), dtype_of(operand)) for operand in operands)

@@ -6,6 +6,7 @@ weight panel, and adds their products to `lanes` accumulators. Its plain meaning
     acc[lane] += sum over i < kr of a[i] * w[lane, i]
 
 exact in int32 for integers. `Widened` rows read activations that were widened to int16, with the zero point subtracted.
+bfloat16 rows sum float32 products in an order of the machine's; its dot products take denormal numbers for zeros.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 
 from tvm.tirx.script.builder import ir as T
 
-from tvmq.isa import Int8Dot, Isa
-from tvmq.kernels.builder import Expr, Flat, cast, intrinsic, splat
+from tvmq.isa import Bf16, Int8Dot, Isa
+from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, cast, external, intrinsic, number, splat
 
 # (accumulators, A, index of the row's elements, panel, index of the panel's elements) -> accumulators
 Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
@@ -27,7 +28,9 @@ class Micro:
     """One row of the table.
 
     a_dtype: of the activations it reads; "int16" ones are widened and centred first. w_dtype: of the packed weights.
-    lanes: accumulators in a vector. kr: products a step sums. registers: vector registers of that width.
+    lanes: accumulators in a vector. kr: products a step sums. registers: vector registers of that width. products:
+    instructions that one step of one vector takes; a_unpacks and w_unpacks: those that each vector of A and of the
+    panel takes besides its load; temporaries: registers that they need. llvm: functions that the step calls.
     """
 
     name: str
@@ -38,6 +41,11 @@ class Micro:
     kr: int
     registers: int
     step: Step
+    products: int = 1
+    a_unpacks: int = 0
+    w_unpacks: int = 0
+    temporaries: int = 0
+    llvm: str = ""
 
     @property
     def widened(self) -> bool:
@@ -53,6 +61,77 @@ def float_micro(isa: Isa) -> Micro:
         return acc + splat(a.load(i), lanes) * panel.load(j, lanes)
 
     return Micro(_float_name(isa), "float32", "float32", "float32", lanes, 1, max(isa.vector_registers, 16), step)
+
+
+def bf16_micro(isa: Isa) -> Micro:
+    """The best bfloat16 step of an instruction set."""
+    if "avx512bf16" in isa.required_features:
+        return _bf16_dot("avx512bf16", "llvm.x86.avx512bf16.dpbf16ps.512", 16, isa)
+    if isa.bf16 is Bf16.NEON and isa.family.value == "aarch64":
+        return _bf16_dot("bfdot", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, isa)
+    return _bf16_pairs(isa)
+
+
+# TVM has no bfloat16 vectors: the operands come as integers.
+_DOT = """
+define <{n} x float> @tvmq_bf16_dot(<{n} x float> %acc, <{n} x i32> %a, <{n} x i32> %b) alwaysinline {{
+  %x = bitcast <{n} x i32> %a to <{m} x bfloat>
+  %y = bitcast <{n} x i32> %b to <{m} x bfloat>
+  %r = call <{n} x float> @{call}(<{n} x float> %acc, <{m} x bfloat> %x, <{m} x bfloat> %y)
+  ret <{n} x float> %r
+}}
+declare <{n} x float> @{call}(<{n} x float>, <{m} x bfloat>, <{m} x bfloat>)
+"""
+
+
+def _bf16_dot(name: str, call: str, lanes: int, isa: Isa) -> Micro:
+    """vdpbf16ps and bfdot: pairs of bfloat16 products into float32."""
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        pairs = splat(T.reinterpret("int32", a.bits(i, 2)), lanes)
+        weights = T.reinterpret(f"int32x{lanes}", panel.bits(j, 2 * lanes))
+        return external(f"float32x{lanes}", "tvmq_bf16_dot", acc, pairs, weights)
+
+    llvm = _DOT.format(n=lanes, m=2 * lanes, call=call)
+    return Micro(name, BF16, BF16, FLOAT, lanes, 2, isa.vector_registers, step, llvm=llvm)
+
+
+def _bf16_pairs(isa: Isa) -> Micro:
+    """Pairs of bfloat16 widened to float32, by a shift and by a mask, multiplied and added as `float_micro` does."""
+    lanes = max(isa.fp32_lanes, 4)
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        pairs = splat(T.reinterpret("uint32", a.bits(i, 2)), lanes)
+        weights = T.reinterpret(f"uint32x{lanes}", panel.bits(j, 2 * lanes))
+        for half in (_lower, _upper):
+            acc = acc + half(pairs, lanes) * half(weights, lanes)
+        return acc
+
+    registers = max(isa.vector_registers, 16)
+    return Micro(
+        _float_name(isa),
+        BF16,
+        BF16,
+        FLOAT,
+        lanes,
+        2,
+        registers,
+        step,
+        products=2,
+        a_unpacks=2,
+        w_unpacks=2,
+        temporaries=4,
+    )
+
+
+def _lower(pairs: Expr, lanes: int) -> Expr:
+    """The first bfloat16 of each pair in uint32, as float32."""
+    return T.reinterpret(f"float32x{lanes}", pairs << number(16, "uint32", lanes))
+
+
+def _upper(pairs: Expr, lanes: int) -> Expr:
+    """The second."""
+    return T.reinterpret(f"float32x{lanes}", pairs & number(0xFFFF0000, "uint32", lanes))
 
 
 def int8_micro(isa: Isa) -> Micro:
@@ -96,7 +175,10 @@ def _pairs(name: str, bits: int, isa: Isa) -> Micro:
         weights = cast(panel.load(j, 2 * lanes), "int16", 2 * lanes)
         return acc + intrinsic(f"int32x{lanes}", call, repeated, weights)
 
-    return Micro(name, "int16", "int8", "int32", lanes, 2, isa.vector_registers, step)
+    # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
+    return Micro(
+        name, "int16", "int8", "int32", lanes, 2, isa.vector_registers, step, products=2, w_unpacks=1, temporaries=2
+    )
 
 
 def _sdot(isa: Isa) -> Micro:
@@ -119,7 +201,8 @@ def _widening(isa: Isa) -> Micro:
         return acc + splat(cast(a.load(i), "int32", 1), lanes) * wide
 
     name = "neon" if isa.int8_dot is Int8Dot.NEON else "generic"
-    return Micro(name, "int16", "int8", "int32", lanes, 1, max(isa.vector_registers, 16), step)
+    registers = max(isa.vector_registers, 16)
+    return Micro(name, "int16", "int8", "int32", lanes, 1, registers, step, w_unpacks=1, temporaries=1)
 
 
 def _float_name(isa: Isa) -> str:

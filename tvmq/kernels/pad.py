@@ -1,4 +1,4 @@
-"""Padding of channels-last images, which also widens 8-bit integers where a micro-kernel wants int16.
+"""Padding of channels-last images, which also converts: 8-bit integers where a micro-kernel wants int16, floats.
 
     out[n, y, x, c] = x[n, y - top, x - left, c] inside, `value` outside
     widened: out = int16(x) - value inside, 0 outside
@@ -18,7 +18,7 @@ from tvmq.kernels import builder
 from tvmq.kernels.builder import Expr, Flat
 
 # Elements that one vector copy moves: 64 bytes of 8-bit, which LLVM splits for narrower machines.
-_LANES = {"uint8": 64, "int8": 64, "int16": 32, "float32": 16}
+_LANES = {"uint8": 64, "int8": 64, "int16": 32, "bfloat16": 32, "float32": 16}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,14 @@ class Pad:
         for_each(
             count,
             _LANES[self.out_dtype],
-            lambda at, n: out.store(builder.number(value, self.out_dtype, n), start + at, n),
+            lambda at, n: out.store(builder.number(value, out.value_dtype, n), start + at, n),
         )
 
     def _copy(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
         def move(at: Expr, lanes: int) -> None:
+            if x.dtype == out.dtype:
+                out.store_bits(x.bits(source + at, lanes), target + at, lanes)
+                return
             value = x.load(source + at, lanes)
             if self.out_dtype == "int16":
                 value = builder.cast(value, "int16", lanes) - builder.number(self.value, "int16", lanes)

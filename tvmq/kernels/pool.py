@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.kernels.builder import FLOATS, Expr, Flat, Place
 from tvmq.quantize import numerics
 
 Array = npt.NDArray[Any]
@@ -84,7 +84,7 @@ class Pool:
         _, hp, wp, c = self.x_shape
         _, oh, ow, _ = self.out_shape
         image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
-        wide = self._sum_dtype()
+        wide = self._sum_dtype(x)
         acc = f.registers(lanes, wide)
         acc.store(builder.number(self._initial(), wide, lanes), 0, lanes)
         base = ((image * hp + y * self.strides[0]) * wp + column * self.strides[1]) * c + block * self.lanes
@@ -93,7 +93,7 @@ class Pool:
             if self.kind == "max":
                 acc.store(T.max(acc.load(0, lanes), value), 0, lanes)
             else:
-                value = value if wide == self.dtype else builder.cast(value, wide, lanes)
+                value = value if self.dtype in FLOATS else builder.cast(value, wide, lanes)
                 acc.store(acc.load(0, lanes) + value, 0, lanes)
         pixel = (row * ow + column) * c + block * self.lanes
         result = acc.load(0, lanes)
@@ -104,8 +104,8 @@ class Pool:
             result = builder.run_epilogue(result, "float32", self.epilogue, middle[1:], place)
         out.store(result, pixel, lanes)
 
-    def _sum_dtype(self) -> str:
-        return self.dtype if self.kind == "max" or self.dtype == "float32" else "int32"
+    def _sum_dtype(self, x: Flat) -> str:
+        return x.value_dtype if self.kind == "max" or self.dtype in FLOATS else "int32"
 
     def _initial(self) -> float:
         """The lowest value for max; minus all zero points for a sum of integers."""
@@ -114,12 +114,12 @@ class Pool:
         return float(-self.zero_point * self.window[0] * self.window[1])
 
     def _float(self, value: Expr, lanes: int) -> Expr:
-        return value if self.dtype == "float32" else builder.cast(value, "float32", lanes)
+        return value if self.dtype in FLOATS else builder.cast(value, "float32", lanes)
 
 
 def lowest(dtype: str) -> float:
     """What no element of `dtype` is below."""
-    return -math.inf if dtype == "float32" else float(np.iinfo(dtype).min)
+    return -math.inf if dtype in FLOATS else float(np.iinfo(dtype).min)
 
 
 def reciprocal_counts(

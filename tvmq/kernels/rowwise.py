@@ -22,10 +22,11 @@ _TASKS = 16
 
 @dataclass(frozen=True)
 class Rowwise:
-    """A softmax (kind "softmax") or layer norm ("layer_norm") over the last axis of a float32 tensor."""
+    """A softmax (kind "softmax") or layer norm ("layer_norm") over the last axis of a float tensor, in float32."""
 
     kind: str
     shape: tuple[int, ...]
+    dtype: str
     out_dtype: str
     epsilon: float
     epilogue: ops.Epilogue
@@ -38,7 +39,7 @@ class Rowwise:
     def _emit(self, f: builder.Function) -> None:
         n = self.shape[-1]
         affine = [((n,), FLOAT)] * 2 if self.kind == "layer_norm" else []
-        x, *middle, out = f.arguments((self.shape, FLOAT), *affine, *self.operands, (self.shape, self.out_dtype))
+        x, *middle, out = f.arguments((self.shape, self.dtype), *affine, *self.operands, (self.shape, self.out_dtype))
         rows = math.prod(self.shape[:-1])
         share = -(-rows // min(rows, _TASKS))
         with builder.parallel(-(-rows // share)) as task:

@@ -1,7 +1,11 @@
-"""The integer semantics in NumPy: what every compiled int8 kernel must equal, bit for bit.
+"""The integer and bfloat16 semantics in NumPy: what every compiled int8 kernel must equal, bit for bit.
 
 Activations are 8-bit integers q with value `float32(q - zero_point) * scale`; weights are symmetric int8 per output
 channel; accumulators are int32. All float arithmetic is IEEE float32, one rounding an operation, ties to even.
+
+bfloat16 is how tensors and weights are stored: an operator widens what it reads to float32, multiplies, sums and runs
+its epilogue there, and rounds its result to bfloat16, ties to even. The order of a sum is the machine's, whose dot
+products may take denormal numbers for zeros; everything else is equal on every machine.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +22,7 @@ from tvmq import functions, ops
 
 Array = npt.NDArray[Any]
 F32 = np.float32
+BF16 = np.dtype(ml_dtypes.bfloat16)
 INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
 # Half of int32 for the bias leaves the other half to the products: 2**30 / (255 * 127) = 33155 of the largest.
 BIAS_LIMIT = 2**30
@@ -110,6 +116,17 @@ def to_integer(v: Array, zero_point: int, qmin: int, qmax: int, dtype: str) -> A
     """`clip(nearbyint(v) + zero_point, qmin, qmax)`; computed as kernels do, clipping first, which is the same."""
     limited = np.minimum(np.maximum(v.astype(F32), F32(qmin - zero_point)), F32(qmax - zero_point))
     return (np.rint(limited).astype(np.int32) + zero_point).astype(dtype)
+
+
+def to_bfloat16(x: Array) -> Array:
+    """The bfloat16 nearest to each float32, ties to even: 8 bits of precision, float32's range; a NaN stays one."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return np.asarray(x, F32).astype(BF16)
+
+
+def widened(x: Array) -> Array:
+    """bfloat16 as float32, exactly; anything else as it is."""
+    return x.astype(F32) if x.dtype == BF16 else x
 
 
 def reciprocal(scale: float | Array) -> Any:
