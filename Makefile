@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Made when the environment is complete; older than pyproject.toml means: install again.
 INSTALLED := $(VENV)/.installed
+# The same with the runtimes that the bench suite compares with.
+PEERS := $(VENV)/.peers
 DEMO := demo-out
+BENCH := bench-out
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install demo test test-all lint types bench clean
@@ -16,7 +19,7 @@ help:
 	@echo "make test-all   all tests"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy, strict"
-	@echo "make bench      latency of the demo's bundles on this machine"
+	@echo "make bench      tvmq and its peers on a model zoo: tables and a chart in $(BENCH); takes its time"
 	@echo "make install    the environment $(VENV) with tvmq and its tools (the others do it first)"
 	@echo "make clean      remove what make made"
 
@@ -47,12 +50,13 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-$(DEMO)/report.json: | $(INSTALLED)
-	$(BIN)/tvmq demo -o $(DEMO)
+$(PEERS): pyproject.toml $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,peers,chart]'
+	@touch $@
 
-bench: $(DEMO)/report.json
-	$(BIN)/tvmq bench $(DEMO)/digits-fp32-host.tvmq $(DEMO)/digits-int8-host.tvmq
+bench: $(PEERS)
+	$(BIN)/tvmq bench --suite --repeat 15 -o $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`tvmq run` and `tvmq bench`."""
+"""`tvmq run`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tvmq as library
-from tvmq.measure.benchmark import rounds
 
 
 @pytest.fixture
@@ -54,32 +53,3 @@ def test_input_files_that_cannot_be_used(files, image, tvmq, tmp_path):
         outcome = tvmq("run", files.bundle, *options)
         assert outcome.code == 2
         assert said in outcome.line
-
-
-def test_bench_measures_several_bundles(files, tvmq):
-    outcome = tvmq("bench", files.bundle, files.bundle, "--repeat", 3, "--min-repeat-ms", 1, "--threads", 1, "--json")
-    assert outcome.code == 0
-    rows = outcome.document["bundles"]
-    assert [row["bundle"] for row in rows] == [str(files.bundle)] * 2
-    for row in rows:
-        assert (row["repeat"], row["threads"]) == (3, 1)
-        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
-
-
-def test_bench_prints_a_row_a_bundle(files, tvmq):
-    outcome = tvmq("bench", files.bundle, "--repeat", 1, "--min-repeat-ms", 1)
-    assert outcome.code == 0
-    assert len(outcome.out.splitlines()) == 2
-    assert outcome.err == ""
-
-
-def test_rounds_take_turns():
-    seen = []
-
-    def timer(name, value):
-        seen.append(name)
-        return value
-
-    found = rounds([lambda: timer("a", 1.0), lambda: timer("b", 2.0)], 3, seen.append)
-    assert found == [[1.0] * 3, [2.0] * 3]
-    assert seen == [1, "a", "b", 2, "a", "b", 3, "a", "b"]

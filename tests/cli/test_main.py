@@ -10,8 +10,8 @@ import pytest
 
 from tvmq import __version__
 from tvmq.cli import COMMANDS, main, parse
+from tvmq.cli.bench import Bench
 from tvmq.cli.build import Compile
-from tvmq.cli.execute import Bench
 from tvmq.cli.parser import UsageError
 from tvmq.errors import CheckFailed
 

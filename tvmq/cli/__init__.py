@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tvmq._version import __version__
+from tvmq.cli.bench import Bench
 from tvmq.cli.build import Calibrate, Compile
 from tvmq.cli.check import Explain, Verify
 from tvmq.cli.command import Command
 from tvmq.cli.demo import Demo
-from tvmq.cli.execute import Bench, Run
+from tvmq.cli.execute import Run
 from tvmq.cli.output import Output, stdout_to_stderr
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.targets import Targets

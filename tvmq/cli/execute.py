@@ -1,4 +1,4 @@
-"""`tvmq run` and `tvmq bench`: a bundle on this machine or on a board."""
+"""`tvmq run`: one inference of a bundle, on this machine or on a board."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tvmq.cli import render
 from tvmq.cli.build import check_folder
 from tvmq.cli.command import Command, add_device
 from tvmq.cli.output import Output
-from tvmq.cli.parser import Parser, UsageError
+from tvmq.cli.parser import Parser
 from tvmq.cli.progress import progress
 from tvmq.errors import SignatureError
 from tvmq.files import atomic_path
@@ -70,81 +70,6 @@ class Run(Command):
         document = {"bundle": self.bundle, "device": self.device, "inputs": source, "outputs": rows, "saved": self.out}
         note = ["on the bundle's own example inputs"] if inputs is None else []
         out.result(document, *note, render.tensors(rows))
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench(Command):
-    """Measure latency; of several bundles, round after round, so that a busy moment hits them alike."""
-
-    name: ClassVar[str] = "bench"
-    examples: ClassVar[tuple[str, ...]] = (
-        "tvmq bench model.tvmq",
-        "tvmq bench fp32.tvmq int8.tvmq --repeat 30 --threads 1",
-        "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --json",
-        "tvmq bench --suite --models resnet18 mobilenetv2        against PyTorch, ONNX Runtime and OpenVINO",
-    )
-
-    bundles: tuple[str, ...] = ()
-    suite: bool = False
-    models: tuple[str, ...] = ()
-    target: str = "host"
-    device: str = "host"
-    threads: int = 0
-    repeat: int = 10
-    number: int = 1
-    min_repeat_ms: int = 50
-
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        """Declare the options."""
-        parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help=".tvmq files")
-        parser.add_argument("--suite", action="store_true", help="tvmq's model zoo and its peers instead of bundles")
-        parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help="of the suite (default all)")
-        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="of the suite (default host)")
-        add_device(parser)
-        parser.add_argument("--repeat", type=int, default=10, metavar="N", help="measurements (default 10)")
-        parser.add_argument(
-            "--number", type=int, default=1, metavar="N", help="inferences in each, at least (default 1)"
-        )
-        parser.add_argument(
-            "--min-repeat-ms", type=int, default=50, metavar="MS", help="a measurement's least time (default 50)"
-        )
-
-    def run(self, out: Output) -> int:
-        """Load all, then measure in turns."""
-        for name in ("repeat", "number"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name}", expected="at least 1", seen=getattr(self, name))
-        if self.suite:
-            return self._suite(out)
-        if not self.bundles:
-            raise UsageError("tvmq bench", expected="bundles, or --suite", seen="neither")
-        with progress(out.errors, "bench") as report:
-            report("loading TVM", 0)
-            import tvmq
-            from tvmq.measure.benchmark import interleaved
-
-            executors = [tvmq.load(path, self.device, threads=self.threads) for path in self.bundles]
-            found = interleaved(executors, self.repeat, self.number, self.min_repeat_ms, lambda n: report("round", n))
-        rows = [{"bundle": path, **latency.to_dict()} for path, latency in zip(self.bundles, found, strict=True)]
-        out.result({"device": self.device, "bundles": rows}, render.latencies(rows))
-        return 0
-
-    def _suite(self, out: Output) -> int:
-        """The zoo's models on tvmq and its peers."""
-        with progress(out.errors, "bench") as report:
-            report("loading TVM", 0)
-            from tvmq.measure import suite
-
-            found = suite.run(
-                self.models or tuple(suite.MODELS),
-                target=self.target,
-                threads=self.threads,
-                rounds=self.repeat,
-                progress=lambda text: report(text, 0),
-            )
-        out.result({"suite": found.to_dict()}, found.to_markdown())
         return 0
 
 

@@ -1,0 +1,107 @@
+"""`tvmq bench`: bundles, and which options belong to which benchmark."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tvmq import zoo
+from tvmq.measure import chart
+from tvmq.measure.benchmark import rounds
+
+
+def tiny() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()).eval(), (torch.randn(1, 3, 8, 8),)
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(zoo.MODELS, "tiny", tiny)
+
+
+def test_bench_measures_several_bundles(files, tvmq):
+    outcome = tvmq("bench", files.bundle, files.bundle, "--repeat", 3, "--min-repeat-ms", 1, "--threads", 1, "--json")
+    assert outcome.code == 0
+    rows = outcome.document["bundles"]
+    assert [row["bundle"] for row in rows] == [str(files.bundle)] * 2
+    for row in rows:
+        assert (row["repeat"], row["threads"]) == (3, 1)
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+
+
+def test_bench_prints_a_row_a_bundle(files, tvmq):
+    outcome = tvmq("bench", files.bundle, "--repeat", 1, "--min-repeat-ms", 1)
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == 2
+    assert outcome.err == ""
+
+
+def test_rounds_take_turns():
+    seen = []
+
+    def timer(name, value):
+        seen.append(name)
+        return value
+
+    found = rounds([lambda: timer("a", 1.0), lambda: timer("b", 2.0)], 3, seen.append)
+    assert found == [[1.0] * 3, [2.0] * 3]
+    assert seen == [1, "a", "b", 2, "a", "b", 3, "a", "b"]
+
+
+def test_the_suite_writes_its_files_and_says_so(tiny_model, tvmq, tmp_path):
+    words = (
+        "bench",
+        "--suite",
+        "--models",
+        "tiny",
+        "--precisions",
+        "fp32",
+        "--no-peers",
+        "--repeat",
+        2,
+        "--threads",
+        1,
+    )
+    outcome = tvmq(*words, "-o", tmp_path / "new", "--json")
+    assert outcome.code == 0
+    document = outcome.document
+    assert set(document) == {"schema", "command", "suite", "files"}
+    expected = ["suite.json", "suite.md", *(["suite.png"] if chart.available() else [])]
+    assert document["files"] == [str(tmp_path / "new" / name) for name in expected]
+    assert json.loads((tmp_path / "new" / "suite.json").read_text()) == document["suite"]
+    assert [(row["model"], row["runtime"], row["precision"]) for row in document["suite"]["rows"]] == [
+        ("tiny", "tvmq", "fp32")
+    ]
+
+
+def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tvmq, tmp_path, monkeypatch):
+    monkeypatch.setattr(chart, "available", lambda: False)
+    words = ("bench", "--suite", "--models", "tiny", "--precisions", "fp32", "--no-peers", "--repeat", 2)
+    outcome = tvmq(*words, "-o", tmp_path)
+    assert "pip install 'tvmq[chart]'" in outcome.out
+    assert outcome.out.endswith(f"wrote {tmp_path}/suite.json, {tmp_path}/suite.md\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "expected bundles, or one of --suite"),
+        (["--suite", "m.tvmq"], "saw bundles, --suite"),
+        (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite"),
+        (["m.tvmq", "--no-peers"], "--no-peers: expected only with --suite"),
+        (["m.tvmq", "-o", "folder"], "--out: expected only with --suite"),
+        (["--suite", "--models", "resnet"], "model 'resnet': expected one of resnet18"),
+        (["--suite", "--precisions", "int7"], "did you mean 'int8'?"),
+        (["--suite", "-t", "raspberry-pi-4b"], "target raspberry-pi-4b: expected one that this machine can run"),
+        (["--suite", "--repeat", "0"], "--repeat: expected at least 1, saw 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, said, tvmq, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = tvmq("bench", *words)
+    assert outcome.code == 2
+    assert said in outcome.line

@@ -1,0 +1,152 @@
+"""`tvmq bench`: the latency of bundles, and the project's own benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tvmq.cli import render
+from tvmq.cli.command import Command, add_device
+from tvmq.cli.output import Output
+from tvmq.cli.parser import Parser, UsageError
+from tvmq.cli.progress import progress
+
+if TYPE_CHECKING:
+    from tvmq.measure.report import Report
+
+    # Shows its progress; returns its figures, files of its own, and notes.
+    Measure = Callable[[Callable[[str], None]], tuple[Report, list[Path], list[str]]]
+
+# The benchmarks that are run instead of bundles: option -> what it measures, for --help.
+BENCHMARKS = {
+    "suite": "tvmq's model zoo on tvmq, PyTorch, ONNX Runtime and OpenVINO",
+}
+# Which of them an option belongs to; the options that are not here are of bundles and of --suite.
+_OPTIONS = {
+    "models": ("suite",),
+    "precisions": ("suite",),
+    "peers": ("suite",),
+    "target": ("suite",),
+    "out": tuple(BENCHMARKS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Command):
+    """Measure the latency of bundles, or run one of the project's benchmarks; several things take turns."""
+
+    name: ClassVar[str] = "bench"
+    examples: ClassVar[tuple[str, ...]] = (
+        "tvmq bench model.tvmq",
+        "tvmq bench fp32.tvmq int8.tvmq --repeat 20",
+        "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --json",
+        "tvmq bench --suite",
+        "tvmq bench --suite --models resnet18 minilm --precisions int8 -t x86-64-avx512-vnni -o bench-vnni",
+    )
+
+    bundles: tuple[str, ...] = ()
+    suite: bool = False
+    models: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    peers: bool = True
+    target: str = "host"
+    out: str = "bench-out"
+    device: str = "host"
+    threads: int = 0
+    repeat: int = 10
+    number: int = 1
+    min_repeat_ms: int = 50
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options."""
+        parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help=".tvmq files")
+        for name, text in BENCHMARKS.items():
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help="of the zoo (default: the suite's)")
+        parser.add_argument("--precisions", nargs="+", default=(), metavar="P", help="fp32, bf16, int8 (default all)")
+        parser.add_argument("--no-peers", dest="peers", action="store_false", help="tvmq alone")
+        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="of the suite (default host)")
+        parser.add_argument(
+            "-o", "--out", default="bench-out", metavar="DIR", help="for a benchmark's files (default bench-out)"
+        )
+        add_device(parser)
+        parser.add_argument("--repeat", type=int, default=10, metavar="N", help="measurements (default 10)")
+        parser.add_argument(
+            "--number", type=int, default=1, metavar="N", help="inferences in each, at least (default 1)"
+        )
+        parser.add_argument(
+            "--min-repeat-ms", type=int, default=50, metavar="MS", help="a measurement's least time (default 50)"
+        )
+
+    def run(self, out: Output) -> int:
+        """Measure bundles, or run the benchmark that was asked for."""
+        for name in ("repeat", "number"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name}", expected="at least 1", seen=getattr(self, name))
+        wanted = [name for name in BENCHMARKS if getattr(self, name)]
+        self._check_options(wanted)
+        if not wanted:
+            self._bundles(out)
+        elif wanted == ["suite"]:
+            self._benchmark(out, "suite", self._suite)
+        return 0
+
+    def _check_options(self, wanted: list[str]) -> None:
+        names = ", ".join(f"--{name}" for name in BENCHMARKS)
+        given = [*(["bundles"] if self.bundles else []), *(f"--{name}" for name in wanted)]
+        if len(given) != 1:
+            raise UsageError("tvmq bench", expected=f"bundles, or one of {names}", seen=", ".join(given) or "neither")
+        for field in dataclasses.fields(self):
+            allowed = _OPTIONS.get(field.name)
+            if allowed and not set(allowed) & set(wanted) and getattr(self, field.name) != field.default:
+                owners = " or ".join(f"--{name}" for name in allowed)
+                raise UsageError(
+                    f"--{'no-peers' if field.name == 'peers' else field.name}", expected=f"only with {owners}"
+                )
+
+    def _bundles(self, out: Output) -> None:
+        """Load all, then measure in turns."""
+        with progress(out.errors, "bench") as report:
+            report("loading TVM", 0)
+            import tvmq
+            from tvmq.measure.benchmark import interleaved
+
+            executors = [tvmq.load(path, self.device, threads=self.threads) for path in self.bundles]
+            found = interleaved(executors, self.repeat, self.number, self.min_repeat_ms, lambda n: report("round", n))
+        rows = [{"bundle": path, **latency.to_dict()} for path, latency in zip(self.bundles, found, strict=True)]
+        out.result({"device": self.device, "bundles": rows}, render.latencies(rows))
+
+    def _benchmark(self, out: Output, name: str, measure: Measure) -> None:
+        """Run `measure`, write its report, and say what was written."""
+        with progress(out.errors, "bench") as show:
+            show("loading TVM", 0)
+            from tvmq.measure import report as reports
+
+            folder = reports.folder_for(self.out)
+            found, files, notes = measure(lambda text: show(text, 0))
+            files = [*reports.write(found, folder, name), *files]
+        document: dict[str, Any] = {name: found.to_dict(), "files": [str(path) for path in files]}
+        out.result(document, found.to_markdown(), *notes, f"wrote {', '.join(map(str, files))}")
+
+    def _suite(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """The zoo's models on tvmq and its peers, and a chart."""
+        from tvmq.measure import chart, suite
+
+        found = suite.run(
+            self.models or suite.MODELS,
+            self.precisions or suite.PRECISIONS,
+            target=self.target,
+            threads=self.threads,
+            rounds=self.repeat,
+            with_peers=self.peers,
+            progress=show,
+        )
+        if not chart.available():
+            return found, [], [chart.NOT_INSTALLED]
+        path = Path(self.out) / "suite.png"
+        chart.draw(found, path)
+        return found, [path], []
