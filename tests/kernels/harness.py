@@ -23,6 +23,7 @@ from tvmq.deploy.build import FLOAT_TOLERANCE, runs_here
 from tvmq.deploy.crosslink import linker
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.isa import Int8Dot
+from tvmq.kernels import tiles
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build, schedule
@@ -112,6 +113,10 @@ def run(
         library, device = executable.jit(), tvm.cpu()
     else:
         library, device = _uploaded(executable, target, board)
+    if tiles.FEATURE in target.isa.required_features:
+        answer = tvm.runtime.tensor(np.ones(1, np.int32))
+        library.get_function(tiles.PERMISSION, query_imports=True)(answer)
+        assert answer.numpy()[0] == 0, "the system refuses matrix tiles"
     machine = relax.VirtualMachine(library, device)
     tensors = [tvm.runtime.tensor(np.asarray(x, order="C"), device) for x in [*inputs, *lowered.parameters.values()]]
     machine.set_input("main", *tensors)

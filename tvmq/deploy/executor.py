@@ -13,6 +13,7 @@ from tvm import relax
 
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.bundle import Bundle
+from tvmq.deploy.permission import allow_tiles
 from tvmq.deploy.session import Session, connect
 from tvmq.errors import SignatureError
 from tvmq.model import Signature, as_array
@@ -72,6 +73,7 @@ class Executor:
         wanted = threads if threads or session.name == "host" else int(bundle.manifest["target"]["cores"])
         self.threads = session.configure_threads(wanted)
         self.library = session.load(bundle)
+        allow_tiles(bundle, session, self.library)
         self._machine = session.call(lambda: relax.VirtualMachine(self.library, session.device))
         self._parameters = {name: session.tensor(array) for name, array in bundle.parameters().items()}
         self._inputs: dict[str, Any] = {}

@@ -120,6 +120,13 @@ def serial(extent: Expr) -> Iterator[Expr]:
         yield index
 
 
+@contextlib.contextmanager
+def span(start: Expr, count: Expr) -> Iterator[Expr]:
+    """A plain loop over `count` indices from `start`."""
+    with serial(count) as index:
+        yield start + index
+
+
 def splat(value: Expr, lanes: int) -> Expr:
     """A scalar in every lane."""
     return T.Broadcast(value, lanes) if lanes > 1 else value
@@ -164,6 +171,11 @@ def narrow(value: Expr, lanes: int) -> Expr:
     )
     nan = (bits & number(0x7FFFFFFF, "uint32", lanes)) > number(0x7F800000, "uint32", lanes)
     return cast(T.Select(nan, high | number(0x40, "uint32", lanes), rounded), "uint16", lanes)
+
+
+def prefetch(flat: Flat, index: Expr) -> None:
+    """Ask for the cache line of an element that will be read."""
+    T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(flat.buffer[index]), 0, 3, 1))
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:

@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import lower_matrix, lower_rest
+from tvmq.kernels import lower_matrix, lower_rest, tiles
 from tvmq.kernels.lowering import Lowered, Lowering
 from tvmq.target import Target
 
@@ -28,6 +28,8 @@ def lower(module: tvm.IRModule, target: Target, *, winograd: bool = True) -> Low
     lowering = Lowering(target, winograd, frozenset(str(var.name) for var in variables))
     main = ir.rewrite(module, lambda *step: visit(lowering, *step))
     functions = {"main": ir.main(main)}
+    if lowering.tiles is not None:
+        functions[tiles.PERMISSION] = tiles.permission()
     lowered = tvm.IRModule({**functions, **{var: f for var, f in lowering.functions.values()}})
     return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed, lowering.notes)
 

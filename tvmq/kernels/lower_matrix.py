@@ -10,8 +10,10 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import depthwise, gemm, lower_winograd
+from tvmq.kernels import depthwise, gemm, lower_winograd, tile_blocking
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.tile_gemm import TileGemm
 
 Array = npt.NDArray[Any]
 
@@ -72,23 +74,40 @@ def _gemm(
     a = ops.attributes(call)
     integer = kernel.dtype == np.int8
     m = lowering.micro(str(kernel.dtype))
-    target = lowering.target
-    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
     epilogue = ops.epilogue_of(call)
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
-    packing = Packing("gemm", kernel.shape, len(geometry.taps), geometry.groups, blocking.tile.vectors * m.lanes, m.kr)
-    packed = gemm.pack(kernel, packing.taps, packing.groups, packing.nr, packing.kr)
-    spec = gemm.Gemm(
-        geometry, m, blocking, epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands)
-    )
-    tile = f"{blocking.tile.pixels}x{blocking.tile.vectors * m.lanes}"
-    title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}-{m.name}"
+    rest = (epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands))
+    spec, packing, tile = _template(lowering, m, kernel.shape, geometry, rest)
+    title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
     lowering.names[name] = title
-    weights = lowering.parameter(state, f"{name}_weight", packed)
+    weights = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
     lowering.packed[name] = (str(weights.name), packing)
     args = [x, weights, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
+
+
+def _template(
+    lowering: Lowering, m: Micro, kernel: tuple[int, ...], geometry: gemm.Geometry, rest: tuple[Any, ...]
+) -> tuple[gemm.Gemm | TileGemm, Packing, str]:
+    """The faster template with its blocking, how it packs a weight of shape `kernel`, and its part of the name.
+
+    `rest`: what both templates are told besides.
+    """
+    target, taps, groups = lowering.target, len(geometry.taps), geometry.groups
+    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
+    dot = lowering.tile_dot(m)
+    if dot is not None:
+        assert lowering.tiles is not None
+        l1, l2 = target.l1d_kib * 1024, target.l2_kib * 1024
+        tiled, cycles = tile_blocking.choose(geometry, dot, target.cores, l1, l2)
+        if tile_blocking.pays(cycles, geometry, gemm.cost(geometry, m, blocking.tile)):
+            packing = Packing("tiles", kernel, taps, groups, tiled.channels, dot.kr)
+            spec = TileGemm(geometry, dot, lowering.tiles, tiled, *rest)
+            return spec, packing, f"{tiled.pixels}x{tiled.channels}-{lowering.tiles.name}"
+    nr = blocking.tile.vectors * m.lanes
+    packing = Packing("gemm", kernel, taps, groups, nr, m.kr)
+    return gemm.Gemm(geometry, m, blocking, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
 
 
 def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
@@ -115,8 +134,9 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
     )
     title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
     lowering.names[name] = title
-    packed = lowering.parameter(state, f"{name}_weight", depthwise.pack(kernel, m.lanes))
-    lowering.packed[name] = (str(packed.name), Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1))
+    packing = Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1)
+    packed = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
+    lowering.packed[name] = (str(packed.name), packing)
     args = [padded, packed, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 

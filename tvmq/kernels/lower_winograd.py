@@ -52,8 +52,9 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     spec = winograd.Winograd(shape, m, blocking, ops.epilogue_of(call), out_dtype, declared(operands))
     title = f"{SHORT[out_dtype]}-f32-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"
     lowering.names[name] = title
-    weights = lowering.parameter(state, f"{name}_weight", winograd.pack(kernel, blocking.m, nr))
-    lowering.packed[name] = (str(weights.name), Packing("winograd", kernel.shape, blocking.m, 1, nr, 1))
+    packing = Packing("winograd", kernel.shape, blocking.m, 1, nr, 1)
+    weights = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
+    lowering.packed[name] = (str(weights.name), packing)
     args = [x, weights, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), out_dtype)
 

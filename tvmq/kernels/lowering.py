@@ -12,10 +12,11 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.kernels import depthwise, gemm, micro, winograd
+from tvmq.kernels import depthwise, gemm, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import Pad
+from tvmq.kernels.tiles import Dot
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
@@ -24,8 +25,8 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8", "uint8": "u8", "int
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight of `shape` was packed: see `gemm.pack`, `depthwise.pack` (where nr is the number of lanes) and
-    `winograd.pack` (where taps is m).
+    """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes), and winograd
+    (taps: m).
     """
 
     kind: str
@@ -35,13 +36,23 @@ class Packing:
     nr: int
     kr: int
 
+    def pack(self, weight: Array) -> Array:
+        """The weight as its kernel reads it."""
+        if self.kind == "depthwise":
+            return depthwise.pack(weight, self.nr)
+        if self.kind == "winograd":
+            return winograd.pack(weight, self.taps, self.nr)
+        pack = tile_gemm.pack if self.kind == "tiles" else gemm.pack
+        return pack(weight, self.taps, self.groups, self.nr, self.kr)
+
     def unpack(self, packed: Array) -> Array:
         """The weight as it was."""
         if self.kind == "depthwise":
             return depthwise.unpack(packed, self.shape, self.nr)
         if self.kind == "winograd":
             return winograd.unpack(packed, self.shape, self.taps, self.nr)
-        return gemm.unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
+        unpack = tile_gemm.unpack if self.kind == "tiles" else gemm.unpack
+        return unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,16 @@ class Lowering:
         self.float = micro.float_micro(self.target.isa)
         self.int8 = micro.int8_micro(self.target.isa)
         self.bf16 = micro.bf16_micro(self.target.isa)
+        self.tiles = tiles.unit_of(self.target.isa)
 
     def micro(self, weight_dtype: str) -> Micro:
         """The micro-kernel for weights of a dtype."""
         return {FLOAT: self.float, BF16: self.bf16}.get(weight_dtype, self.int8)
+
+    def tile_dot(self, m: Micro) -> Dot | None:
+        """The product of tiles that reads what `m` reads, None where the target has none."""
+        dots = self.tiles.dots if self.tiles is not None else ()
+        return next((dot for dot in dots if (dot.a_dtype, dot.w_dtype) == (m.a_dtype, m.w_dtype)), None)
 
     def call(self, kernel: Any, title: str, args: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
         """A call of `kernel` (built at its first use) that makes a tensor."""
