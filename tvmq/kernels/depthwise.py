@@ -6,9 +6,9 @@ bfloat16 is multiplied and added as float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOATS, Expr, Place
 
 Array = npt.NDArray[Any]
+Inside = tuple[bool, ...]
 
 
 def pack(weight: Array, lanes: int) -> Array:
@@ -37,15 +38,34 @@ def unpack(packed: Array, shape: tuple[int, ...], lanes: int) -> Array:
     return np.ascontiguousarray(full[:c]).reshape(shape)
 
 
+T = TypeVar("T")
+
+
+def runs(items: Sequence[T]) -> list[tuple[int, int, T]]:
+    """(start, stop, item) of each run of equal items."""
+    found: list[tuple[int, int, T]] = []
+    for index, item in enumerate(items):
+        if found and found[-1][2] == item:
+            found[-1] = (found[-1][0], index + 1, item)
+        else:
+            found.append((index, index + 1, item))
+    return found
+
+
 @dataclass(frozen=True)
 class Depthwise:
-    """Everything that decides the code of one depthwise kernel; shapes are NHWC, `x_shape` padded."""
+    """Everything that decides the code of one depthwise kernel; shapes are NHWC.
+
+    padding: rows above and columns to the left of the image; like those below and to the right, they hold `zero_point`.
+    """
 
     x_shape: tuple[int, int, int, int]
     x_dtype: str
     kernel: tuple[int, int]
     strides: tuple[int, int]
     dilation: tuple[int, int]
+    padding: tuple[int, int]
+    zero_point: int
     out_shape: tuple[int, int, int, int]
     out_dtype: str
     epilogue: ops.Epilogue
@@ -66,12 +86,18 @@ class Depthwise:
         pieces = -(-width // most)
         return -(-width // pieces)
 
+    @property
+    def code_size(self) -> int:
+        """How many taps are written out: those of a piece, for each kind of row and of piece."""
+        rows = runs([self._taps_inside(0, y) for y in range(self.out_shape[1])])
+        return len(rows) * len(runs(self._pieces())) * self.kernel[0] * self.kernel[1]
+
     def function(self) -> Any:
         """The PrimFunc: (x, packed weights, epilogue tensors..., out)."""
         return builder.function(self._emit)
 
     def _emit(self, f: builder.Function) -> None:
-        n, oh, ow, c = self.out_shape
+        n, oh, _, c = self.out_shape
         blocks = -(-c // self.lanes)
         taps = self.kernel[0] * self.kernel[1]
         w_dtype = self.x_dtype if self.x_dtype in FLOATS else "int8"
@@ -81,28 +107,47 @@ class Depthwise:
             *self.operands,
             (self.out_shape, self.out_dtype),
         )
+        rest = c % self.lanes
         with builder.parallel(n * oh) as row, builder.serial(blocks) as block:
             image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
+            for start, stop, inside in runs([self._taps_inside(0, i) for i in range(oh)]):
+                with builder.when(tirx.all(y >= start, y < stop)):
 
-            def piece(
-                column: Expr, columns: int, lanes: int, image: Expr = image, y: Expr = y, block: Expr = block
-            ) -> None:
-                self._piece(f, x, w, operands, out, (image, y, block), column, columns, lanes)
+                    def width(
+                        lanes: int, inside: Inside = inside, image: Expr = image, y: Expr = y, block: Expr = block
+                    ) -> None:
+                        def piece(column: Expr, taps: tuple[Inside, ...]) -> None:
+                            self._piece(f, x, w, operands, out, (image, y, block), column, (inside, taps), lanes)
 
-            def width(lanes: int) -> None:
-                full = ow // self.columns
-                with builder.serial(full) as column:
-                    piece(column * self.columns, self.columns, lanes)
-                if ow % self.columns:
-                    piece(tirx.const(full * self.columns, "int32"), ow % self.columns, lanes)
+                        self._row(piece)
 
-            rest = c % self.lanes
-            if c >= self.lanes:
-                with builder.when(block < c // self.lanes):
-                    width(self.lanes)
-            if rest:
-                with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
-                    width(rest)
+                    if c >= self.lanes:
+                        with builder.when(block < c // self.lanes):
+                            width(self.lanes)
+                    if rest:
+                        with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
+                            width(rest)
+
+    def _taps_inside(self, axis: int, position: int) -> Inside:
+        """Which taps of an output row (axis 0) or column (axis 1) lie in the image."""
+        first = position * self.strides[axis] - self.padding[axis]
+        extent = self.x_shape[1 + axis]
+        return tuple(0 <= first + tap * self.dilation[axis] < extent for tap in range(self.kernel[axis]))
+
+    def _pieces(self) -> list[tuple[Inside, ...]]:
+        """Which taps of its pixels' columns lie in the image, for each piece of a row."""
+        width = self.out_shape[2]
+        inside = [self._taps_inside(1, column) for column in range(width)]
+        return [tuple(inside[start : start + self.columns]) for start in range(0, width, self.columns)]
+
+    def _row(self, piece: Callable[[Expr, tuple[Inside, ...]], None]) -> None:
+        """All pieces of a row: a loop over equal ones."""
+        for start, stop, taps in runs(self._pieces()):
+            if stop - start == 1:
+                piece(tirx.const(start * self.columns, "int32"), taps)
+                continue
+            with builder.serial(stop - start) as index:
+                piece((start + index) * self.columns, taps)
 
     def _piece(
         self,
@@ -113,12 +158,17 @@ class Depthwise:
         out: builder.Flat,
         place: tuple[Expr, Expr, Expr],
         column: Expr,
-        columns: int,
+        inside: tuple[Inside, tuple[Inside, ...]],
         lanes: int,
     ) -> None:
-        """`columns` output pixels of one row, `lanes` channels."""
+        """Output pixels of one row from `column` on, `lanes` channels.
+
+        inside: which rows of taps, and for each pixel which columns of taps, lie in the image.
+        """
         image, y, block = place
-        _, hp, wp, c = self.x_shape
+        _, height, width, c = self.x_shape
+        rows, across = inside
+        columns = len(across)
         _, oh, ow, _ = self.out_shape
         kh, kw = self.kernel
         acc = f.registers(columns * lanes, self.acc_dtype)
@@ -126,13 +176,19 @@ class Depthwise:
         for i in range(columns):
             start = operands[0].load(block * self.lanes, lanes) if bias else builder.number(0, self.acc_dtype, lanes)
             acc.store(start, i * lanes, lanes)
-        base = ((image * hp + y * self.strides[0]) * wp + column * self.strides[1]) * c + block * self.lanes
+        top, left = y * self.strides[0] - self.padding[0], column * self.strides[1] - self.padding[1]
+        base = ((image * height + top) * width + left) * c + block * self.lanes
         for ky in range(kh):
             for kx in range(kw):
                 weight = self._wide(w.load((block * (kh * kw) + ky * kw + kx) * self.lanes, lanes), lanes)
                 for i in range(columns):
-                    offset = (ky * self.dilation[0] * wp + i * self.strides[1] + kx * self.dilation[1]) * c
-                    value = self._wide(x.load(base + offset, lanes), lanes)
+                    exists = rows[ky] and across[i][kx]
+                    if not exists and self.zero_point == 0:
+                        continue
+                    offset = (ky * self.dilation[0] * width + i * self.strides[1] + kx * self.dilation[1]) * c
+                    value = builder.number(self.zero_point, self.acc_dtype, lanes)
+                    if exists:
+                        value = self._wide(x.load(base + offset, lanes), lanes)
                     acc.store(acc.load(i * lanes, lanes) + value * weight, i * lanes, lanes)
         for i in range(columns):
             flat = ((image * oh + y) * ow + column + i) * c + block * self.lanes

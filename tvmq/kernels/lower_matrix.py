@@ -16,6 +16,8 @@ from tvmq.kernels.micro import Micro
 from tvmq.kernels.tile_gemm import TileGemm
 
 Array = npt.NDArray[Any]
+# Taps that a depthwise kernel may write out before its image is padded instead: 5x5 ones stay under it.
+_DEPTHWISE_TAPS = 500
 
 
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -115,29 +117,37 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
     x, _, *operands = call.args
     # Floats are multiplied one by one, in float32: a bfloat16 dot product sums over channels, which are apart here.
     m = lowering.int8 if kernel.dtype == np.int8 else lowering.float
-    padded = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], dtype_of(x))
     epilogue = ops.epilogue_of(call)
     if kernel.dtype == np.int8:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
-    spec = depthwise.Depthwise(
-        ir.shape_of(padded),  # type: ignore[arg-type]
-        dtype_of(padded),
-        kernel.shape[1:3],
-        a["strides"],
-        a["dilation"],
-        ir.shape_of(call),  # type: ignore[arg-type]
-        a["out_dtype"],
-        epilogue,
-        declared(operands),
-        m.lanes,
-        m.registers,
-    )
+
+    def spec_of(x: Any, padding: tuple[int, int]) -> depthwise.Depthwise:
+        return depthwise.Depthwise(
+            ir.shape_of(x),  # type: ignore[arg-type]
+            dtype_of(x),
+            kernel.shape[1:3],
+            a["strides"],
+            a["dilation"],
+            padding,
+            a["x_zero_point"],
+            ir.shape_of(call),  # type: ignore[arg-type]
+            a["out_dtype"],
+            epilogue,
+            declared(operands),
+            m.lanes,
+            m.registers,
+        )
+
+    spec = spec_of(x, a["padding"][:2])
+    if spec.code_size > _DEPTHWISE_TAPS:
+        x = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], dtype_of(x))
+        spec = spec_of(x, (0, 0))
     title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
     lowering.names[name] = title
     packing = Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1)
     packed = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
     lowering.packed[name] = (str(packed.name), packing)
-    args = [padded, packed, *lowering.lift(state, name, operands)]
+    args = [x, packed, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
 
