@@ -26,7 +26,7 @@ from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
 from tvmq.importer.load import import_model
 from tvmq.model import Model, Signature, TensorSpec
-from tvmq.pipeline import compile_model
+from tvmq.pipeline import compile_model, wants_integers
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.calibrate import calibrate
 from tvmq.quantize.plan import Decision, Plan, make_plan
@@ -61,7 +61,9 @@ class Case:
         return self._once(("table", recipe), lambda: calibrate(self.module, self.signature, self.batches, recipe))
 
     def plan(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> Plan:
-        return make_plan(self.module, table or self.table(recipe), recipe, self.paths)
+        if table is None and wants_integers(recipe):
+            table = self.table(recipe)
+        return make_plan(self.module, table, recipe, self.paths)
 
     def decisions(self, recipe: Recipe = INT8, table: CalibrationTable | None = None) -> dict[str, Decision]:
         return {decision.name: decision for decision in self.plan(recipe, table).decisions}

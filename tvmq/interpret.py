@@ -95,6 +95,9 @@ def _apply(call: Any, args: list[Value]) -> Value:
     if name.startswith(ops.PREFIX):
         result = _TVMQ[name.removeprefix(ops.PREFIX)](call, [numerics.widened(arg) for arg in args])
         return numerics.to_bfloat16(result) if ir.dtype_of(call) == "bfloat16" else result
+    if name != "astype" and args and isinstance(args[0], np.ndarray) and args[0].dtype == numerics.BF16:
+        # What is left are moves, and TVM compiles no bfloat16: moved as bits.
+        return _apply(call, [args[0].view(np.uint16), *args[1:]]).view(numerics.BF16)
     if name in _RELAX and _same_as_tvm(name, call, args):
         return _RELAX[name](call, args)
     return _by_tvm(call, args)
@@ -402,7 +405,7 @@ def _by_tvm(call: Any, args: list[Value]) -> Value:
     def lift(expr: Any, value: Value) -> Any:
         if isinstance(value, np.ndarray):
             arrays.append(value)
-            params.append(relax.Var(f"p{len(params)}", expr.ty))
+            params.append(relax.Var(f"p{len(params)}", relax.TensorType(list(value.shape), str(value.dtype))))
             return params[-1]
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([lift(f, v) for f, v in zip(expr.fields, value, strict=True)])

@@ -7,7 +7,7 @@
     tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
     tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
     tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
-    tvmq.attention   (q, k, v: floats of one dtype, [N, S, heads, depth])      -> [N, S, heads, depth], of that dtype
+    tvmq.attention   (q, k, v: floats of one dtype, [N, S, heads, depth])      -> [N, S, heads, depth]
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
@@ -258,9 +258,10 @@ def softmax(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape:
     return _call("softmax", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
-def attention(query: Expr, key: Expr, value: Expr, *, scale: float, out_shape: Sequence[int]) -> Any:
+def attention(
+    query: Expr, key: Expr, value: Expr, *, scale: float, out_shape: Sequence[int], out_dtype: str = "float32"
+) -> Any:
     """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, computed in float32."""
-    out_dtype = str(query.ty.dtype)
     return _call("attention", [query, key, value], {"scale": scale}, (), out_shape=out_shape, out_dtype=out_dtype)
 
 

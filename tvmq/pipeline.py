@@ -2,8 +2,8 @@
 
 layout      channels-last image tensors                                       graph/layout.py
 calibrate   the range of each tensor, over calibration data                   quantize/calibrate.py
-plan        what becomes integer, and why the rest does not                   quantize/plan.py
-annotate    explicit quantize and dequantize pairs                            quantize/annotate.py
+plan        what becomes integer or bfloat16, and why the rest does not       quantize/plan.py
+annotate    explicit quantize and dequantize pairs, and conversions           quantize/annotate.py
 realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
 lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py
 schedule    TVM legalizes the rest; a generic rule schedules it               kernels/schedule.py
@@ -119,10 +119,12 @@ def quantize(
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
     module = stages("layout", channels_last(model.module))
-    if not wants_integers(recipe):
+    if wanted_precisions(recipe) == {Precision.FP32}:
         return Quantized(module, module, None, float_decisions(module, "the recipe asks for float"))
-    report("calibrate", 0)
-    table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
+    table = None
+    if wants_integers(recipe):
+        report("calibrate", 0)
+        table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
     report("plan", 0)
     plan = make_plan(module, table, recipe, model.paths)
     report("annotate", 0)
@@ -162,7 +164,12 @@ def channels_last(module: tvm.IRModule) -> tvm.IRModule:
 
 def wants_integers(recipe: Recipe) -> bool:
     """Whether anything could become integer under `recipe`."""
-    return recipe.precision is not Precision.FP32 or any(rule.precision is not Precision.FP32 for rule in recipe.rules)
+    return Precision.INT8 in wanted_precisions(recipe)
+
+
+def wanted_precisions(recipe: Recipe) -> set[Precision]:
+    """Every precision that `recipe` asks for somewhere."""
+    return {recipe.precision, *(rule.precision for rule in recipe.rules)}
 
 
 def _with(lowered: Lowered, module: tvm.IRModule) -> Lowered:

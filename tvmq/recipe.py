@@ -23,6 +23,7 @@ class Precision(str, enum.Enum):
     """The arithmetic of an operator, or of a model's operators by default."""
 
     FP32 = "fp32"
+    BF16 = "bf16"
     INT8 = "int8"
 
 
@@ -120,7 +121,7 @@ class Recipe:
         for rule in self.rules:
             if rule.matches(kind, *names):
                 return rule.precision, f"rule {rule.match!r}"
-        if self.precision is Precision.INT8 and kind not in self.kinds:
+        if self.precision is Precision.INT8 and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
         return self.precision, "the recipe's precision"
 

@@ -54,7 +54,7 @@ def test_explain_has_a_row_an_operator_without_running(files, tvmq):
     assert all(row["reason"] for row in rows if row["precision"] == "fp32")
     assert all(row["ms"] is None for row in rows)
     text = tvmq("explain", files.bundle).out
-    assert "why it stayed float" in text
+    assert "why, and notes" in text
     assert len(text.splitlines()) == 1 + len(rows)
 
 

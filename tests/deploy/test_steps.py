@@ -63,20 +63,25 @@ def test_kernels_are_called_as_lowering_says_else_as_their_symbol() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "integer"),
+    ("kernel", "precision"),
     [
-        ("u8-s8-conv2d-6x32-avx2", True),
-        ("f32-s8-matmul-1x16-neon", True),
-        ("f32-u8-map", True),
-        ("s8-f32-map", True),
-        ("f32-f32-conv2d-6x16-avx2", False),
-        ("f32-f32-map", False),
-        ("tvm-transpose", False),
-        ("reshape", False),
+        ("u8-s8-conv2d-6x32-avx2", "int8"),
+        ("f32-s8-matmul-1x16-neon", "int8"),
+        ("f32-u8-map", "int8"),
+        ("s8-f32-map", "int8"),
+        ("u8-bf16-map", "int8"),
+        ("bf16-s8-conv2d-6x32-avx2", "int8"),
+        ("bf16-bf16-conv2d-14x32-avx512bf16", "bf16"),
+        ("f32-bf16-matmul-14x32-avx512bf16", "bf16"),
+        ("bf16-maxpool2d-3x3", "bf16"),
+        ("f32-f32-conv2d-6x16-avx2", "fp32"),
+        ("f32-f32-map", "fp32"),
+        ("tvm-transpose", "fp32"),
+        ("reshape", "fp32"),
     ],
 )
-def test_which_kernels_are_of_integers(kernel: str, integer: bool) -> None:
-    assert steps._integer(kernel) is integer
+def test_the_precision_of_a_kernel(kernel: str, precision: str) -> None:
+    assert steps._precision(kernel) == precision
 
 
 @pytest.mark.parametrize(

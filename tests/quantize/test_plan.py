@@ -222,7 +222,7 @@ class _Between(nn.Module):
     [
         (lambda x: functional.pad(x, (1, 1, 1, 1), value=1.0), "nn.pad", "pads with another value than zero"),
         (lambda x: functional.max_pool2d(x, 3, 2, ceil_mode=True), "nn.max_pool2d", "ceil_mode"),
-        (lambda x: torch.softmax(x, 1), "nn.softmax", "no integer kernel"),
+        (lambda x: torch.softmax(x, 1), "nn.softmax", "no integer or bfloat16 kernel"),
         (lambda x: torch.softmax(x, 1)[:, :, 1:], "strided_slice", "its input 'softmax"),
         (lambda x: functional.relu(torch.softmax(x, 1)), "unary", "its input 'softmax"),
         (lambda x: x + torch.softmax(x, 1), "add", "its input 'softmax"),

@@ -33,7 +33,7 @@ def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
     """One row an operator, as `tvmq explain --json` lists them."""
-    columns = ("layer", "op", "precision", "kernel", *(("ms",) if timed else ()), "why it stayed float, and notes")
+    columns = ("layer", "op", "precision", "kernel", *(("ms",) if timed else ()), "why, and notes")
     cells = (
         (
             row["path"],

@@ -30,14 +30,19 @@ from tvmq.files import scratch_folder
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
+from tvmq.quantize import numerics
 from tvmq.quantize.plan import Decision
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
 from tvmq.target import Target, describe
 
 Array = npt.NDArray[Any]
 # A float graph on another instruction set sums in another order: errors relative to the largest output.
 FLOAT_TOLERANCE = 1e-3
+# Sums in another order round to the next bfloat16 here and there, and later layers see it. Measured on the zoo, whose
+# random weights damp nothing: 0.3 % (ResNet-18) to 1.5 % (MobileNetV2), a third of what bfloat16 itself costs there.
+# Operator by operator, `verify` is as strict as ever.
+BF16_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,13 @@ class Product:
         return is_exact_graph(self.realized)
 
     @functools.cached_property
+    def tolerance(self) -> float:
+        """How far outputs that are not exact may be from the oracle's, relative to the largest."""
+        tensors = [var for var, _ in ir.calls(self.realized) if isinstance(var.ty, tvm.relax.TensorType)]
+        narrow = any(ir.dtype_of(var) == "bfloat16" for var in tensors)
+        return BF16_TOLERANCE if narrow else FLOAT_TOLERANCE
+
+    @functools.cached_property
     def parameters(self) -> tuple[bytes, list[dict[str, Any]]]:
         """The parameters as one block, and where each is: the check and the bundle read the same."""
         return bundle.pack_parameters(self.lowered.parameters)
@@ -86,32 +98,35 @@ def check(product: Product, library: bytes, expected: tuple[Array, ...]) -> None
         return
     executor = Executor(Bundle(_manifest(product), _members(product, library, expected)), LocalSession())
     for index, (want, got) in enumerate(zip(expected, executor(*product.model.example), strict=True)):
-        if not agrees(want, got, product.exact):
+        if not agrees(want, got, product.exact, product.tolerance):
             worst = float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max(initial=0.0))
             raise CheckFailed(
                 f"the compiled {product.model.name} disagrees with the oracle in output {index}",
-                expected="equal bits" if product.exact else f"a relative error below {FLOAT_TOLERANCE:g}",
+                expected="equal bits" if product.exact else f"a relative error below {product.tolerance:g}",
                 seen=f"a difference of {worst:.3g}",
                 hint="this is a bug in tvmq: please report the model",
             )
 
 
-def agrees(want: Array, got: Array, exact: bool) -> bool:
-    """Equal bits where `exact`; else floats within the tolerance, relative to the largest expected magnitude.
+def agrees(want: Array, got: Array, exact: bool, tolerance: float = FLOAT_TOLERANCE) -> bool:
+    """Equal bits where `exact`; else floats within `tolerance`, relative to the largest expected magnitude.
 
+    The last place of a bfloat16 (2**-7 of its value at most) may differ besides: a sum decides how it is rounded.
     Inexact integers came from floats that differ a little: of 8 bits they differ by one step at most; choices (an
     index, a comparison) may turn out otherwise.
     """
     if want.shape != got.shape or want.dtype != got.dtype:
         return False
     if exact:
-        return bool(np.array_equal(want, got, equal_nan=want.dtype.kind == "f"))
+        return bool(np.array_equal(want, got, equal_nan=want.dtype.kind in "fV"))
     if str(want.dtype) in ("int8", "uint8"):
         return bool((np.abs(want.astype(np.int32) - got) <= 1).all())
     if want.dtype.kind in "iub":
         return True
+    place = 2.0**-7 if want.dtype == numerics.BF16 else 0.0
+    want, got = numerics.widened(want), numerics.widened(got)
     scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
-    return bool(np.allclose(want, got, rtol=0.0, atol=FLOAT_TOLERANCE * scale + 1e-12, equal_nan=True))
+    return bool(np.allclose(want, got, rtol=place, atol=tolerance * scale + 1e-12, equal_nan=True))
 
 
 def runs_here(target: Target) -> bool:
@@ -145,6 +160,7 @@ def _manifest(product: Product) -> dict[str, Any]:
         "calibration_sha256": product.table.sha256() if product.table else None,
         "versions": {name: _version(name) for name in ("tvmq", "apache-tvm", "apache-tvm-ffi", "torch", "numpy")},
         "exact": product.exact,
+        "tolerance": product.tolerance,
         "operators": operators(product),
         "parameters": index,
         "packed": {
@@ -199,7 +215,7 @@ def operators(product: Product) -> list[dict[str, Any]]:
                 "precision": decision.precision.value,
                 "kernel": step.kernel if step else "fused with a neighbour",
                 "step": step.out if step else "",
-                "reason": "" if decision.precision is Precision.INT8 else decision.reason,
+                "reason": decision.reason,
                 "note": product.lowered.notes.get(step.out, "") if step else "",
             }
         )

@@ -200,6 +200,8 @@ _REQUIRED: dict[str, type] = {
     "versions": dict,
     "parameters": list,
     "steps": list,
+    "exact": bool,
+    "tolerance": float,
     "operators": list,
     "members": dict,
 }

@@ -61,7 +61,7 @@ def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
             symbol = str(value.args[0].name_hint)
             title = kernels.get(results[0].name) or _title(symbol)
             args = tuple(_argument(arg, names) for arg in value.args[1].fields)
-            steps.append(Step(symbol, args, results, title, "int8" if _integer(title) else "fp32"))
+            steps.append(Step(symbol, args, results, title, _precision(title)))
         elif ir.is_call(value, "reshape"):
             steps.append(Step("", (_argument(value.args[0], names),), results, "reshape", ""))
     return steps
@@ -151,9 +151,13 @@ def _number(word: str) -> float:
     return int(word) if re.fullmatch(r"-?\d+", word) else float(word)
 
 
-def _integer(kernel: str) -> bool:
-    """Whether a kernel reads or writes 8-bit integers: the first parts of its name are dtypes."""
-    return bool(re.match(r"([us]8-|f32-[us]8-)", kernel))
+def _precision(kernel: str) -> str:
+    """The narrowest of what a kernel reads and writes: the first parts of its name are dtypes."""
+    dtypes = re.match(r"((f32|bf16|[us]8)-)*", kernel)
+    names = dtypes[0].split("-") if dtypes else []
+    if "u8" in names or "s8" in names:
+        return "int8"
+    return "bf16" if "bf16" in names else "fp32"
 
 
 class StepRunner:

@@ -119,12 +119,21 @@ def anchor_kind(call: Any) -> str | None:
     return None
 
 
+def has_attention_kernel(call: Any) -> bool:
+    """Whether `call` is a relax.nn.attention of float32 [N, S, heads, depth] without mask or window."""
+    if not ir.is_call(call, "nn.attention"):
+        return False
+    a = call.attrs
+    plain = len(call.args) == 3 and a.causal_mask is None and a.window_size is None
+    return plain and ir.dtype_of(call) == "float32" and all(ir.is_static(arg) for arg in call.args)
+
+
 def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
-    """Whether a weight, if there is one, is a constant, or a constant behind a dequantize."""
+    """Whether a weight, if there is one, is a constant, or a constant behind a dequantize or a conversion."""
     if len(call.args) < 2 or ir.is_constant(call.args[1]) or not ir.is_call(call, "nn.conv2d", "matmul"):
         return True
     weight: Any = values.get(call.args[1])
-    return ir.is_call(weight, "dequantize") and ir.is_constant(weight.args[0])
+    return ir.is_call(weight, "dequantize", "astype") and ir.is_constant(weight.args[0])
 
 
 def _is_channels_last_conv2d(call: Any) -> bool:

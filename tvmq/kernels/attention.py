@@ -29,6 +29,7 @@ class Attention:
     rows: int
     vectors: int
     dtype: str
+    out_dtype: str
 
     def function(self) -> Any:
         """The PrimFunc: (query, key, value, out)."""
@@ -40,7 +41,7 @@ class Attention:
             (self.shape, self.dtype),
             ((n, self.keys, heads, depth), self.dtype),
             ((n, self.keys, heads, self.depth_out), self.dtype),
-            ((n, s, heads, self.depth_out), self.dtype),
+            ((n, s, heads, self.depth_out), self.out_dtype),
         )
         step = self.lanes * self.vectors
         padded = -(-self.keys // step) * step

@@ -94,7 +94,7 @@ def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
 def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.attention`."""
     query, key, value = call.args
-    m, dtype = lowering.float, dtype_of(query)
+    m, dtype, out_dtype = lowering.float, dtype_of(query), ir.dtype_of(call)
     # Two vectors of keys a tile row leave most registers to queries, which share the loads of keys and values.
     vectors = 2
     rows = min(ir.shape_of(query)[1], (m.registers - vectors - 1) // vectors, 12)
@@ -107,7 +107,8 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
         rows,
         vectors,
         dtype,
+        out_dtype,
     )
-    title = f"{SHORT[dtype]}-{SHORT[dtype]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
+    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
     lowering.names[name] = title
-    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), dtype)
+    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), out_dtype)

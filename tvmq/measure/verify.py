@@ -20,6 +20,7 @@ from tvmq.deploy.executor import Executor
 from tvmq.deploy.session import connect
 from tvmq.deploy.steps import Step, StepRunner
 from tvmq.kernels.lowering import Packing
+from tvmq.quantize import numerics
 
 Array = npt.NDArray[Any]
 
@@ -93,17 +94,20 @@ def verify(
             if made.name not in oracle.tensors:
                 unchecked.append(made.name)
                 continue
-            want, got = oracle.tensors[made.name], executor.session.fetch(result)
+            # The device holds the bits of bfloat16.
+            want = oracle.tensors[made.name]
+            got = executor.session.fetch(result)
+            got = got.view(want.dtype) if want.dtype == numerics.BF16 else got
             check = _compare(made.name, step, want, got, oracle.is_exact(made.name, step))
             if not check.agrees and save is not None and all(earlier.agrees for earlier in checks):
                 _save(Path(save), made.name, [executor.session.fetch(arg) for arg in args], want, got)
             checks.append(check)
             # The next operators read what the oracle says, so that each is judged alone.
-            tensors[made.name] = executor.session.tensor(want)
-    exact = bool(bundle.manifest.get("exact"))
+            tensors[made.name] = executor.session.tensor(want.view(made.dtype))
+    exact, tolerance = bool(bundle.manifest["exact"]), float(bundle.manifest["tolerance"])
     # The oracle reads the bundle's own weights: what these should give is in the golden pair.
     wanted = oracle.outputs if inputs is not None else bundle.golden()[1]
-    agree = all(agrees(want, got, exact) for want, got in zip(wanted, executor(*arrays), strict=True))
+    agree = all(agrees(want, got, exact, tolerance) for want, got in zip(wanted, executor(*arrays), strict=True))
     return Verification(str(bundle.path or bundle.manifest["name"]), device, checks, unchecked, agree)
 
 
@@ -146,11 +150,13 @@ def _weights(bundle: Bundle) -> list[Array]:
 
 
 def _compare(name: str, step: Step, want: Array, got: Array, exact: bool) -> OpCheck:
+    agree = agrees(want, got, exact)
+    want, got = numerics.widened(want), numerics.widened(got)
     with np.errstate(invalid="ignore"):  # infinity less infinity
         difference = np.nan_to_num(np.abs(want.astype(np.float64) - got.astype(np.float64)))
     differing = int(((want != got) & ~(_is_nan(want) & _is_nan(got))).sum())
     largest = float(difference.max(initial=0.0))
-    return OpCheck(name, step.kernel, step.precision, agrees(want, got, exact), want.size, differing, largest)
+    return OpCheck(name, step.kernel, step.precision, agree, want.size, differing, largest)
 
 
 def _is_nan(array: Array) -> Array:
@@ -160,4 +166,4 @@ def _is_nan(array: Array) -> Array:
 def _save(folder: Path, name: str, args: list[Array], want: Array, got: Array) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for label, array in [*((f"arg{i}", a) for i, a in enumerate(args)), ("expected", want), ("got", got)]:
-        np.save(folder / f"{name}.{label}.npy", array, allow_pickle=False)
+        np.save(folder / f"{name}.{label}.npy", numerics.widened(array), allow_pickle=False)

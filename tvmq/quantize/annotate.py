@@ -1,6 +1,7 @@
-"""Inserts QDQ: explicit quantize and dequantize pairs that say what becomes integer.
+"""Inserts QDQ: explicit quantize and dequantize pairs that say what becomes integer, and conversions to bfloat16.
 
     y = conv2d(x, w)   ->   q = quantize(x, s, z);  d = dequantize(q, s, z);  y = conv2d(d, dequantize(w_q, s_w, 0))
+    y = conv2d(x, w)   ->   h = astype(x, bfloat16);  d = astype(h, float32);  y = conv2d(d, astype(w_h, float32))
 
 The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on
 the target.
@@ -9,6 +10,7 @@ the target.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,10 @@ CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
     """The module with a QDQ pair on each planned tensor and each planned constant weight."""
     pairs: dict[Any, Any] = {}  # old variable -> its dequantized twin
-    readers = _integer_readers(plan)
-    weights = {chain.anchor: chain for chain in plan.chains if chain.end in plan.integer and chain.kind in CHANNEL_AXIS}
+    rounded: dict[Any, Any] = {}  # old variable -> its twin that went through bfloat16
+    integer = _readers(plan, plan.integer, plan.qparams.keys())
+    narrow = _readers(plan, plan.narrow, plan.stored)
+    weights = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
 
     def pair(state: ir.Rewrite, old: Any, new: Any) -> Any:
         if old not in pairs:
@@ -43,37 +47,50 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
             pairs[old] = state.emit(relax.op.dequantize(q, scale, zero_point, axis=-1), f"{name}_dq")
         return pairs[old]
 
+    def through_bfloat16(state: ir.Rewrite, old: Any, new: Any) -> Any:
+        if old not in rounded:
+            half = state.emit(relax.op.astype(new, "bfloat16"), f"{old.name}_bf16")
+            rounded[old] = state.emit(relax.op.astype(half, "float32"), f"{old.name}_f32")
+        return rounded[old]
+
     def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
         old = state.current
         new = value
-        if old in readers and ir.is_call(value):
-            new = ir.substitute(value, _twins(state, value, readers[old] - plan.produced, pair))
-        if old in weights:
-            chain = weights[old]
+        if old in integer and ir.is_call(value):
+            new = ir.substitute(value, _twins(state, value, integer[old] - plan.produced, pair))
+        elif old in narrow and ir.is_call(value):
+            new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_bfloat16))
+        chain = weights.get(old)
+        if chain is not None and chain.end in plan.integer:
             weight = _weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe.per_channel)
+            new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
+        elif chain is not None and chain.end in plan.narrow:
+            weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
+        if old in plan.narrow and old in plan.stored:
+            return through_bfloat16(state, old, state.emit(new, name))
         return new if new is not value else None
 
     return ir.rewrite(module, visit)
 
 
-def _integer_readers(plan: Plan) -> dict[Any, set[Any]]:
-    """Variables computed in integers (chain members included) -> the quantized tensors that they read."""
-    readers: dict[Any, set[Any]] = {}
+def _readers(plan: Plan, computed: AbstractSet[Any], stored: AbstractSet[Any]) -> dict[Any, AbstractSet[Any]]:
+    """Variables in `computed` (chain members included) -> the tensors of `stored` that they read as such."""
+    readers: dict[Any, AbstractSet[Any]] = {}
     for chain in plan.chains:
-        if chain.end in plan.integer:
-            for member in chain.members:
-                # A float tensor that is added stays float, even where somebody else reads it quantized.
-                added = [x for x in chain.activations[1:] if x in plan.integer]
-                readers[member] = {x for x in (chain.x, *added) if x in plan.qparams}
-    for var in plan.integer:
-        readers.setdefault(var, set(plan.qparams))
+        if chain.end in computed:
+            # A float tensor that is only added or mapped stays float, even where somebody else reads it stored.
+            pulled = {chain.x} if chain.kind in CHANNEL_AXIS else set()
+            read = {x for x in chain.activations if x in stored and (x in computed or x in pulled)}
+            readers.update(dict.fromkeys(chain.members, read))
+    for var in computed:
+        readers.setdefault(var, stored)
     return readers
 
 
-def _twins(state: ir.Rewrite, value: Any, tensors: set[Any], pair: Pair) -> dict[Any, Any]:
+def _twins(state: ir.Rewrite, value: Any, tensors: AbstractSet[Any], pair: Pair) -> dict[Any, Any]:
     """The operands of `value` that stand for `tensors` (made by float operators), and their dequantized twins."""
     origins = {operand: state.old_of.get(operand, operand) for operand in ir.operands(value)}
     return {operand: pair(state, old, operand) for operand, old in origins.items() if old in tensors}

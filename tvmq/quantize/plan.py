@@ -2,6 +2,7 @@
 
 Convolutions and matmuls with constant weights pull their inputs into int8. Everything else (adds, pools, activations,
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
+What is to be bfloat16 is decided in narrow.py.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Any
 import tvm
 
 from tvmq import ir
-from tvmq.graph.fusion import FLOAT_ANCHORS, Chain, find_chains
+from tvmq.graph.fusion import FLOAT_ANCHORS, Chain, find_chains, has_attention_kernel
+from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Precision, Recipe
 
-MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice")
 # Operators whose result holds elements of their input only, so that both have one range.
-PASS_THROUGH = (*MOVES, "nn.pad", "nn.max_pool2d")
+PASS_THROUGH = (*MOVES, "nn.max_pool2d")
 
 
 @dataclass(frozen=True)
@@ -38,64 +39,93 @@ class Plan:
     """`qparams`: the variables to quantize. `integer`: chain ends and other variables computed in integers.
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
+    `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16.
     """
 
     chains: tuple[Chain, ...]
     qparams: Mapping[Any, QParams]
     integer: frozenset[Any]
     produced: frozenset[Any]
+    narrow: frozenset[Any]
+    stored: frozenset[Any]
     decisions: tuple[Decision, ...]
 
 
-def make_plan(module: tvm.IRModule, table: CalibrationTable, recipe: Recipe, paths: Mapping[str, str]) -> Plan:
-    """The plan for a float module, from the calibration table and the recipe."""
+def make_plan(module: tvm.IRModule, table: CalibrationTable | None, recipe: Recipe, paths: Mapping[str, str]) -> Plan:
+    """The plan for a float module, from the recipe and, where that asks for integers, the calibration table."""
     return _Planner(module, table, recipe, paths).plan()
 
 
 class _Planner:
-    def __init__(self, module: tvm.IRModule, table: CalibrationTable, recipe: Recipe, paths: Mapping[str, str]) -> None:
-        self.module, self.table, self.recipe, self.paths = module, table, recipe, paths
+    def __init__(
+        self, module: tvm.IRModule, table: CalibrationTable | None, recipe: Recipe, paths: Mapping[str, str]
+    ) -> None:
+        self.module, self.recipe, self.paths = module, recipe, paths
+        self.entries = table.tensors if table is not None else {}
         self.chains = find_chains(module)
         self.chain_of_end = {chain.end: chain for chain in self.chains}
         self.inside = {member for chain in self.chains for member in chain.members[:-1]}
         self.integer: set[Any] = set()
         self.wanted: set[Any] = set()
-        self.decisions: list[Decision] = []
+        self.asked: set[Any] = set()  # for bfloat16
+        self.decisions: dict[Any, Decision] = {}
 
     def plan(self) -> Plan:
         for var, call in ir.calls(self.module):
             if var not in self.inside:
                 self._decide(var, call)
         source = self._propagate()
+        narrowed = narrow(self.module, self.chains, self.asked)
+        for var in narrowed.computed:
+            self._renote(var, Precision.BF16, "")
+        for var, reason in narrowed.reasons.items():
+            self._renote(var, Precision.FP32, reason)
         variables = (*ir.main(self.module).params, *(var for var, _ in ir.bindings(self.module)))
         wanted = [var for var in variables if var in self.wanted]
-        qparams = {var: self.table.tensors[str(source[var].name)].qparams for var in wanted}
+        qparams = {var: self.entries[str(source[var].name)].qparams for var in wanted}
         produced = frozenset(var for var in self.wanted if var in self.integer)
-        return Plan(tuple(self.chains), qparams, frozenset(self.integer), produced, tuple(self.decisions))
+        integer, decisions = frozenset(self.integer), tuple(self.decisions.values())
+        return Plan(tuple(self.chains), qparams, integer, produced, narrowed.computed, narrowed.stored, decisions)
 
     def _decide(self, var: Any, call: Any) -> None:
         chain = self.chain_of_end.get(var)
         kind = chain.kind if chain else ir.op_name(call)
+        precision, why = self._asked(chain, var, call)
+        if precision is Precision.BF16:
+            self.asked.add(var)
+            self._note(var, kind, precision, "")
+            return
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
-            reason = "both operands are activations" if two else "no integer kernel for this operator"
+            reason = "both operands are activations" if two else "no integer or bfloat16 kernel for this operator"
             self._note(var, kind, Precision.FP32, reason)
             return
-        declined = self._chain_reason(chain) if chain else self._follower_reason(var, call)
+        declined = why if precision is Precision.FP32 else None
+        if declined is None:
+            declined = self._chain_reason(chain) if chain else self._follower_reason(var, call)
         if declined is None:
             self.integer.add(var)
             self._note(var, kind, Precision.INT8, "")
         else:
             self._note(var, kind, Precision.FP32, declined)
 
+    def _asked(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
+        """The precision that the recipe asks for, and why; None for operators that only follow their inputs."""
+        if chain is not None:
+            names = {str(member.name) for member in chain.members}
+            return self.recipe.precision_of(chain.kind, *names, *(self.paths.get(name, name) for name in names))
+        kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call))
+        if has_attention_kernel(call):
+            kind = "attention"
+        if kind is None:
+            return None, ""
+        name = str(var.name)
+        return self.recipe.precision_of(kind, name, self.paths.get(name, name))
+
     def _chain_reason(self, chain: Chain) -> str | None:
         """Why a chain stays float; None where it becomes integer (and then its inputs are wanted)."""
         if chain.kind in FLOAT_ANCHORS:
-            return "no integer kernel for this operator"
-        names = {str(member.name) for member in chain.members}
-        precision, why = self.recipe.precision_of(chain.kind, *names, *(self.paths.get(name, name) for name in names))
-        if precision is Precision.FP32:
-            return why
+            return "no integer or bfloat16 kernel for this operator"
         # A convolution reads its input as integers whoever made it; other kinds only what is integer already.
         anchored = chain.kind in ("conv2d", "matmul")
         needed = [chain.x] if anchored else chain.activations
@@ -116,18 +146,12 @@ class _Planner:
                 return "one of its inputs is a constant"
             if source not in self.integer:
                 return f"its input {_name(source)} is float"
-        if declined := no_integer_form(call):
+        if declined := no_stored_form(call):
             return declined
-        kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call))
-        if kind is not None:
-            name = str(var.name)
-            precision, why = self.recipe.precision_of(kind, name, self.paths.get(name, name))
-            if precision is Precision.FP32:
-                return why
         return next((missing for tensor in [*sources, var] if (missing := self._missing(tensor))), None)
 
     def _missing(self, var: Any) -> str | None:
-        entry = self.table.tensors.get(str(var.name))
+        entry = self.entries.get(str(var.name))
         if entry is None:
             return f"{_name(var)} is not in the calibration table"
         return f"the calibration table keeps {_name(var)} float" if entry.keep_float else None
@@ -142,10 +166,10 @@ class _Planner:
             if var in self.wanted and var in self.integer and var not in self.chain_of_end:
                 self.wanted.update(ir.operands(values[var]))
         # A pass-through operator whose result nobody wants as integers is better done in float, next to its reader.
-        for var, call in ir.calls(self.module):
+        for var, _ in ir.calls(self.module):
             if var in self.integer and var not in self.chain_of_end and var not in self.wanted:
                 self.integer.discard(var)
-                self._renote(var, call)
+                self._renote(var, Precision.FP32, "nobody reads its result as integers")
         source: dict[Any, Any] = {var: var for var in self.wanted}
         for var, call in ir.calls(self.module):
             if var in self.wanted and var in self.integer and ir.is_call(call, *PASS_THROUGH):
@@ -153,25 +177,10 @@ class _Planner:
         return source
 
     def _note(self, var: Any, kind: str, precision: Precision, reason: str) -> None:
-        self.decisions.append(Decision(str(var.name), kind, precision, reason))
+        self.decisions[var] = Decision(str(var.name), kind, precision, reason)
 
-    def _renote(self, var: Any, call: Any) -> None:
-        reason = "nobody reads its result as integers"
-        name = str(var.name)
-        self.decisions = [
-            Decision(name, d.kind, Precision.FP32, reason) if d.name == name else d for d in self.decisions
-        ]
-
-
-def no_integer_form(call: Any) -> str | None:
-    """Why a concat or pass-through operator cannot be computed on integers; None where it can."""
-    if ir.is_call(call, "nn.pad") and not (
-        str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0.0
-    ):
-        return "pads with another value than zero"
-    if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
-        return "max pooling in this layout or with ceil_mode has no integer kernel"
-    return None
+    def _renote(self, var: Any, precision: Precision, reason: str) -> None:
+        self._note(var, self.decisions[var].kind, precision, reason)
 
 
 def _tensors(call: Any) -> list[Any]:

@@ -3,12 +3,14 @@
     quantize(relu(add(conv2d(dequantize(x), dequantize(w)), b)), s, z)
       ->  tvmq.conv2d(x, w, b_int32, m; epilogue = bias, scale, quantize(z, max(qmin, z), qmax))
 
-Chains without QDQ become float tvmq operators in the same way, so that one pass does all fusion. 8-bit activations are
-stored as `storage` asks ("int8", or "uint8" = the same number plus 128): the values that they stand for are the same.
+Chains without QDQ become float tvmq operators in the same way, so that one pass does all fusion; conversions to
+bfloat16 and back say what float operators read and make. 8-bit activations are stored as `storage` asks ("int8", or
+"uint8" = the same number plus 128): the values that they stand for are the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +24,39 @@ from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
 from tvmq.quantize import numerics
 from tvmq.quantize.annotate import CHANNEL_AXIS
-from tvmq.quantize.plan import PASS_THROUGH, no_integer_form
+from tvmq.quantize.narrow import no_stored_form
+from tvmq.quantize.plan import PASS_THROUGH
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored 8-bit tensor: its new variable, its scale, and its zero point in storage."""
+    """A stored tensor: its new variable and dtype, and, of 8-bit ones, its scale and its zero point in storage."""
 
     var: Any
-    scale: float
-    zero_point: int
+    dtype: str
+    scale: float = 1.0
+    zero_point: int = 0
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it stands for quantized values; otherwise it is bfloat16."""
+        return self.dtype != "bfloat16"
+
+    def like(self, other: Stored) -> bool:
+        """Whether equal elements of both mean equal values."""
+        return dataclasses.replace(self, var=None) == dataclasses.replace(other, var=None)
+
+    @property
+    def to_float(self) -> ops.Epilogue:
+        """The steps that turn a loaded element into its value."""
+        return (ops.Dequantize(self.scale, self.zero_point),) if self.is_integer else ()
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight's constant, and its float32 [channels] scales; None for a float weight."""
+    """A weight's constant, and its float32 [channels] scales; None for float32 and bfloat16 weights."""
 
     value: Any
     scales: Array | None
@@ -57,7 +75,7 @@ class _Realizer:
         self.readers = ir.users(module)
         self.chain_of_end = {chain.end: chain for chain in find_chains(module)}
         self.inside = {m for chain in self.chain_of_end.values() for m in chain.members[:-1]}
-        self.stored: dict[Any, Stored] = {}  # old quantize variable -> what stands for it
+        self.stored: dict[Any, Stored] = {}  # old variable of a quantize or a rounding -> what stands for it
 
     def run(self) -> tvm.IRModule:
         return ir.rewrite(self.module, self._visit)
@@ -66,55 +84,66 @@ class _Realizer:
         old = state.current
         if old in self.inside or not ir.is_call(value):
             return None
-        if ir.is_call(value, "quantize"):
-            return self._quantize(state, name, value)
-        if ir.is_call(value, "dequantize"):
-            return self._dequantize(old, value)
-        if ir.is_call(value, "nn.attention"):
-            return _attention(value)
-        if ir.is_call(value, "nn.max_pool2d") and ir.dtype_of(value) == "float32" and not no_integer_form(value):
+        if _stores(value):
+            return self._store(state, name, value)
+        if ir.is_call(value, "dequantize", "astype"):
+            return self._load(old, value)
+        if fusion.has_attention_kernel(value):
+            return self._attention(state, self.values[old], None)
+        if ir.is_call(value, "nn.max_pool2d") and ir.dtype_of(value) == "float32" and not no_stored_form(value):
             return _max_pool(value, value.args[0], "float32")
-        if old in self.chain_of_end and not self._only_quantized(old):
+        if old in self.chain_of_end and not self._only_stored(old):
             return self._chain(state, self.chain_of_end[old], None)
         return None
 
-    def _dequantize(self, old: Any, value: Any) -> Any:
-        """The float values of a stored tensor, for those that want them; None for a weight."""
+    def _load(self, old: Any, value: Any) -> Any:
+        """The float32 values of a stored tensor, for those that want them; None for a weight."""
         stored = self.stored.get(self.values[old].args[0])
         if stored is None:
             return None
-        step = ops.Dequantize(stored.scale, stored.zero_point)
-        return ops.elementwise(stored.var, (), (step,), out_shape=ir.shape_of(value), out_dtype="float32")
+        return ops.elementwise(stored.var, (), stored.to_float, out_shape=ir.shape_of(value), out_dtype="float32")
 
-    def _only_quantized(self, var: Any) -> bool:
-        """Whether the one reader of `var` is a quantize, which then realizes the chain."""
+    def _only_stored(self, var: Any) -> bool:
+        """Whether the one reader of `var` is a quantize or a rounding, which then realizes the chain."""
         readers = self.readers.get(var, [])
-        return len(readers) == 1 and readers[0] is not None and ir.is_call(self.values[readers[0]], "quantize")
+        return len(readers) == 1 and readers[0] is not None and _stores(self.values[readers[0]])
 
-    def _quantize(self, state: ir.Rewrite, name: str, value: Any) -> Any:
-        """What stands for a quantize: the chain, pass-through operator or concat before it, or a map of its own."""
+    def _store(self, state: ir.Rewrite, name: str, value: Any) -> Any:
+        """What stands for a quantize or a rounding: the operator before it, or a map of its own."""
         call = self.values[state.current]
-        scale = float(ir.to_numpy(call.args[1]))
-        zero_point = int(ir.to_numpy(call.args[2])) + self.offset
-        out = Stored(None, scale, zero_point)
-        producer_var = call.args[0]
-        producer = self.values.get(producer_var)
-        new = None
-        if self._only_quantized(producer_var):
-            if producer_var in self.chain_of_end:
-                new = self._chain(state, self.chain_of_end[producer_var], out)
-            elif ir.is_call(producer, *PASS_THROUGH):
-                new = self._pass_through(producer, out)
-            elif ir.is_call(producer, "concat"):
-                new = self._concat(producer, out)
+        out = self._stored_as(call)
+        producer = call.args[0]
+        new = self._producer(state, producer, out) if self._only_stored(producer) else None
         if new is None:
-            steps = (ops.Multiply(float(numerics.reciprocal(scale))), self._to_integer(out))
-            new = ops.elementwise(value.args[0], (), steps, out_shape=ir.shape_of(value), out_dtype=self.storage)
+            source = self._source(producer)
+            x, steps = (value.args[0], ()) if source is None else (source.var, source.to_float)
+            if out.is_integer:
+                steps = (*steps, ops.Multiply(float(numerics.reciprocal(out.scale))), self._to_integer(out))
+            new = ops.elementwise(x, (), steps, out_shape=ir.shape_of(value), out_dtype=out.dtype)
         else:
-            name = str(producer_var.name)
+            name = str(producer.name)
         var = state.emit(new, name)
-        self.stored[state.current] = Stored(var, scale, zero_point)
+        self.stored[state.current] = dataclasses.replace(out, var=var)
         return var
+
+    def _stored_as(self, call: Any) -> Stored:
+        if ir.is_call(call, "astype"):
+            return Stored(None, "bfloat16")
+        scale, zero_point = float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2]))
+        return Stored(None, self.storage, scale, zero_point + self.offset)
+
+    def _producer(self, state: ir.Rewrite, var: Any, out: Stored) -> Any:
+        """The operator of an old variable, making it as `out`; None where it makes floats."""
+        call = self.values.get(var)
+        if var in self.chain_of_end:
+            return self._chain(state, self.chain_of_end[var], out)
+        if ir.is_call(call, *PASS_THROUGH):
+            return self._pass_through(call, out)
+        if ir.is_call(call, "concat"):
+            return self._concat(call, out)
+        if call is not None and fusion.has_attention_kernel(call) and not out.is_integer:
+            return self._attention(state, call, out)
+        return None
 
     def _to_integer(self, out: Stored, low: float | None = None, high: float | None = None) -> ops.Quantize:
         """The quantize step for `out`; [low, high] in units of its scale narrow the range: rounding keeps order."""
@@ -126,23 +155,25 @@ class _Realizer:
         return ops.Quantize(out.zero_point, qmin, qmax, self.storage)
 
     def _source(self, var: Any) -> Stored | None:
-        """The stored tensor that an old float variable dequantizes; None where it is float."""
+        """The stored tensor whose float32 values an old variable holds; None where it was float32 all along."""
         call: Any = self.values.get(var)
-        return self.stored.get(call.args[0]) if ir.is_call(call, "dequantize") else None
+        return self.stored.get(call.args[0]) if ir.is_call(call, "dequantize", "astype") else None
 
     # --- chains ---
 
     def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None) -> Any:
-        """One tvmq operator for `chain`, quantized as `out` asks, or float where that is None."""
-        x = None if chain.kind in fusion.FLOAT_ANCHORS else self._source(chain.x)
+        """One tvmq operator for `chain`, stored as `out` asks, or float32 where that is None."""
+        x = self._source(chain.x)
+        if chain.kind in fusion.FLOAT_ANCHORS and x is not None and x.is_integer:
+            x = None
         weight = None
         if chain.kind in CHANNEL_AXIS:
             weight = self._weight(chain)
             if weight is None:
                 return None
-            if weight.scales is None:
-                x = None  # a float weight: x is read as float, whatever it was made from
-            elif x is None:
+            if ir.dtype_of(weight.value) == "float32":
+                x = None  # x is read as float32, whatever it was made from
+            elif x is None or x.is_integer != (weight.scales is not None):
                 return None
         sums = _Epilogue(self, state, chain, x, out)
         if weight is not None and weight.scales is not None:
@@ -156,6 +187,8 @@ class _Realizer:
         if ir.is_constant(expr):
             return _Weight(expr, None)
         call: Any = self.values.get(expr)
+        if ir.is_call(call, "astype") and ir.is_constant(call.args[0]) and ir.dtype_of(call.args[0]) == "bfloat16":
+            return _Weight(call.args[0], None)
         if not ir.is_call(call, "dequantize") or not all(ir.is_constant(arg) for arg in call.args):
             return None
         scales, zero_points = (ir.to_numpy(arg) for arg in call.args[1:3])
@@ -171,7 +204,7 @@ class _Realizer:
         operand = x.var if x is not None else sums.state.new_of.get(chain.x, chain.x)
         common: dict[str, Any] = {
             "out_shape": ir.shape_of(chain.call),
-            "out_dtype": self.storage if sums.out is not None else "float32",
+            "out_dtype": sums.out_dtype,
         }
         zero = x.zero_point if x is not None else 0
         if weight is not None and chain.kind == "conv2d":
@@ -193,25 +226,37 @@ class _Realizer:
 
     def _pass_through(self, call: Any, out: Stored) -> Any:
         x = self._source(call.args[0])
-        if x is None or (x.scale, x.zero_point) != (out.scale, out.zero_point) or no_integer_form(call):
+        if x is None or not x.like(out) or no_stored_form(call):
             return None
         if ir.is_call(call, "nn.max_pool2d"):
-            return _max_pool(call, x.var, self.storage)
+            return _max_pool(call, x.var, out.dtype)
         if ir.is_call(call, "nn.pad"):
             return relax.op.nn.pad(x.var, call.attrs.pad_width, "constant", float(out.zero_point))
         return relax.Call(call.op, [x.var, *call.args[1:]], call.attrs)
 
     def _concat(self, call: Any, out: Stored) -> Any:
-        sources = [self._source(field) for field in call.args[0].fields]
-        if any(source is None for source in sources):
+        found = [self._source(field) for field in call.args[0].fields]
+        sources = [source for source in found if source is not None and source.dtype == out.dtype]
+        if len(sources) < len(found):
             return None
-        epilogues = [self._rescale(source, out) for source in sources if source is not None]
-        tensors = [source.var for source in sources if source is not None]
+        epilogues = [self._rescale(source, out) for source in sources]
+        tensors = [source.var for source in sources]
         axis = int(call.attrs.axis) % len(ir.shape_of(call))
-        return ops.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=self.storage)
+        return ops.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
+
+    def _attention(self, state: ir.Rewrite, call: Any, out: Stored | None) -> Any:
+        """`tvmq.attention` for an old call: on bfloat16 where all three operands are stored so."""
+        sources = [self._source(arg) for arg in call.args]
+        args = [source.var for source in sources if source is not None and not source.is_integer]
+        if len(args) < len(sources):
+            args = [state.new_of.get(arg, arg) for arg in call.args]
+        depth = ir.shape_of(call.args[0])[3]
+        scale = float(np.float32(depth**-0.5)) if call.attrs.scale is None else float(call.attrs.scale)
+        out_dtype = out.dtype if out is not None else "float32"
+        return ops.attention(*args, scale=scale, out_shape=ir.shape_of(call), out_dtype=out_dtype)
 
     def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
-        if (x.scale, x.zero_point) == (out.scale, out.zero_point):
+        if x.like(out):
             return ()
         return ops.Dequantize(float(np.float32(x.scale / out.scale)), x.zero_point), self._to_integer(out)
 
@@ -220,23 +265,27 @@ class _Epilogue:
     """Builds the steps and operands of one chain's epilogue.
 
     Linear chains (bias, residual, limits) are computed in units of the output's scale, which saves a multiplication;
-    a chain with an activation function or a float residual is computed in real units and divided at the end.
+    a chain with an activation function or a float residual is computed in real units and divided at the end. What is
+    bfloat16 needs no steps: its elements are widened and rounded as they are read and written.
     """
 
     def __init__(
         self, realizer: _Realizer, state: ir.Rewrite, chain: Chain, x: Stored | None, out: Stored | None
     ) -> None:
-        self.realizer, self.state, self.chain, self.x, self.out = realizer, state, chain, x, out
+        self.realizer, self.state, self.chain, self.x = realizer, state, chain, x
+        self.out_dtype = out.dtype if out is not None else "float32"
+        self.out = out if out is not None and out.is_integer else None
+        integers = x if x is not None and x.is_integer else None
         self.steps: list[ops.Step] = []
         self.operands: list[Any] = []
         self.followers = list(chain.followers)
-        self.unit = out.scale if out is not None and self._linear() else 1.0
-        if x is not None and chain.kind in ("add", "unary"):
-            self.steps.append(ops.Dequantize(float(np.float32(x.scale / self.unit)), x.zero_point))
-        elif x is not None and chain.kind == "avg_pool2d":
-            self.steps.append(ops.Multiply(float(np.float32(x.scale / self.unit))))
-        elif x is None and self.unit != 1.0:
+        self.unit = self.out.scale if self.out is not None and self._linear() else 1.0
+        if integers is None:
             self.unit = 1.0
+        elif chain.kind in ("add", "unary"):
+            self.steps.append(ops.Dequantize(float(np.float32(integers.scale / self.unit)), integers.zero_point))
+        elif chain.kind == "avg_pool2d":
+            self.steps.append(ops.Multiply(float(np.float32(integers.scale / self.unit))))
 
     def integer_products(self, weight_scales: Array) -> None:
         """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel."""
@@ -269,6 +318,8 @@ class _Epilogue:
                 source = self.realizer._source(operand)
                 if source is None:
                     self._operand(ops.Residual(), self.state.new_of.get(operand, operand))
+                elif not source.is_integer:
+                    self._operand(ops.Residual(), source.var)
                 else:
                     scale = float(np.float32(source.scale / self.unit))
                     self._operand(ops.Residual(scale, source.zero_point), source.var)
@@ -282,7 +333,8 @@ class _Epilogue:
     def _linear(self) -> bool:
         added = [f.operand for f in self.followers if isinstance(f, fusion.AddTensor)]
         activated = any(isinstance(f, fusion.Apply) for f in self.followers)
-        return not activated and all(self.realizer._source(operand) is not None for operand in added)
+        sources = [self.realizer._source(operand) for operand in added]
+        return not activated and all(source is not None and source.is_integer for source in sources)
 
     def _in_output_unit(self) -> bool:
         return self.out is not None and self.unit == self.out.scale
@@ -293,6 +345,13 @@ class _Epilogue:
     def _operand(self, step: ops.Step, operand: Any) -> None:
         self.steps.append(step)
         self.operands.append(operand)
+
+
+def _stores(call: Any) -> bool:
+    """Whether a call is a quantize, or the rounding of float32 to bfloat16."""
+    if ir.is_call(call, "astype"):
+        return ir.dtype_of(call) == "bfloat16"
+    return ir.is_call(call, "quantize")
 
 
 def _window(call: Any) -> dict[str, Any]:
@@ -323,15 +382,3 @@ def _max_pool(call: Any, x: Any, dtype: str) -> Any:
         "dilation": [int(v) for v in a.dilation],
     }
     return ops.max_pool2d(x, **geometry, out_shape=ir.shape_of(call), out_dtype=dtype)
-
-
-def _attention(call: Any) -> Any:
-    """relax.nn.attention of float32 [N, S, heads, depth] without mask; None where there is more to it."""
-    a = call.attrs
-    if len(call.args) != 3 or a.causal_mask is not None or a.window_size is not None or ir.dtype_of(call) != "float32":
-        return None
-    if not all(ir.is_static(arg) for arg in call.args):
-        return None
-    depth = ir.shape_of(call.args[0])[3]
-    scale = float(np.float32(depth**-0.5)) if a.scale is None else float(a.scale)
-    return ops.attention(*call.args, scale=scale, out_shape=ir.shape_of(call))
