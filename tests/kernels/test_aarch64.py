@@ -14,6 +14,8 @@ from tvmq.deploy.emulate import EmulatedBoard
 
 # target, and the processor that qemu is to be: no dot product, the same out of order, sdot.
 CORES = [("raspberry-pi-3b", "cortex-a53"), ("raspberry-pi-4b", "cortex-a72"), ("raspberry-pi-5", "cortex-a76")]
+# One with bfdot, for which qemu is everything that it can be.
+NARROW = ("graviton3", "max")
 
 
 def kernels() -> list[Case]:
@@ -39,6 +41,7 @@ def kernels() -> list[Case]:
         ),
         conv("float", floats((1, 6, 7, 5)), floats((9, 3, 3, 5)), padding=(1, 1, 1, 1)),
         conv("float_depthwise", floats((1, 6, 7, 9)), floats((9, 3, 3, 1)), groups=9),
+        *bfloat16(),
         matmul("matmul", integers((2, 3, 13), "int8"), weights((13, 31)), zero_point=100),
         matmul("row", integers((1, 64), "int8"), weights((64, 10)), zero_point=-100),
     ]
@@ -47,6 +50,19 @@ def kernels() -> list[Case]:
     epilogue = (operands, (bias, scale, ops.Residual(0.37, 12), ops.Clip(-60.5, None), last))
     cases.append(conv("residual", x, weights((17, 3, 3, 5)), padding=(1, 1, 1, 1), epilogue=epilogue, extra=(added,)))
     return cases
+
+
+def bfloat16() -> list[Case]:
+    def data(*shape: int, seed: int = 2) -> np.ndarray:
+        return floats(shape, seed, "bfloat16")
+
+    return [
+        conv("bf16", data(1, 6, 7, 5), data(9, 3, 3, 5, seed=3), padding=(1, 1, 1, 1)),
+        conv("bf16_grouped", data(1, 5, 5, 15), data(10, 3, 3, 3, seed=3), groups=5),
+        conv("bf16_depthwise", data(1, 6, 7, 9), data(9, 3, 3, 1, seed=3), groups=9),
+        matmul("bf16_matmul", data(2, 3, 13), data(13, 31, seed=3)),
+        a_map("bf16_map", data(3, 41, 33), (ops.Activate("silu"),), out="bfloat16"),
+    ]
 
 
 def float_arithmetic() -> list[Case]:
@@ -69,3 +85,10 @@ def float_arithmetic() -> list[Case]:
 def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None:
     with EmulatedBoard(board_root).start(cpu=cpu) as board:
         check([*kernels(), *float_arithmetic()], target_of(target), board)
+
+
+@pytest.mark.emulated
+def test_bfloat16_dot_products_are_the_oracle(board_root: Path) -> None:
+    target, cpu = NARROW
+    with EmulatedBoard(board_root).start(cpu=cpu) as board:
+        check(bfloat16(), target_of(target), board)

@@ -12,10 +12,7 @@ from tvmq import zoo
 from tvmq.errors import InputError, OutputError, TargetError
 from tvmq.measure import chart, peers, report, suite
 from tvmq.measure.suite_report import CELLS, Comparison, Row, Suite, compare
-from tvmq.recipe import Precision
 from tvmq.target import load_target
-
-KNOWN = [precision.value for precision in Precision]
 
 
 def subject(name: str, folder) -> peers.Subject:
@@ -48,10 +45,11 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
     assert row.note in found.to_markdown()
 
 
-def test_a_precision_that_tvmq_does_not_know_is_skipped_with_a_note(monkeypatch):
-    monkeypatch.setattr(suite, "PRECISIONS", (*KNOWN, "int3"))
-    found = suite.run(["tiny_image"], ["int3"], threads=1, rounds=2, with_peers=False)
-    assert [row.note for row in found.rows] == ["tvmq does not know int3 yet"]
+def test_bfloat16_is_measured_where_the_target_has_its_instructions():
+    if not suite.runs_here(load_target("x86-64-avx2")):
+        pytest.skip("this machine is below x86-64-avx2")
+    found = suite.run(["tiny_image"], ["bf16"], target="x86-64-avx2", threads=1, rounds=2, with_peers=False)
+    assert [row.note for row in found.rows] == ["x86-64-avx2 has no bfloat16 instructions"]
 
 
 def test_a_lower_level_that_this_machine_has_can_be_measured():

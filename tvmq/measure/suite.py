@@ -19,6 +19,7 @@ from tvmq.detect import detect_host
 from tvmq.errors import InputError, TargetError, nearest
 from tvmq.files import scratch_folder
 from tvmq.importer.load import import_model
+from tvmq.isa import Bf16
 from tvmq.measure.peers import Run, Subject, peers, samples
 from tvmq.measure.suite_report import OURS, Comparison, Row, Suite, compare
 from tvmq.pipeline import compile_model, wants_integers
@@ -113,8 +114,9 @@ class _Contest:
 
     def _ours(self, subject: Subject, precision: str) -> None:
         self.report(f"{self.name}: {OURS} {precision}")
-        if precision not in {known.value for known in Precision}:
-            self.absent.append(Row(self.name, OURS, precision, note=f"{OURS} does not know {precision} yet"))
+        if precision == Precision.BF16.value and self.target.isa.bf16 is Bf16.NONE:
+            note = f"{self.target.name} has no bfloat16 instructions"
+            self.absent.append(Row(self.name, OURS, precision, note=note))
             return
         self.runners[OURS, precision] = compiled(subject, precision, self.target).runner()
 
