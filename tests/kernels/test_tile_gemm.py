@@ -218,8 +218,10 @@ def reads(kernel: TileGemm) -> int:
 def test_no_tile_reads_past_the_input() -> None:
     rng = random.Random(0)
     seen = set()
-    for _ in range(150):
-        for kernel in kernels_of(random_conv(rng, "uint8"), "amx"):
+    cases = [random_conv(rng, "uint8") for _ in range(100)] + [random_case(rng, "uint8") for _ in range(50)]
+    cases += [a_matmul(dtype, 5, k, 17) for k in (1, 63, 65, 70, 127) for dtype in ("uint8", "bfloat16")]
+    for case in cases:
+        for kernel in kernels_of(case, "amx"):
             if isinstance(kernel, TileGemm):
                 seen.add(kernel.blocking.strips.flat)
                 assert reads(kernel) <= math.prod(kernel.x_shape), kernel.geometry
