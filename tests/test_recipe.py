@@ -83,7 +83,7 @@ def test_kinds_limit_the_default_but_not_the_rules():
     ("data", "parts"),
     [
         ({"percision": "int8"}, ["'percision'", "did you mean 'precision'?"]),
-        ({"precision": "int9"}, ["precision", "fp32, bf16, int8", "'int9'", "did you mean 'int8'?"]),
+        ({"precision": "int9"}, ["precision", "fp32, bf16, int8, auto", "'int9'", "did you mean 'int8'?"]),
         ({"precision": ["int8"]}, ["precision", "['int8']"]),
         ({"observer": "minmax"}, ["observer", "did you mean 'min_max'?"]),
         ({"observer": None}, ["observer", "None"]),

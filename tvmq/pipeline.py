@@ -30,9 +30,11 @@ from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.canonical import fold_constants
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
+from tvmq.kernels.rates import rates_of
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
 from tvmq.quantize.annotate import annotate
+from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
 from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan
 from tvmq.quantize.realize import realize
@@ -88,7 +90,7 @@ def compile_model(
     spec, recipe, out = load_target(target), recipe or Recipe(), require_folder(out)
     report = progress or (lambda _stage, _n: None)
     stages = _Dump(dump)
-    quantized = quantize(model, recipe, calibration, report, stages)
+    quantized = quantize(model, recipe, calibration, report, stages, rates_of(spec))
     report("realize", 0)
     realized = stages("realize", realize(quantized.qdq, spec.isa.activation_dtype))
     report("lower", 0)
@@ -114,19 +116,23 @@ def quantize(
     calibration: Iterable[Any] | CalibrationTable | None = None,
     progress: Progress | None = None,
     stages: _Dump | None = None,
+    rates: Rates | None = None,
 ) -> Quantized:
-    """The target-independent stages: layout, calibrate, plan, annotate. Raises CalibrationError."""
+    """The stages before those of a target: layout, calibrate, plan, annotate. Raises CalibrationError.
+
+    rates: `kernels.rates.rates_of` a target, for recipes that ask for `auto`. Raises RecipeError without them.
+    """
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
     module = stages("layout", channels_last(model.module))
     if wanted_precisions(recipe) == {Precision.FP32}:
         return Quantized(module, module, None, float_decisions(module, "the recipe asks for float"))
     table = None
-    if wants_integers(recipe):
+    if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
         report("calibrate", 0)
         table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
     report("plan", 0)
-    plan = make_plan(module, table, recipe, model.paths)
+    plan = make_plan(module, table, recipe, model.paths, rates)
     report("annotate", 0)
     return Quantized(module, stages("annotate", annotate(module, plan, recipe)), table, plan.decisions)
 
@@ -163,7 +169,7 @@ def channels_last(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def wants_integers(recipe: Recipe) -> bool:
-    """Whether anything could become integer under `recipe`."""
+    """Whether `recipe` asks for integers, and so for calibration data; `auto` takes it where there is some."""
     return Precision.INT8 in wanted_precisions(recipe)
 
 

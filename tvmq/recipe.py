@@ -25,6 +25,8 @@ class Precision(str, enum.Enum):
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
+    AUTO = "auto"
+    """The fastest of them by estimate; int8 only where there is calibration data."""
 
 
 class Observer(str, enum.Enum):
@@ -121,7 +123,7 @@ class Recipe:
         for rule in self.rules:
             if rule.matches(kind, *names):
                 return rule.precision, f"rule {rule.match!r}"
-        if self.precision is Precision.INT8 and kind in KINDS and kind not in self.kinds:
+        if self.precision in (Precision.INT8, Precision.AUTO) and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
         return self.precision, "the recipe's precision"
 

@@ -24,7 +24,7 @@ _L2_BYTES, _FAR_BYTES = 48, 10
 # Cycles of a parallel task besides its blocks: configuration, release, the pool's hand-over.
 _TASK = 500
 # Issue slots of the vector template's products in a cycle: two 512-bit dot products.
-_SLOTS = 2
+SLOTS = 2
 # Bytes of weights to fetch ahead, where they come from beyond the second-level cache: about 100 ns of their stream.
 _AHEAD_BYTES = 4096
 
@@ -119,7 +119,7 @@ def choose(geometry: Geometry, dot: Dot, cores: int, l1_bytes: int, l2_bytes: in
 
 def pays(tile_cycles: float, geometry: Geometry, vector_slots: float) -> bool:
     """Whether tiles take less time than the vector template, whose cost of one group is `vector_slots`."""
-    return tile_cycles < vector_slots * geometry.groups / _SLOTS
+    return tile_cycles < vector_slots * geometry.groups / SLOTS
 
 
 def _strips(geometry: Geometry) -> Iterator[Strips]:

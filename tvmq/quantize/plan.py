@@ -2,7 +2,7 @@
 
 Convolutions and matmuls with constant weights pull their inputs into int8. Everything else (adds, pools, activations,
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
-What is to be bfloat16 is decided in narrow.py.
+What is to be bfloat16 is decided in narrow.py, and what `auto` asks for in auto.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 import tvm
 
 from tvmq import ir
+from tvmq.errors import RecipeError
 from tvmq.graph.fusion import FLOAT_ANCHORS, Chain, find_chains, has_attention_kernel
+from tvmq.quantize import auto
+from tvmq.quantize.auto import Rates
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
@@ -51,17 +54,33 @@ class Plan:
     decisions: tuple[Decision, ...]
 
 
-def make_plan(module: tvm.IRModule, table: CalibrationTable | None, recipe: Recipe, paths: Mapping[str, str]) -> Plan:
-    """The plan for a float module, from the recipe and, where that asks for integers, the calibration table."""
-    return _Planner(module, table, recipe, paths).plan()
+def make_plan(
+    module: tvm.IRModule,
+    table: CalibrationTable | None,
+    recipe: Recipe,
+    paths: Mapping[str, str],
+    rates: Rates | None = None,
+) -> Plan:
+    """The plan for a float module, from the recipe and, where that asks for integers, the calibration table.
+
+    rates: what the target's instructions do, for recipes that ask for `auto`. Raises RecipeError without them.
+    """
+    return _Planner(module, table, recipe, paths, rates).plan()
 
 
 class _Planner:
     def __init__(
-        self, module: tvm.IRModule, table: CalibrationTable | None, recipe: Recipe, paths: Mapping[str, str]
+        self,
+        module: tvm.IRModule,
+        table: CalibrationTable | None,
+        recipe: Recipe,
+        paths: Mapping[str, str],
+        rates: Rates | None,
     ) -> None:
-        self.module, self.recipe, self.paths = module, recipe, paths
+        self.module, self.recipe, self.paths, self.rates = module, recipe, paths, rates
+        self.allowed = {Precision.FP32, Precision.BF16, *({Precision.INT8} if table is not None else ())}
         self.entries = table.tensors if table is not None else {}
+        self.values = dict(ir.bindings(module))
         self.chains = find_chains(module)
         self.chain_of_end = {chain.end: chain for chain in self.chains}
         self.inside = {member for chain in self.chains for member in chain.members[:-1]}
@@ -76,7 +95,7 @@ class _Planner:
                 self._decide(var, call)
         source = self._propagate()
         narrowed = narrow(self.module, self.chains, self.asked)
-        for var in narrowed.computed:
+        for var in narrowed.computed - self.asked:
             self._renote(var, Precision.BF16, "")
         for var, reason in narrowed.reasons.items():
             self._renote(var, Precision.FP32, reason)
@@ -93,7 +112,7 @@ class _Planner:
         precision, why = self._asked(chain, var, call)
         if precision is Precision.BF16:
             self.asked.add(var)
-            self._note(var, kind, precision, "")
+            self._note(var, kind, precision, why)
             return
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
@@ -105,12 +124,27 @@ class _Planner:
             declined = self._chain_reason(chain) if chain else self._follower_reason(var, call)
         if declined is None:
             self.integer.add(var)
-            self._note(var, kind, Precision.INT8, "")
+            self._note(var, kind, Precision.INT8, why)
         else:
             self._note(var, kind, Precision.FP32, declined)
 
     def _asked(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
-        """The precision that the recipe asks for, and why; None for operators that only follow their inputs."""
+        """The precision that is asked for, and why it is float32 or chosen; None for operators that only move."""
+        precision, why = self._recipe_precision(chain, var, call)
+        if precision is Precision.AUTO:
+            if self.rates is None:
+                raise RecipeError("recipe: precision auto", expected="a target to estimate times for", seen="none")
+            activations = chain.activations if chain is not None else _tensors(call)
+            return auto.choose(chain, [self._made(x) for x in activations], self.rates, self.allowed)
+        return precision, why if precision is Precision.FP32 else ""
+
+    def _made(self, x: Any) -> Precision:
+        """What makes the elements of an activation, as far as is decided; moves keep what they read."""
+        while ir.is_call(self.values.get(x), *MOVES):
+            x = self.values[x].args[0]
+        return self.decisions[x].precision if x in self.decisions else Precision.FP32
+
+    def _recipe_precision(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         if chain is not None:
             names = {str(member.name) for member in chain.members}
             return self.recipe.precision_of(chain.kind, *names, *(self.paths.get(name, name) for name in names))
@@ -184,8 +218,10 @@ class _Planner:
 
 
 def _tensors(call: Any) -> list[Any]:
-    """The tensors that a concat or pass-through operator reads, constants included."""
-    return list(call.args[0].fields) if ir.is_call(call, "concat") else [call.args[0]]
+    """The tensors that a concat, an attention or a pass-through operator reads, constants included."""
+    if ir.is_call(call, "concat"):
+        return list(call.args[0].fields)
+    return list(call.args) if ir.is_call(call, "nn.attention") else [call.args[0]]
 
 
 def _name(var: Any) -> str:
