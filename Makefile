@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   all tests"
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy, strict"
-	@echo "make bench      tvmq and its peers on a model zoo: tables and a chart in $(BENCH); takes its time"
+	@echo "make bench      tvmq and its peers on a model zoo, kernels, compile time: files in $(BENCH)"
 	@echo "make install    the environment $(VENV) with tvmq and its tools (the others do it first)"
 	@echo "make clean      remove what make made"
 
@@ -55,7 +55,9 @@ $(PEERS): pyproject.toml $(INSTALLED)
 	@touch $@
 
 bench: $(PEERS)
-	$(BIN)/tvmq bench --suite --repeat 15 -o $(BENCH)
+	$(BIN)/tvmq bench --suite --repeat 15 --per-op -o $(BENCH)
+	$(BIN)/tvmq bench --kernels --repeat 20 -o $(BENCH)
+	$(BIN)/tvmq bench --compile -o $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

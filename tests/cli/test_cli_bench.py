@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tvmq import zoo
-from tvmq.measure import chart
+from tvmq.measure import chart, compile_cost, efficiency
 from tvmq.measure.benchmark import rounds
 
 
@@ -89,9 +89,14 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected bundles, or one of --suite"),
+        ([], "expected bundles, or one of --suite, --kernels, --compile"),
         (["--suite", "m.tvmq"], "saw bundles, --suite"),
-        (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite"),
+        (["--suite", "--kernels"], "saw --suite, --kernels"),
+        (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
+        (["--kernels", "-t", "host.toml"], "--target: expected only with --suite or --compile"),
+        (["--compile", "--per-op"], "--per-op: expected only with --suite"),
+        (["--compile", "--models", "resnet51"], "did you mean 'resnet50'"),
+        (["--compile", "--precisions", "int7"], "did you mean 'int8'"),
         (["m.tvmq", "--no-peers"], "--no-peers: expected only with --suite"),
         (["m.tvmq", "-o", "folder"], "--out: expected only with --suite"),
         (["--suite", "--models", "resnet"], "model 'resnet': expected one of resnet18"),
@@ -105,3 +110,21 @@ def test_what_cannot_be_measured_is_refused(words, said, tvmq, tmp_path, monkeyp
     outcome = tvmq("bench", *words)
     assert outcome.code == 2
     assert said in outcome.line
+
+
+def test_kernels_and_compile_write_their_tables(tvmq, tmp_path, monkeypatch):
+    rows = [efficiency.Row("f32-f32-matmul-13x32-avx512", "avx512", (1, 2, 3), 50.0, 100.0, 0.5)]
+    found = efficiency.Efficiency("a processor", 2, rows)
+    monkeypatch.setattr(efficiency, "run", lambda repeat, progress: found)
+    cost = compile_cost.CompileCost("a processor", 2, "host", [])
+    monkeypatch.setattr(compile_cost, "run", lambda models, precisions, target, progress: cost)
+    for name, report in (("kernels", found), ("compile", cost)):
+        outcome = tvmq("bench", f"--{name}", "-o", tmp_path, "--json")
+        assert outcome.code == 0
+        assert set(outcome.document) == {"schema", "command", name, "files"}
+        assert outcome.document["files"] == [f"{tmp_path}/{name}.json", f"{tmp_path}/{name}.md"]
+        assert (tmp_path / f"{name}.md").read_text() == report.to_markdown()
+    assert (
+        "| f32-f32-matmul-13x32-avx512 | avx512 | 1x2x3 | 50.0 | 100.0 | 50 % |"
+        in tvmq("bench", "--kernels", "-o", tmp_path).out
+    )

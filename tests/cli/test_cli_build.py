@@ -50,16 +50,6 @@ def test_the_bundle_of_a_file(files, tvmq, tmp_path):
     assert (tmp_path / "stages" / "00_layout.py").exists()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "auto"])
-def test_floats_of_any_width_need_no_data(files, tvmq, tmp_path, precision):
-    done = tvmq(
-        "compile", files.model, "--precision", precision, "-t", "x86-64-amx", "-o", tmp_path / "m.tvmq", "--json"
-    )
-    assert done.code == 0
-    assert {row["precision"] for row in json.loads(done.out)["operators"]} <= {"bf16", "fp32"}
-    assert bundles.read(tmp_path / "m.tvmq").manifest["recipe"]["precision"] == precision
-
-
 def test_a_model_and_data_by_function_and_a_default_name(here, tvmq, tmp_path):
     outcome = tvmq("compile", f"{here}:model", "--precision", "int8", "--calibrate", f"{here}:batches", "--json")
     assert outcome.code == 0

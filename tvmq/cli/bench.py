@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 # The benchmarks that are run instead of bundles: option -> what it measures, for --help.
 BENCHMARKS = {
     "suite": "tvmq's model zoo on tvmq, PyTorch, ONNX Runtime and OpenVINO",
+    "kernels": "each micro-kernel beside the measured peak of its instruction, on one thread",
+    "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
 }
-# Which of them an option belongs to; the options that are not here are of bundles and of --suite.
+# Which of them an option belongs to; the options that are not here are of several.
 _OPTIONS = {
-    "models": ("suite",),
-    "precisions": ("suite",),
+    "models": ("suite", "compile"),
+    "precisions": ("suite", "compile"),
+    "target": ("suite", "compile"),
     "peers": ("suite",),
-    "target": ("suite",),
+    "per_op": ("suite",),
     "out": tuple(BENCHMARKS),
 }
 
@@ -45,13 +48,19 @@ class Bench(Command):
         "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --json",
         "tvmq bench --suite",
         "tvmq bench --suite --models resnet18 minilm --precisions int8 -t x86-64-avx512-vnni -o bench-vnni",
+        "tvmq bench --suite --no-peers --per-op",
+        "tvmq bench --kernels",
+        "tvmq bench --compile --models resnet18 resnet50",
     )
 
     bundles: tuple[str, ...] = ()
     suite: bool = False
+    kernels: bool = False
+    compile: bool = False
     models: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     peers: bool = True
+    per_op: bool = False
     target: str = "host"
     out: str = "bench-out"
     device: str = "host"
@@ -66,10 +75,15 @@ class Bench(Command):
         parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help=".tvmq files")
         for name, text in BENCHMARKS.items():
             parser.add_argument(f"--{name}", action="store_true", help=text)
-        parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help="of the zoo (default: the suite's)")
-        parser.add_argument("--precisions", nargs="+", default=(), metavar="P", help="fp32, bf16, int8 (default all)")
+        parser.add_argument(
+            "--models", nargs="+", default=(), metavar="NAME", help="of the zoo (default: the benchmark's)"
+        )
+        parser.add_argument(
+            "--precisions", nargs="+", default=(), metavar="P", help="fp32, bf16, int8, auto (default: the benchmark's)"
+        )
         parser.add_argument("--no-peers", dest="peers", action="store_false", help="tvmq alone")
-        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="of the suite (default host)")
+        parser.add_argument("--per-op", action="store_true", help="of the suite: also where tvmq's time goes")
+        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="to compile for (default host)")
         parser.add_argument(
             "-o", "--out", default="bench-out", metavar="DIR", help="for a benchmark's files (default bench-out)"
         )
@@ -91,8 +105,10 @@ class Bench(Command):
         self._check_options(wanted)
         if not wanted:
             self._bundles(out)
-        elif wanted == ["suite"]:
-            self._benchmark(out, "suite", self._suite)
+        else:
+            (name,) = wanted
+            measures: dict[str, Measure] = {"suite": self._suite, "kernels": self._kernels, "compile": self._compile}
+            self._benchmark(out, name, measures[name])
         return 0
 
     def _check_options(self, wanted: list[str]) -> None:
@@ -104,9 +120,8 @@ class Bench(Command):
             allowed = _OPTIONS.get(field.name)
             if allowed and not set(allowed) & set(wanted) and getattr(self, field.name) != field.default:
                 owners = " or ".join(f"--{name}" for name in allowed)
-                raise UsageError(
-                    f"--{'no-peers' if field.name == 'peers' else field.name}", expected=f"only with {owners}"
-                )
+                option = "no-peers" if field.name == "peers" else field.name.replace("_", "-")
+                raise UsageError(f"--{option}", expected=f"only with {owners}")
 
     def _bundles(self, out: Output) -> None:
         """Load all, then measure in turns."""
@@ -143,6 +158,7 @@ class Bench(Command):
             threads=self.threads,
             rounds=self.repeat,
             with_peers=self.peers,
+            per_op=self.per_op,
             progress=show,
         )
         if not chart.available():
@@ -150,3 +166,16 @@ class Bench(Command):
         path = Path(self.out) / "suite.png"
         chart.draw(found, path)
         return found, [path], []
+
+    def _kernels(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """The kernel table on one thread."""
+        from tvmq.measure import efficiency
+
+        return efficiency.run(repeat=self.repeat, progress=show), [], []
+
+    def _compile(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """Compiling, one model after another."""
+        from tvmq.measure import compile_cost as cost
+
+        models, precisions = self.models or cost.MODELS, self.precisions or cost.PRECISIONS
+        return cost.run(models, precisions, target=self.target, progress=show), [], []

@@ -45,12 +45,16 @@ class Latency:
 
 @dataclass(frozen=True)
 class OpTime:
-    """One kernel call of an inference: the operator's variable, the kernel, its precision, milliseconds."""
+    """One kernel call of an inference: the operator's variable, the kernel, its precision, milliseconds.
+
+    bytes: of its operands and results.
+    """
 
     name: str
     kernel: str
     precision: str
     ms: float
+    bytes: int
 
 
 def load(path: str | Path | Bundle, device: str = "host", *, threads: int = 0) -> Executor:

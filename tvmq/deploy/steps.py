@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,10 +188,11 @@ class StepRunner:
     def profile(self, machine: Any, tensors: dict[str, Any], repeat: int) -> list[OpTime]:
         """Milliseconds of each kernel call, in order; `machine` is the library's, `tensors` inputs and parameters."""
         rows = []
-        for step, args, _ in self.run(tensors):
+        for step, args, results in self.run(tensors):
             if step.symbol:
                 seconds = self.session.call(lambda: _time(machine, self.session, step, args, repeat))  # noqa: B023
-                rows.append(OpTime(step.out, step.kernel, step.precision, seconds * 1e3))
+                moved = sum(_bytes(tensor) for tensor in (*args, *results))
+                rows.append(OpTime(step.out, step.kernel, step.precision, seconds * 1e3, moved))
         return rows
 
     def _tensor(self, tensors: Mapping[str, Any], name: str) -> Any:
@@ -212,6 +214,10 @@ def _time(machine: Any, session: Session, step: Step, args: Sequence[Any], repea
     machine.set_input(name, *args)
     timer = machine.time_evaluator("invoke_stateful", session.device, number=1, repeat=repeat, min_repeat_ms=2)
     return float(np.median(timer(name).results))
+
+
+def _bytes(tensor: Any) -> int:
+    return math.prod(int(extent) for extent in tensor.shape) * np.dtype(str(tensor.dtype)).itemsize
 
 
 def _step(entry: Mapping[str, Any]) -> Step:

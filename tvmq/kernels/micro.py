@@ -24,13 +24,26 @@ Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
 
 
 @dataclass(frozen=True)
+class Product:
+    """A step's instruction on registers: `emit(acc, a, w)` adds to each lane `kr` products of a and w.
+
+    dtype: of the vectors a and w, which are as wide as acc.
+    """
+
+    dtype: str
+    kr: int
+    emit: Callable[[Expr, Expr, Expr], Expr]
+
+
+@dataclass(frozen=True)
 class Micro:
     """One row of the table.
 
     a_dtype: of the activations it reads; "int16" ones are widened and centred first. w_dtype: of the packed weights.
-    lanes: accumulators in a vector. kr: products a step sums. registers: vector registers of that width. products:
-    instructions that one step of one vector takes; a_unpacks and w_unpacks: those that each vector of A and of the
-    panel takes besides its load; temporaries: registers that they need. llvm: functions that the step calls.
+    lanes: accumulators in a vector. kr: products a step sums, by calls of `product`. registers: vector registers of
+    that width. products: instructions that one step of one vector takes; a_unpacks and w_unpacks: those that each
+    vector of A and of the panel takes besides its load; temporaries: registers that they need. llvm: functions that
+    the step calls.
     """
 
     name: str
@@ -41,6 +54,7 @@ class Micro:
     kr: int
     registers: int
     step: Step
+    product: Product
     products: int = 1
     a_unpacks: int = 0
     w_unpacks: int = 0
@@ -57,10 +71,17 @@ def float_micro(isa: Isa) -> Micro:
     """float32: a broadcast, and a multiply and add that LLVM contracts where the machine can."""
     lanes = max(isa.fp32_lanes, 4)
 
-    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
-        return acc + splat(a.load(i), lanes) * panel.load(j, lanes)
+    product = _multiply_add(FLOAT, lanes)
 
-    return Micro(_float_name(isa), "float32", "float32", "float32", lanes, 1, max(isa.vector_registers, 16), step)
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        return product.emit(acc, splat(a.load(i), lanes), panel.load(j, lanes))
+
+    registers = max(isa.vector_registers, 16)
+    return Micro(_float_name(isa), FLOAT, FLOAT, FLOAT, lanes, 1, registers, step, product)
+
+
+def _multiply_add(dtype: str, lanes: int) -> Product:
+    return Product(f"{dtype}x{lanes}", 1, lambda acc, a, w: acc + a * w)
 
 
 def bf16_micro(isa: Isa) -> Micro:
@@ -86,25 +107,27 @@ declare <{n} x float> @{call}(<{n} x float>, <{m} x bfloat>, <{m} x bfloat>)
 
 def _bf16_dot(name: str, call: str, lanes: int, isa: Isa) -> Micro:
     """vdpbf16ps and bfdot: pairs of bfloat16 products into float32."""
+    vector = f"int32x{lanes}"
+    product = Product(vector, 2, lambda acc, a, w: external(f"float32x{lanes}", "tvmq_bf16_dot", acc, a, w))
 
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         pairs = splat(T.reinterpret("int32", a.bits(i, 2)), lanes)
-        weights = T.reinterpret(f"int32x{lanes}", panel.bits(j, 2 * lanes))
-        return external(f"float32x{lanes}", "tvmq_bf16_dot", acc, pairs, weights)
+        return product.emit(acc, pairs, T.reinterpret(vector, panel.bits(j, 2 * lanes)))
 
     llvm = _DOT.format(n=lanes, m=2 * lanes, call=call)
-    return Micro(name, BF16, BF16, FLOAT, lanes, 2, isa.vector_registers, step, llvm=llvm)
+    return Micro(name, BF16, BF16, FLOAT, lanes, 2, isa.vector_registers, step, product, llvm=llvm)
 
 
 def _bf16_pairs(isa: Isa) -> Micro:
     """Pairs of bfloat16 widened to float32, by a shift and by a mask, multiplied and added as `float_micro` does."""
     lanes = max(isa.fp32_lanes, 4)
+    product = _multiply_add(FLOAT, lanes)
 
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         pairs = splat(T.reinterpret("uint32", a.bits(i, 2)), lanes)
         weights = T.reinterpret(f"uint32x{lanes}", panel.bits(j, 2 * lanes))
         for half in (_lower, _upper):
-            acc = acc + half(pairs, lanes) * half(weights, lanes)
+            acc = product.emit(acc, half(pairs, lanes), half(weights, lanes))
         return acc
 
     registers = max(isa.vector_registers, 16)
@@ -117,6 +140,7 @@ def _bf16_pairs(isa: Isa) -> Micro:
         2,
         registers,
         step,
+        product,
         products=2,
         a_unpacks=2,
         w_unpacks=2,
@@ -153,56 +177,59 @@ def int8_micro(isa: Isa) -> Micro:
 
 def _vnni(name: str, bits: int, isa: Isa) -> Micro:
     """vpdpbusd: u8 x s8 quads into int32. LLVM 22 types its operands as bytes."""
-    lanes = bits // 32
+    lanes, call = bits // 32, f"llvm.x86.avx512.vpdpbusd.{bits}"
+    vector = f"int8x{4 * lanes}"
+    product = Product(vector, 4, lambda acc, a, w: intrinsic(f"int32x{lanes}", call, acc, a, w))
 
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         quad = T.reinterpret("int32", a.load(i, 4))
-        repeated = T.reinterpret(f"int8x{4 * lanes}", splat(quad, lanes))
-        call = f"llvm.x86.avx512.vpdpbusd.{bits}"
-        return intrinsic(f"int32x{lanes}", call, acc, repeated, panel.load(j, 4 * lanes))
+        return product.emit(acc, T.reinterpret(vector, splat(quad, lanes)), panel.load(j, 4 * lanes))
 
-    return Micro(name, "uint8", "int8", "int32", lanes, 4, isa.vector_registers, step)
+    return Micro(name, "uint8", "int8", "int32", lanes, 4, isa.vector_registers, step, product)
 
 
 def _pairs(name: str, bits: int, isa: Isa) -> Micro:
     """vpmaddwd: int16 pairs into int32, exact, where pmaddubsw would saturate. Weights are widened on load."""
     lanes = bits // 32
     call = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
+    vector = f"int16x{2 * lanes}"
+    product = Product(vector, 2, lambda acc, a, w: acc + intrinsic(f"int32x{lanes}", call, a, w))
 
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         pair = T.reinterpret("int32", a.load(i, 2))
-        repeated = T.reinterpret(f"int16x{2 * lanes}", splat(pair, lanes))
         weights = cast(panel.load(j, 2 * lanes), "int16", 2 * lanes)
-        return acc + intrinsic(f"int32x{lanes}", call, repeated, weights)
+        return product.emit(acc, T.reinterpret(vector, splat(pair, lanes)), weights)
 
     # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
+    registers = isa.vector_registers
     return Micro(
-        name, "int16", "int8", "int32", lanes, 2, isa.vector_registers, step, products=2, w_unpacks=1, temporaries=2
+        name, "int16", "int8", "int32", lanes, 2, registers, step, product, products=2, w_unpacks=1, temporaries=2
     )
 
 
 def _sdot(isa: Isa) -> Micro:
     """sdot: s8 x s8 quads into int32."""
+    product = Product("int8x16", 4, lambda acc, a, w: intrinsic("int32x4", "llvm.aarch64.neon.sdot", acc, w, a))
 
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         quad = T.reinterpret("int32", a.load(i, 4))
-        repeated = T.reinterpret("int8x16", splat(quad, 4))
-        return intrinsic("int32x4", "llvm.aarch64.neon.sdot", acc, panel.load(j, 16), repeated)
+        return product.emit(acc, T.reinterpret("int8x16", splat(quad, 4)), panel.load(j, 16))
 
-    return Micro("sdot", "int8", "int8", "int32", 4, 4, isa.vector_registers, step)
+    return Micro("sdot", "int8", "int8", "int32", 4, 4, isa.vector_registers, step, product)
 
 
 def _widening(isa: Isa) -> Micro:
     """int16 x int16 into int32 in plain vector code, which LLVM turns into smlal on NEON."""
     lanes = max(isa.vector_bits // 32, 4)
+    product = _multiply_add("int32", lanes)
 
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         wide = cast(cast(panel.load(j, lanes), "int16", lanes), "int32", lanes)
-        return acc + splat(cast(a.load(i), "int32", 1), lanes) * wide
+        return product.emit(acc, splat(cast(a.load(i), "int32", 1), lanes), wide)
 
     name = "neon" if isa.int8_dot is Int8Dot.NEON else "generic"
     registers = max(isa.vector_registers, 16)
-    return Micro(name, "int16", "int8", "int32", lanes, 1, registers, step, w_unpacks=1, temporaries=1)
+    return Micro(name, "int16", "int8", "int32", lanes, 1, registers, step, product, w_unpacks=1, temporaries=1)
 
 
 def _float_name(isa: Isa) -> str:

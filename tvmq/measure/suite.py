@@ -21,8 +21,9 @@ from tvmq.files import scratch_folder
 from tvmq.importer.load import import_model
 from tvmq.isa import Bf16
 from tvmq.measure.peers import Run, Subject, peers, samples
-from tvmq.measure.suite_report import OURS, Comparison, Row, Suite, compare
-from tvmq.pipeline import compile_model, wants_integers
+from tvmq.measure.per_op import measure_limits, profile
+from tvmq.measure.suite_report import OURS, Row, Suite, compare
+from tvmq.pipeline import compile_model
 from tvmq.recipe import Precision, Recipe
 from tvmq.target import Target, load_target
 
@@ -44,23 +45,25 @@ def run(
     threads: int = 0,
     rounds: int = 15,
     with_peers: bool = True,
+    per_op: bool = False,
     progress: Progress | None = None,
 ) -> Suite:
     """Run the suite. `threads`: 0 means all real cores. `target`: one whose code this machine can run.
 
+    `per_op`: also time tvmq's kernels one by one, and measure what the machine can do.
     Raises InputError for an unknown model or precision, TargetError.
     """
     _check_names(models, precisions)
     machine = detect_host()
     count = threads or machine.cores
     spec = runnable(target, count)
-    suite = Suite(spec.name, count, rounds, machine.description)
+    report = progress or (lambda _text: None)
+    if per_op:
+        report("the machine's limits")
+    limits = measure_limits(spec, count) if per_op else None
+    suite = Suite(spec.name, count, rounds, machine.description, limits=limits)
     for name in models:
-        rows, comparisons = _Contest(name, precisions, spec, count, progress or (lambda _text: None)).run(
-            rounds, with_peers
-        )
-        suite.rows.extend(rows)
-        suite.comparisons.extend(comparisons)
+        _Contest(name, precisions, spec, count, report, suite).run(rounds, with_peers)
     return suite
 
 
@@ -77,9 +80,10 @@ def runnable(target: str | Path | Target, threads: int) -> Target:
 def _check_names(models: Sequence[str], precisions: Sequence[str]) -> None:
     for name in models:
         zoo.builder(name)
+    known = [precision.value for precision in Precision]
     for precision in precisions:
-        if precision not in PRECISIONS:
-            expected, hint = f"one of {', '.join(PRECISIONS)}", nearest(precision, PRECISIONS)
+        if precision not in known:
+            expected, hint = f"one of {', '.join(known)}", nearest(precision, known)
             raise InputError(f"precision {precision!r}", expected=expected, hint=hint)
 
 
@@ -92,11 +96,13 @@ class _Contest:
     target: Target
     threads: int
     report: Progress
+    suite: Suite
     runners: dict[tuple[str, str], Run] = field(default_factory=dict)
+    executors: dict[str, Executor] = field(default_factory=dict)  # of tvmq, by precision
     absent: list[Row] = field(default_factory=list)  # who cannot take part, and why
 
-    def run(self, rounds: int, with_peers: bool) -> tuple[list[Row], list[Comparison]]:
-        """All rows, tvmq's first, and the comparisons."""
+    def run(self, rounds: int, with_peers: bool) -> None:
+        """Add all rows to the suite, tvmq's first, and the comparisons."""
         module, example = zoo.builder(self.name)()
         with scratch_folder() as folder:
             subject = Subject(self.name, module, example, samples(example, _CALIBRATION), self.threads, folder)
@@ -106,11 +112,16 @@ class _Contest:
                 self._peers(subject)
             self.report(f"{self.name}: {rounds} rounds")
             times = _interleave(self.runners, rounds)
-        rows = [
+        self.suite.rows.extend(
             Row(self.name, *key, float(np.median(values)), float(values.min()), float(values.max()))
             for key, values in times.items()
-        ]
-        return [*rows, *self.absent], compare(self.name, times, self.absent, self.precisions)
+        )
+        self.suite.rows.extend(self.absent)
+        self.suite.comparisons.extend(compare(self.name, times, self.absent, self.precisions))
+        if self.suite.limits is not None:
+            for precision, executor in self.executors.items():
+                self.report(f"{self.name}: kernels of {OURS} {precision}")
+                self.suite.per_op.append(profile(self.name, precision, executor, self.suite.limits))
 
     def _ours(self, subject: Subject, precision: str) -> None:
         self.report(f"{self.name}: {OURS} {precision}")
@@ -118,7 +129,8 @@ class _Contest:
             note = f"{self.target.name} has no bfloat16 instructions"
             self.absent.append(Row(self.name, OURS, precision, note=note))
             return
-        self.runners[OURS, precision] = compiled(subject, precision, self.target).runner()
+        self.executors[precision] = compiled(subject, precision, self.target)
+        self.runners[OURS, precision] = self.executors[precision].runner()
 
     def _peers(self, subject: Subject) -> None:
         for peer in peers():
@@ -136,7 +148,8 @@ def compiled(subject: Subject, precision: str, target: Target) -> Executor:
     model = import_model(subject.module, subject.example, check=False, name=subject.name)
     path = subject.folder / f"{subject.name}-{precision}.tvmq"
     recipe = Recipe(precision=Precision(precision))
-    compile_model(model, target, recipe, subject.calibration if wants_integers(recipe) else None, path)
+    data = subject.calibration if recipe.precision in (Precision.INT8, Precision.AUTO) else None
+    compile_model(model, target, recipe, data, path)
     return load(path, threads=subject.threads)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvmq.measure.per_op import Limits, PerOp
 from tvmq.measure.report import figure, table
 
 Array = npt.NDArray[Any]
@@ -77,13 +78,15 @@ class Suite:
     processor: str
     rows: list[Row] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    per_op: list[PerOp] = field(default_factory=list)
+    limits: Limits | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """A row a runtime, then the summary: a row a model."""
+        """A row a runtime; where the time goes, if that was asked for; and the summary, a row a model."""
         head = (
             f"tvmq for {self.target}; {self.threads} threads each, {self.rounds} interleaved rounds; {self.processor}"
         )
@@ -92,7 +95,8 @@ class Suite:
             (r.model, r.runtime, r.precision, *(figure(v) for v in (r.median_ms, r.min_ms, r.max_ms)), r.note)
             for r in self.rows
         )
-        return "\n".join([head + "\n", table(columns, rows), _HOW_TO_READ, self._summary()])
+        costs = [self.limits.to_markdown(), *(kernels.to_markdown() for kernels in self.per_op)] if self.limits else []
+        return "\n".join([head + "\n", table(columns, rows), *costs, _HOW_TO_READ, self._summary()])
 
     def _summary(self) -> str:
         """One row a model, one column a cell."""
