@@ -69,7 +69,7 @@ def test_a_profile_adds_times(files, tvmq):
 
 def test_rows_join_operators_and_times():
     operators = [{"name": "a", "step": "a", "kind": "conv2d"}, {"name": "b", "step": "", "kind": "add"}]
-    times = [OpTime("a_padded", "u8-u8-pad", "int8", 0.5), OpTime("a", "u8-s8-conv2d", "int8", 2.0)]
+    times = [OpTime("a_padded", "u8-u8-pad", "int8", 0.5, 8), OpTime("a", "u8-s8-conv2d", "int8", 2.0, 16)]
     rows = operator_rows(operators, times)
     assert [(row["name"], row["kind"], row["ms"]) for row in rows] == [
         ("a", "conv2d", 2.0),
