@@ -16,6 +16,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import functions, ops
+from tvmq.triple import Family
 
 Expr = Any  # tvm.tirx.PrimExpr
 FLOAT = "float32"
@@ -55,6 +56,30 @@ class Flat:
     def store_bits(self, bits: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements as `bits` of another buffer of this dtype gives them."""
         T.buffer_store(self.buffer, bits, [T.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+# TVM puts arrays of 1 KiB or more on the heap, and any of the scope "local": LLVM keeps such ones in registers only
+# where it can prove that nothing else writes to them.
+_STACK_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Registers:
+    """An array for constant indices only, in parts that LLVM turns into registers, whatever else the code does.
+
+    A vector must not cross the end of a part: vectors of one size, from index 0 on, never do.
+    """
+
+    parts: tuple[Flat, ...]
+    size: int
+
+    def load(self, index: int, lanes: int = 1) -> Expr:
+        """The `lanes` elements from `index`."""
+        return self.parts[index // self.size].load(index % self.size, lanes)
+
+    def store(self, value: Expr, index: int, lanes: int = 1) -> None:
+        """Store `lanes` elements from `index`."""
+        self.parts[index // self.size].store(value, index % self.size, lanes)
 
 
 def stored_dtype(dtype: str) -> str:
@@ -97,9 +122,12 @@ class Function:
         """Make the functions of an LLVM module known to `external` calls after this one."""
         self.frames.enter_context(T.attr(0, "pragma_import_llvm", text))
 
-    def registers(self, size: int, dtype: str) -> Flat:
-        """A local array that becomes registers where every index into it is a constant."""
-        return Flat(T.alloc_buffer((size,), dtype, scope="local"), dtype)
+    def registers(self, size: int, dtype: str) -> Registers:
+        """An array that becomes registers."""
+        part = _STACK_BYTES // (np.dtype(dtype).itemsize)
+        starts = range(0, size, part)
+        buffers = [T.alloc_buffer((min(part, size - start),), dtype, scope="global") for start in starts]
+        return Registers(tuple(Flat(buffer, dtype) for buffer in buffers), part)
 
     def scratch(self, size: int, dtype: str) -> Flat:
         """A local array in memory, from the thread's own pool: for indices that are not constants."""
@@ -152,6 +180,33 @@ def external(dtype: str, name: str, *args: Expr) -> Expr:
     return T.call_extern(dtype, name, *args)
 
 
+# What brings a line into the first or second cache level. LLVM's own intrinsic counts as a store to anything.
+_PREFETCH = {
+    Family.X86: ("prefetcht0 ($0)", "prefetcht1 ($0)"),
+    Family.AARCH64: ("prfm pldl1keep, [$0]", "prfm pldl2keep, [$0]"),
+}
+_PREFETCH_LLVM = """
+define void @tvmq_prefetch_{level}(ptr %p) alwaysinline {{
+  call void asm sideeffect "{instruction}", "r"(ptr %p) nounwind memory(none)
+  ret void
+}}
+"""
+
+
+def prefetch_llvm(family: Family) -> str:
+    """The LLVM module that `prefetch` calls into; "" where there is no such instruction."""
+    instructions = enumerate(_PREFETCH.get(family, ()), 1)
+    return "".join(_PREFETCH_LLVM.format(level=level, instruction=text) for level, text in instructions)
+
+
+def prefetch(flat: Flat, index: Expr, level: int) -> None:
+    """Bring the cache line of the element at `index` into a cache level, 1 or 2. Needs `prefetch_llvm`.
+
+    The element need not exist: a prefetch never faults.
+    """
+    T.evaluate(external("void", f"tvmq_prefetch_{level}", T.address_of(flat.buffer[index])))
+
+
 def widen(bits: Expr, lanes: int) -> Expr:
     """The float32 of bfloat16 bits: their upper half."""
     wide = cast(bits, "uint32", lanes) << number(16, "uint32", lanes)
@@ -171,11 +226,6 @@ def narrow(value: Expr, lanes: int) -> Expr:
     )
     nan = (bits & number(0x7FFFFFFF, "uint32", lanes)) > number(0x7F800000, "uint32", lanes)
     return cast(T.Select(nan, high | number(0x40, "uint32", lanes), rounded), "uint16", lanes)
-
-
-def prefetch(flat: Flat, index: Expr) -> None:
-    """Ask for the cache line of an element that will be read."""
-    T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(flat.buffer[index]), 0, 3, 1))
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:

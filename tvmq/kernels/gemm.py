@@ -21,7 +21,7 @@ from tvm import tirx
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.kernels.builder import Expr, Flat, Place, Registers
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.results import Results
 
@@ -155,6 +155,9 @@ _LOAD = 1.3
 # of 14 pixels by 2 vectors reach the peak and tiles of 6 by 4, with fewer loads, 70 to 93 % of it.
 _STREAM = 1.5
 _FINISH = 6
+_BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
+# Register tiles of so many vectors have load slots to spare, for a prefetch a step.
+_PREFETCHING_SLOTS = 12
 
 
 def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
@@ -185,7 +188,7 @@ def _split(extent: int, part: int) -> list[tuple[int, int]]:
 
 def _band_rows(geometry: Geometry, micro: Micro, bands: int, panels: int, cores: int, l2_bytes: int) -> int:
     """Tile rows a task: its input fits a quarter of L2, and there are enough equal tasks for the cores."""
-    item = {"float32": 4, "int16": 2, "bfloat16": 2}.get(micro.a_dtype, 1)
+    item = _BYTES[micro.a_dtype]
     image = item * (geometry.sn if geometry.sn else geometry.width * geometry.sx) * geometry.images
     split = max(1, math.ceil(image / (l2_bytes / 4)))
     while split < bands and _imbalance(split * panels, cores) > 1.1:
@@ -199,11 +202,12 @@ def _imbalance(tasks: int, cores: int) -> float:
 
 @dataclass(frozen=True)
 class Gemm:
-    """Everything that decides the code of one matrix kernel."""
+    """Everything that decides the code of one matrix kernel. `prefetch`: what `builder.prefetch` needs, or ""."""
 
     geometry: Geometry
     micro: Micro
     blocking: Blocking
+    prefetch: str
     epilogue: ops.Epilogue
     x_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -231,8 +235,8 @@ class _Emitter:
         self.x, self.w, *self.operands, self.out = f.arguments(
             (k.x_shape, self.m.a_dtype), (panels, self.m.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
         )
-        if self.m.llvm:
-            f.import_llvm(self.m.llvm)
+        for text in filter(None, (self.m.llvm, k.prefetch)):
+            f.import_llvm(text)
         self.f = f
         self.results = Results(self.out, self.m.acc_dtype, self.m.lanes, self.g.channels, self._padded_operands())
         if self.g.height * self.g.images == 1:
@@ -292,12 +296,11 @@ class _Emitter:
                 panel, block = tirx.floordiv(task, blocks), tirx.floormod(task, blocks)
             else:
                 block, panel = tirx.floordiv(task, panels), tirx.floormod(task, panels)
-            if bands % per_task == 0:
-                with builder.serial(per_task) as i:
-                    run(panel, block * per_task + i)
-            else:
-                with builder.serial(tirx.min(tirx.const(per_task, "int32"), bands - block * per_task)) as i:
-                    run(panel, block * per_task + i)
+            count = per_task
+            if bands % per_task:
+                count = tirx.min(tirx.const(per_task, "int32"), bands - block * per_task)
+            with builder.serial(count) as self.turn:
+                run(panel, block * per_task + self.turn)
 
     def _micro_kernel(self, panel: Expr, image: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
         """One register tile: all products of its pixels with a panel, then the epilogue."""
@@ -321,6 +324,8 @@ class _Emitter:
             acc.store(initial, slot, lanes)
         with self._taps() as (tap, offset), builder.serial(self.steps) as step:
             w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * m.kr)
+            if self.k.prefetch and len(slots) >= _PREFETCHING_SLOTS:
+                self._prefetch(panel, column, tap * self.steps + step)
             for i, v, slot in slots:
                 y, x = pixels[i]
                 a = base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx)
@@ -329,7 +334,7 @@ class _Emitter:
         rest = steps[1:] if starts_with_bias else steps
         operands = self.operands[1:] if starts_with_bias else self.operands
 
-        def finish(values: Flat, y: Expr, x: Expr, v: Expr, slot: Expr) -> None:
+        def finish(values: Flat | Registers, y: Expr, x: Expr, v: Expr, slot: Any) -> None:
             pixel = (image * self.g.height + row + y) * self.g.width + column + x
             first = index * self.nr + v * lanes
             place = Place(group * self.g.channels + first, pixel * self.cout + group * self.g.channels + first, lanes)
@@ -340,11 +345,22 @@ class _Emitter:
                 finish(acc, *pixels[i], v, slot)
             return
         # A float function is a page of code: a loop over the results, from memory, instead of a copy for each.
-        results = self.f.registers(len(slots) * lanes, m.acc_dtype)
+        results = self.f.scratch(len(slots) * lanes, m.acc_dtype)
         for _, _, slot in slots:
             results.store(acc.load(slot, lanes), slot, lanes)
         with builder.serial(rows) as y, builder.serial(columns) as x, builder.serial(self.tile.vectors) as v:
             finish(results, y, x, v, ((y * columns + x) * self.tile.vectors + v) * lanes)
+
+    def _prefetch(self, panel: Expr, column: Expr, step: Expr) -> None:
+        """Bring a line of the next panel near: over the first tiles of a panel, all of them."""
+        line = 64 // _BYTES[self.m.w_dtype]
+        lines = -(-self.nr * self.m.kr // line)
+        across = -(-self.g.width // self.tile.columns)
+        flat = self.g.height * self.g.images == 1
+        turn = self.turn if flat else self.turn * across + tirx.floordiv(column, self.tile.columns)
+        part = tirx.min(turn, tirx.const(lines - 1, "int32"))
+        ahead = (part * (len(self.g.taps) * self.steps) + step) * line
+        builder.prefetch(self.w, (panel + 1) * self.panel_size + ahead, 2)
 
     def _padded_operands(self) -> bool:
         """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import depthwise, gemm, lower_winograd, tile_blocking
+from tvmq.kernels import builder, depthwise, gemm, lower_winograd, tile_blocking
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.tile_gemm import TileGemm
@@ -109,7 +109,8 @@ def _template(
             return spec, packing, f"{tiled.pixels}x{tiled.channels}-{lowering.tiles.name}"
     nr = blocking.tile.vectors * m.lanes
     packing = Packing("gemm", kernel, taps, groups, nr, m.kr)
-    return gemm.Gemm(geometry, m, blocking, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
+    prefetch = builder.prefetch_llvm(target.isa.family)
+    return gemm.Gemm(geometry, m, blocking, prefetch, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
 
 
 def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.kernels.builder import Expr, Flat, Place, Registers
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Results:
     whole: bool
 
     def finish(
-        self, acc: Flat, slot: Expr, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]
+        self, acc: Flat | Registers, slot: Any, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]
     ) -> None:
         """The vector of sums at `slot` becomes the results at `place`; `first`: its first channel in the group."""
 

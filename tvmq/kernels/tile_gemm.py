@@ -23,6 +23,7 @@ from tvmq.kernels.gemm import Geometry
 from tvmq.kernels.results import Results
 from tvmq.kernels.tile_blocking import Run, TileBlocking
 from tvmq.kernels.tiles import LANES, ROW_BYTES, TILES, Dot, Tiles, Unit
+from tvmq.triple import Family
 
 Array = npt.NDArray[Any]
 
@@ -92,6 +93,7 @@ class _Emitter:
         self.x, self.w, *self.operands, self.out = f.arguments(
             (k.x_shape, dot.a_dtype), ((self.size,), dot.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
         )
+        f.import_llvm(builder.prefetch_llvm(Family.X86))
         whole = self.g.channels % self.nr == 0
         self.results = Results(self.out, dot.acc_dtype, LANES, self.g.channels, whole)
         self._tasks(f)
@@ -101,7 +103,7 @@ class _Emitter:
         panels, blocks = self.g.groups * self.panels, -(-self.tiles // self.b.down)
         panel_tasks, block_tasks = -(-panels // self.b.panels_per_task), -(-blocks // self.b.blocks_per_task)
         with builder.parallel(panel_tasks * block_tasks) as task, self.k.unit.task(f, self._shapes()) as tiles:
-            self.acc = f.registers(self.b.down * self.b.across * self.strips.rows * LANES, self.dot.acc_dtype)
+            self.acc = f.scratch(self.b.down * self.b.across * self.strips.rows * LANES, self.dot.acc_dtype)
             if self.size >= math.prod(self.k.x_shape):
                 p, b = tirx.floordiv(task, block_tasks), tirx.floormod(task, block_tasks)
             else:
@@ -190,7 +192,7 @@ class _Emitter:
         line = ROW_BYTES // self.dot.item
         later = T.Bind(tirx.min(w + self.b.ahead // self.dot.item, tirx.const(self.size - self.step_size, "int32")))
         for i in range(self.step_size // line):
-            builder.prefetch(self.w, later + i * line)
+            builder.prefetch(self.w, later + i * line, 1)
 
     def _position(self, tile: Expr) -> tuple[Expr, Expr, Expr, Expr]:
         """(image, strip, first pixel in the strip, pixels that an earlier tile has) of a tile of pixels."""

@@ -96,7 +96,7 @@ def configuration(shapes: Sequence[tuple[int, int]]) -> bytes:
 
 def configured(f: builder.Function, shapes: Sequence[tuple[int, int]]) -> Flat:
     """The configuration in memory of the task's own."""
-    memory = f.registers(16, "int32")
+    memory = f.scratch(16, "int32")
     for i, (word,) in enumerate(struct.iter_unpack("<i", configuration(shapes))):
         memory.store(tirx.const(word, "int32"), i)
     return memory

@@ -274,7 +274,7 @@ class _Emitter:
                 guarded(value, i // m, i % m)
             return
         # A float function is a page of code: a loop over the results, from memory, instead of a copy for each.
-        pixels = self.f.registers(m * m * lanes, FLOAT)
+        pixels = self.f.scratch(m * m * lanes, FLOAT)
         for i, value in enumerate(values):
             pixels.store(value, i * lanes, lanes)
         with builder.serial(m) as y, builder.serial(m) as x:
