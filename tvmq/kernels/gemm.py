@@ -314,8 +314,7 @@ class _Emitter:
         ]
         steps = self.k.epilogue
         activates = any(isinstance(step, ops.Activate) for step in steps)
-        # Accumulators start as the bias, but not before a float function: LLVM then spills them in the product loop.
-        starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands() and not activates
+        starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands()
         channel = group * self.g.channels + index * self.nr
         for _, v, slot in slots:
             initial = builder.number(0, m.acc_dtype, lanes)
