@@ -12,6 +12,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.lower_winograd import TOLERANCE, choose, error
 from tvmq.kernels.micro import float_micro
 from tvmq.kernels.winograd import Blocking, Shape
+from tvmq.quantize import numerics
 
 LEVELS = ("sse2", "avx", "avx2", "avx512-vnni")
 RESNET18 = ((56, 64), (28, 128), (14, 256), (7, 512))
@@ -97,7 +98,7 @@ def test_the_rule_takes_the_layers_of_resnet(size: int, channels: int) -> None:
     target = target_of("avx512-vnni")
     shape = Shape(1, size, size, channels, 1, 1, size, size, channels)
     micro = float_micro(target.isa)
-    blocking = choose(shape, micro, 2, target.l2_kib * 1024)
+    blocking = choose(shape, micro, micro, 2, target.l2_kib * 1024)
     assert blocking is not None
     # Four times the weights are too many where there are few pixels to use them on.
     assert blocking.m == (2 if size == 7 else 4)
@@ -125,5 +126,15 @@ def test_its_error_is_reported_and_a_recipe_can_refuse_it() -> None:
 
 def test_few_pixels_of_many_channels_stay_direct() -> None:
     micro = float_micro(target_of("avx512-vnni").isa)
-    assert choose(Shape(1, 1, 1, 512, 1, 1, 1, 1, 512), micro, 2, 1 << 20) is None
+    assert choose(Shape(1, 1, 1, 512, 1, 1, 1, 1, 512), micro, micro, 2, 1 << 20) is None
     assert gemm.step_cost(micro, 14, 2) > 28
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_bfloat16_is_widened_and_rounded_at_the_ends(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced(monkeypatch, Blocking(m, 3, 2, 1, 1))
+    x, weight = numerics.to_bfloat16(floats((1, 9, 7, 16))), numerics.to_bfloat16(floats((32, 3, 3, 16), 7) / 12)
+    case = conv("bf16", x, weight, padding=(1, 1, 1, 1), epilogue=([], ()), out_dtype="bfloat16")
+    lowered = lower(module_of([case]), target_of("avx512-vnni"))
+    assert lowered.kernels["bf16"].startswith(f"bf16-bf16-conv2d-winograd{m}")
+    check([case], runnable("avx512-vnni"))

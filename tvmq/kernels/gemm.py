@@ -155,7 +155,7 @@ _LOAD = 1.3
 # of 14 pixels by 2 vectors reach the peak and tiles of 6 by 4, with fewer loads, 70 to 93 % of it.
 _STREAM = 1.5
 _FINISH = 6
-_BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
 # Register tiles of so many vectors have load slots to spare, for a prefetch a step.
 _PREFETCHING_SLOTS = 12
 
@@ -188,7 +188,7 @@ def _split(extent: int, part: int) -> list[tuple[int, int]]:
 
 def _band_rows(geometry: Geometry, micro: Micro, bands: int, panels: int, cores: int, l2_bytes: int) -> int:
     """Tile rows a task: its input fits a quarter of L2, and there are enough equal tasks for the cores."""
-    item = _BYTES[micro.a_dtype]
+    item = BYTES[micro.a_dtype]
     image = item * (geometry.sn if geometry.sn else geometry.width * geometry.sx) * geometry.images
     split = max(1, math.ceil(image / (l2_bytes / 4)))
     while split < bands and _imbalance(split * panels, cores) > 1.1:
@@ -352,7 +352,7 @@ class _Emitter:
 
     def _prefetch(self, panel: Expr, column: Expr, step: Expr) -> None:
         """Bring a line of the next panel near: over the first tiles of a panel, all of them."""
-        line = 64 // _BYTES[self.m.w_dtype]
+        line = 64 // BYTES[self.m.w_dtype]
         lines = -(-self.nr * self.m.kr // line)
         across = -(-self.g.width // self.tile.columns)
         flat = self.g.height * self.g.images == 1

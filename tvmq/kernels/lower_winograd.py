@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from tvmq import ir, ops
 from tvmq.kernels import gemm, winograd
-from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
+from tvmq.kernels.builder import FLOATS
+from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.winograd import Blocking, Shape
 
@@ -32,14 +33,14 @@ TOLERANCE = 2e-5
 
 
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
-    """A float32 `tvmq.conv2d` as Winograd; None where the direct kernel is the better choice."""
+    """A float `tvmq.conv2d` as Winograd; None where the direct kernel is the better choice."""
     shape = _shape_of(call, lowering.float.lanes)
     if shape is None or not lowering.winograd:
         return None
     m, target = lowering.float, lowering.target
-    blocking = choose(shape, m, target.cores, target.l2_kib * 1024)
     x, weight, *operands = call.args
     kernel = ir.to_numpy(weight)
+    blocking = choose(shape, m, lowering.micro(str(kernel.dtype)), target.cores, target.l2_kib * 1024)
     if blocking is None:
         return None
     off = error(kernel, blocking.m)
@@ -48,9 +49,9 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
         return None
     m_by_m = f"{blocking.m} x {blocking.m}"
     lowering.notes[name] = f"Winograd of {m_by_m} outputs: results within {off:.1e} of the largest one"
-    nr, out_dtype = blocking.vectors * m.lanes, ir.dtype_of(call)
-    spec = winograd.Winograd(shape, m, blocking, ops.epilogue_of(call), out_dtype, declared(operands))
-    title = f"{SHORT[out_dtype]}-f32-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"
+    nr, out_dtype = blocking.vectors * m.lanes, ops.attributes(call)["out_dtype"]
+    spec = winograd.Winograd(shape, dtype_of(x), m, blocking, ops.epilogue_of(call), out_dtype, declared(operands))
+    title = f"{SHORT[out_dtype]}-{SHORT[str(kernel.dtype)]}-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"
     lowering.names[name] = title
     packing = Packing("winograd", kernel.shape, blocking.m, 1, nr, 1)
     weights = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
@@ -64,7 +65,7 @@ def _shape_of(call: Any, lanes: int) -> Shape | None:
     a = ops.attributes(call)
     x, weight = call.args[:2]
     kernel = ir.shape_of(weight)
-    if ir.dtype_of(x) != "float32" or kernel[1:3] != (3, 3) or a["groups"] != 1:
+    if dtype_of(x) not in FLOATS or kernel[1:3] != (3, 3) or a["groups"] != 1:
         return None
     if a["strides"] != (1, 1) or a["dilation"] != (1, 1) or kernel[0] % lanes or kernel[3] % lanes:
         return None
@@ -74,19 +75,19 @@ def _shape_of(call: Any, lanes: int) -> Shape | None:
     return Shape(n, height, width, channels, top, left, out_height, out_width, out_channels)
 
 
-def choose(shape: Shape, micro: Micro, cores: int, l2_bytes: int) -> Blocking | None:
-    """The blocking with the least estimated time; None where the direct kernel's is within `_WORTH` of it."""
+def choose(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: int) -> Blocking | None:
+    """The blocking with the least estimated time; None where the kernel of `direct` is nearly as fast."""
     s = shape
     padded, out = (s.images, s.out_height + 2, s.out_width + 2, s.channels), (s.out_height, s.out_width)
     weight = (s.out_channels, 3, 3, s.channels)
     geometry = gemm.conv_geometry(padded, weight, (s.images, *out, s.out_channels), (1, 1), (1, 1), 1)
-    tile = gemm.choose(geometry, micro, cores, l2_bytes).tile
-    direct = max(gemm.cost(geometry, micro, tile) / cores, _stream(9 * s.channels * s.out_channels, micro))
+    tile = gemm.choose(geometry, direct, cores, l2_bytes).tile
+    plain = max(gemm.cost(geometry, direct, tile) / cores, _stream(9 * s.channels * s.out_channels, direct))
     cost, blocking = min(
         ((_cost(shape, micro, blocking, cores, l2_bytes), blocking) for blocking in _blockings(shape, micro, cores)),
         key=lambda option: option[0],
     )
-    return blocking if cost < _WORTH * direct else None
+    return blocking if cost < _WORTH * plain else None
 
 
 def _blockings(shape: Shape, micro: Micro, cores: int) -> list[Blocking]:
@@ -121,8 +122,8 @@ def _cost(shape: Shape, micro: Micro, blocking: Blocking, cores: int, l2_bytes: 
 
 
 def _stream(weights: int, micro: Micro) -> float:
-    """Cycles to read so many float32 weights from memory."""
-    return 4 * weights / (_BYTES_PER_LANE * micro.lanes)
+    """Cycles to read so many weights from memory."""
+    return gemm.BYTES[micro.w_dtype] * weights / (_BYTES_PER_LANE * micro.lanes)
 
 
 def error(kernel: Array, m: int) -> float:

@@ -1,4 +1,4 @@
-"""Winograd convolution: 3x3 float32 convolutions of stride 1 as products of transformed tiles (Lavin and Gray, 2015).
+"""Winograd convolution: 3x3 float convolutions of stride 1 as products of transformed tiles (Lavin and Gray, 2015).
 
 F(m x m, 3 x 3) computes m x m outputs from (m + 2) x (m + 2) inputs with (m + 2)^2 products instead of 9 m^2:
 
@@ -131,9 +131,13 @@ def unpack(packed: Array, shape: tuple[int, ...], m: int, nr: int) -> Array:
 
 @dataclass(frozen=True)
 class Winograd:
-    """Everything that decides the code of one Winograd kernel. Channels are whole vectors of `micro.lanes`."""
+    """Everything that decides the code of one Winograd kernel.
+
+    Channels are whole vectors of `micro.lanes`; `micro` multiplies float32, also where x is bfloat16.
+    """
 
     shape: Shape
+    x_dtype: str
     micro: Micro
     blocking: Blocking
     epilogue: ops.Epilogue
@@ -160,7 +164,7 @@ class _Emitter:
         x_shape = (s.images, s.height, s.width, s.channels)
         out_shape = (s.images, s.out_height, s.out_width, s.out_channels)
         self.x, self.w, *self.operands, self.out = f.arguments(
-            (x_shape, FLOAT), (weights, FLOAT), *self.k.operands, (out_shape, self.k.out_dtype)
+            (x_shape, self.k.x_dtype), (weights, FLOAT), *self.k.operands, (out_shape, self.k.out_dtype)
         )
         self.f = f
         blocks = -(-self.tiles // b.tiles)

@@ -129,12 +129,16 @@ def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
     ops.register()
     module = tvm.ir.load_json(bundle.members[bundles.ORACLE].decode())
     tensors: dict[str, Array] = {}
-    # Packed parameters hold the bits of bfloat16.
     dtypes = [ir.dtype_of(param) for param in ir.main(module).params[len(inputs) :]]
-    weights = [weight.view(dtype) for weight, dtype in zip(_weights(bundle), dtypes, strict=True)]
+    weights = [_stored_as(weight, dtype) for weight, dtype in zip(_weights(bundle), dtypes, strict=True)]
     outputs = interpret.run(module, [*inputs, *weights], lambda name, array: tensors.update({name: array}))
     inexact = {str(var.name) for var, call in ir.calls(module) if not is_exact(call)}
     return _Oracle(tensors, outputs, frozenset(tensors) - inexact)
+
+
+def _stored_as(weight: Array, dtype: str) -> Array:
+    """An unpacked weight as the oracle has it: packed ones hold the bits of bfloat16, Winograd's its float32 values."""
+    return weight.astype(dtype) if weight.dtype.kind == "f" else weight.view(dtype)
 
 
 def _weights(bundle: Bundle) -> list[Array]:
