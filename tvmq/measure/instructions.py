@@ -131,7 +131,8 @@ class VectorRow:
         m, geometry = self.micro, _geometry(size)
         blocking = gemm.choose(geometry, m, 1, target.l2_kib * 1024)
         x_shape, out_shape, weight = _shapes(size)
-        kernel = gemm.Gemm(geometry, m, blocking, (), x_shape, out_shape, m.acc_dtype, ())
+        prefetch = builder.prefetch_llvm(target.isa.family)
+        kernel = gemm.Gemm(geometry, m, blocking, prefetch, (), x_shape, out_shape, m.acc_dtype, ())
         nr = blocking.tile.vectors * m.lanes
         packing = Packing("gemm", weight, 1, 1, nr, m.kr)
         return Matmul(kernel.function(), x_shape, out_shape, packing, f"{blocking.tile.pixels}x{nr}")
