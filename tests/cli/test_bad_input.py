@@ -55,6 +55,11 @@ def test_a_recipe_with_an_unknown_key(refused, files, tmp_path):
     refused("did you mean 'precision'?", *words)
 
 
+def test_a_precision_that_is_none(refused, files, tmp_path):
+    said = "recipe: precision: expected one of fp32, bf16, int8, auto, saw 'fp16'"
+    refused(said, "compile", files.model, "--precision", "fp16", "-o", tmp_path / "m.tvmq")
+
+
 def test_integers_without_calibration(refused, files, tmp_path):
     refused("--calibrate DATA", "compile", files.model, "--precision", "int8", "-o", tmp_path / "m.tvmq")
 

@@ -50,6 +50,15 @@ def test_the_bundle_of_a_file(files, tvmq, tmp_path):
     assert (tmp_path / "stages" / "00_layout.py").exists()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_floats_of_any_width_need_no_data(files, tvmq, tmp_path, precision):
+    out = tmp_path / "m.tvmq"
+    outcome = tvmq("compile", files.model, "--precision", precision, "-t", "x86-64-amx", "-o", out, "--json")
+    assert outcome.code == 0
+    assert {row["precision"] for row in outcome.document["operators"]} <= {"bf16", "fp32"}
+    assert bundles.read(out).manifest["recipe"]["precision"] == precision
+
+
 def test_a_model_and_data_by_function_and_a_default_name(here, tvmq, tmp_path):
     outcome = tvmq("compile", f"{here}:model", "--precision", "int8", "--calibrate", f"{here}:batches", "--json")
     assert outcome.code == 0

@@ -35,7 +35,8 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     padding = list(a["padding"])
     whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
     run = kernel.shape[3] * (kernel.shape[2] if a["groups"] == 1 and a["dilation"][1] == 1 and not whole else 1)
-    # A run's last step reads past its end, against zero weights: into more channels, or into more rows.
+    # A run's last step reads past its end, against zero weights: into more channels, or into more rows. Of bfloat16, an
+    # infinity there makes a NaN; the sums that it belongs to are not finite either.
     past = -run % m.kr
     if not whole:
         padding[2] += -(-past // (channels * (ir.shape_of(x)[2] + padding[1] + padding[3])))
