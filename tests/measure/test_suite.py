@@ -45,6 +45,13 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
     assert row.note in found.to_markdown()
 
 
+def test_a_level_that_peers_are_held_to_is_told(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = suite.run(["tiny_image"], ["fp32"], threads=1, rounds=1, with_peers=False)
+    assert found.onednn_isa == "AVX2"
+    assert "; OpenVINO and PyTorch held to AVX2\n" in found.to_markdown()
+
+
 def test_a_precision_that_no_peer_has_is_measured_alone():
     found = suite.run(["tiny_image"], ["auto"], threads=1, rounds=1)
     assert [(row.runtime, row.precision) for row in found.rows] == [("tvmq", "auto")]

@@ -16,6 +16,8 @@ _OTHER = "#c9b79c"
 _COLUMNS = 3
 # Inches: a panel's width, and what a bar, a gap between precisions and a panel's head and foot take of its height.
 _WIDTH, _BAR, _GAP, _FRAME = 5.6, 0.3, 0.5, 1.1
+# A whisker is cut beyond so many times the longest bar, lest one disturbed round shrink all others.
+_CUT = 1.25
 
 
 def available() -> bool:
@@ -73,19 +75,20 @@ def _panel(panel: Any, model: str, rows: list[Row]) -> None:
         panel.set_axis_off()
         return
     places = _places(rows)
-    longest = max(row.max_ms or 0.0 for row in rows)
+    longest = min(max(row.max_ms or 0.0 for row in rows), _CUT * max(row.median_ms or 0.0 for row in rows))
     for place, row in zip(places, rows, strict=True):
         low, median, high = (value or 0.0 for value in (row.min_ms, row.median_ms, row.max_ms))
         panel.barh(place, median, height=0.8, color=_colour(row))
         whisker = {"ecolor": "#333333", "elinewidth": 1.0, "capsize": 2.5}
-        panel.errorbar(median, place, xerr=[[median - low], [high - median]], fmt="none", **whisker)
+        end, text = min(high, longest), f"{median:.3g}" + (f" (to {high:.3g})" if high > longest else "")
+        panel.errorbar(median, place, xerr=[[median - low], [end - median]], fmt="none", **whisker)
         bold = "bold" if row.runtime == OURS else "normal"
-        panel.text(high + 0.02 * longest, place, f"{median:.3g}", va="center", fontsize=9, fontweight=bold)
+        panel.text(end + 0.02 * longest, place, text, va="center", fontsize=9, fontweight=bold)
     panel.set_yticks(places, [f"{row.runtime}  {row.precision}" for row in rows], fontsize=9)
     for label, row in zip(panel.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row.runtime == OURS else "normal")
     panel.set_ylim(places[-1] + 0.7, -0.7)
-    panel.set_xlim(0, 1.14 * longest)
+    panel.set_xlim(0, 1.2 * longest)
     panel.set_xlabel("ms", fontsize=9)
     panel.tick_params(axis="x", labelsize=9)
     panel.grid(axis="x", color="#dddddd", linewidth=0.8)

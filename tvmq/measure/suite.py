@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ PRECISIONS = ("fp32", "bf16", "int8")
 _CALIBRATION = 8
 # Seconds between two runtimes: worker threads of the one before spin until they sleep.
 _PAUSE = 0.05
+# Not a setting of tvmq: what oneDNN reads, and so OpenVINO and PyTorch, which makes their figures others.
+_ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def run(
@@ -61,7 +64,9 @@ def run(
     if per_op:
         report("the machine's limits")
     limits = measure_limits(spec, count) if per_op else None
-    suite = Suite(spec.name, count, rounds, machine.description, limits=limits)
+    suite = Suite(
+        spec.name, count, rounds, machine.description, limits=limits, onednn_isa=os.environ.get(_ONEDNN_ISA, "")
+    )
     for name in models:
         _Contest(name, precisions, spec, count, report, suite).run(rounds, with_peers)
     return suite

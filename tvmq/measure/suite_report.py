@@ -70,7 +70,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Suite:
-    """All rows of a run, the summary, and what it ran on."""
+    """All rows of a run, the summary, and what it ran on.
+
+    onednn_isa: the level to which the environment holds oneDNN, so OpenVINO and PyTorch; "" where it does not.
+    """
 
     target: str
     threads: int
@@ -80,6 +83,7 @@ class Suite:
     comparisons: list[Comparison] = field(default_factory=list)
     per_op: list[PerOp] = field(default_factory=list)
     limits: Limits | None = None
+    onednn_isa: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -87,9 +91,9 @@ class Suite:
 
     def to_markdown(self) -> str:
         """A row a runtime; where the time goes, if that was asked for; and the summary, a row a model."""
-        head = (
-            f"tvmq for {self.target}; {self.threads} threads each, {self.rounds} interleaved rounds; {self.processor}"
-        )
+        runs = f"{self.threads} threads each, {self.rounds} interleaved rounds"
+        held = f"; OpenVINO and PyTorch held to {self.onednn_isa}" if self.onednn_isa else ""
+        head = f"tvmq for {self.target}; {runs}; {self.processor}{held}"
         columns = ("model", "runtime", "precision", "median ms", "min", "max", "note")
         rows = (
             (r.model, r.runtime, r.precision, *(figure(v) for v in (r.median_ms, r.min_ms, r.max_ms)), r.note)
