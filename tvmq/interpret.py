@@ -239,6 +239,11 @@ def _attention(call: Any, args: list[Array]) -> Array:
     return np.ascontiguousarray(np.swapaxes(np.matmul(functions.softmax(scores), value), 1, 2))
 
 
+def _batch_matmul(call: Any, args: list[Array]) -> Array:
+    x, y = args
+    return np.asarray(np.matmul(x, np.swapaxes(y, -1, -2) if ops.attributes(call)["transposed"] else y))
+
+
 def _only(call: Any, *names: str) -> dict[str, Any]:
     attrs = ops.attributes(call)
     return {name: attrs[name] for name in names}
@@ -254,6 +259,7 @@ _TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "attention": _attention,
+    "batch_matmul": _batch_matmul,
 }
 
 

@@ -8,6 +8,7 @@
     tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
     tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
     tvmq.attention   (q, k, v: floats of one dtype, [N, S, heads, depth])      -> [N, S, heads, depth]
+    tvmq.batch_matmul (x [..., M, K], y [..., K, N] or transposed: float32)    -> [..., M, N]
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
@@ -40,6 +41,7 @@ NAMES = (
     "layer_norm",
     "softmax",
     "attention",
+    "batch_matmul",
     "concat",
 )
 
@@ -263,6 +265,15 @@ def attention(
 ) -> Any:
     """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, computed in float32."""
     return _call("attention", [query, key, value], {"scale": scale}, (), out_shape=out_shape, out_dtype=out_dtype)
+
+
+def batch_matmul(x: Expr, y: Expr, *, transposed: bool, out_shape: Sequence[int]) -> Any:
+    """`tvmq.batch_matmul`: the product of two float32 activations; transposed: y is [..., N, K].
+
+    Leading axes are equal, or those of one operand are all of extent 1.
+    """
+    attrs = {"transposed": bool(transposed)}
+    return _call("batch_matmul", [x, y], attrs, (), out_shape=out_shape, out_dtype="float32")
 
 
 def concat(

@@ -54,4 +54,5 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "layer_norm": lower_rest.rowwise,
     "softmax": lower_rest.rowwise,
     "attention": lower_rest.attention,
+    "batch_matmul": lower_rest.batch_matmul,
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.kernels.attention import Attention
+from tvmq.kernels.batch_matmul import BatchMatmul
 from tvmq.kernels.elementwise import Concat, Map
 from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
 from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
@@ -112,3 +114,23 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
     title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
     lowering.names[name] = title
     return lowering.call(spec, title, [query, key, value], ir.shape_of(call), out_dtype)
+
+
+def batch_matmul(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.batch_matmul`: one y for all rows makes one product of them all."""
+    x, y = call.args
+    shape, m = ir.shape_of(call), lowering.float
+    transposed = ops.attributes(call)["transposed"]
+    batch_x, batch_y = math.prod(ir.shape_of(x)[:-2]), math.prod(ir.shape_of(y)[:-2])
+    rows, columns, depth = shape[-2], shape[-1], ir.shape_of(x)[-1]
+    if batch_y == 1:
+        batch_x, rows = 1, batch_x * rows
+    # Two vectors of columns leave most registers to rows, which share their loads.
+    vectors = min(2, -(-columns // m.lanes))
+    most = min(rows, (m.registers - vectors - 1) // vectors)
+    tile = -(-rows // -(-rows // most))
+    shapes = (ir.shape_of(x), ir.shape_of(y), shape)
+    spec = BatchMatmul(shapes, batch_y, rows, depth, columns, batch_x < batch_y, transposed, m, tile, vectors)
+    title = f"f32-f32-batch_matmul-{tile}x{vectors * m.lanes}-{m.name}"
+    lowering.names[name] = title
+    return lowering.call(spec, title, [x, y], shape, "float32")

@@ -11,6 +11,7 @@ bfloat16 and back say what float operators read and make. 8-bit activations are 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,8 @@ class _Realizer:
             return self._load(old, value)
         if fusion.has_attention_kernel(value):
             return self._attention(state, self.values[old], None)
+        if ir.is_call(value, "matmul") and old not in self.chain_of_end:
+            return self._two_activations(state, self.values[old])
         if ir.is_call(value, "nn.max_pool2d") and ir.dtype_of(value) == "float32" and not no_stored_form(value):
             return _max_pool(value, value.args[0], "float32")
         if old in self.chain_of_end and not self._only_stored(old):
@@ -255,6 +258,23 @@ class _Realizer:
         out_dtype = out.dtype if out is not None else "float32"
         return ops.attention(*args, scale=scale, out_shape=ir.shape_of(call), out_dtype=out_dtype)
 
+    def _two_activations(self, state: ir.Rewrite, call: Any) -> Any:
+        """`tvmq.batch_matmul` for a float32 product of two activations; None for others, and where both broadcast."""
+        if not all(ir.is_static(t) and ir.dtype_of(t) == "float32" and len(ir.shape_of(t)) > 1 for t in call.args):
+            return None
+        if any(ir.is_constant(arg) for arg in call.args):
+            return None
+        batches = [ir.shape_of(arg)[:-2] for arg in call.args]
+        if batches[0] != batches[1] and all(math.prod(batch) != 1 for batch in batches):
+            return None
+        x, y = call.args
+        source: Any = self.values.get(y)
+        transposed = source is not None and ir.is_call(source, "permute_dims") and _swaps_last_two(source)
+        if transposed:
+            y = source.args[0]
+        x, y = (state.new_of.get(operand, operand) for operand in (x, y))
+        return ops.batch_matmul(x, y, transposed=transposed, out_shape=ir.shape_of(call))
+
     def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
         if x.like(out):
             return ()
@@ -352,6 +372,12 @@ def _stores(call: Any) -> bool:
     if ir.is_call(call, "astype"):
         return ir.dtype_of(call) == "bfloat16"
     return ir.is_call(call, "quantize")
+
+
+def _swaps_last_two(call: Any) -> bool:
+    ndim = len(ir.shape_of(call))
+    axes = list(range(ndim))[::-1] if call.attrs.axes is None else [int(axis) % ndim for axis in call.attrs.axes]
+    return axes == [*range(ndim - 2), ndim - 1, ndim - 2]
 
 
 def _window(call: Any) -> dict[str, Any]:
