@@ -55,7 +55,9 @@ def test_explain_has_a_row_an_operator_without_running(files, tvmq):
     assert all(row["ms"] is None for row in rows)
     text = tvmq("explain", files.bundle).out
     assert "why, and notes" in text
-    assert len(text.splitlines()) == 1 + len(rows)
+    assert outcome.document["activation_bytes"] > 0
+    assert text.splitlines()[-1] == f"activations: {outcome.document['activation_bytes']:,} bytes"
+    assert len(text.splitlines()) == 2 + len(rows)
 
 
 def test_a_profile_adds_times(files, tvmq):

@@ -83,8 +83,14 @@ class Explain(Command):
         bundle = bundles.read(self.bundle)
         times = self._profile(bundle, out) if self.profile else None
         rows = operator_rows(bundle.manifest["operators"], times)
-        document = {"bundle": self.bundle, "target": bundle.manifest["target"]["name"], "operators": rows}
-        text: list[Any] = [render.operators(rows, timed=self.profile)]
+        size = bundle.manifest["activation_bytes"]
+        document = {
+            "bundle": self.bundle,
+            "target": bundle.manifest["target"]["name"],
+            "activation_bytes": size,
+            "operators": rows,
+        }
+        text: list[Any] = [render.operators(rows, timed=self.profile), f"activations: {size:,} bytes"]
         if times is not None:
             total = sum(time.ms for time in times)
             document["total_ms"] = total

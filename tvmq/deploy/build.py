@@ -27,6 +27,7 @@ from tvmq.deploy.session import LocalSession
 from tvmq.deploy.steps import Step, extract, with_entry_points
 from tvmq.errors import CheckFailed
 from tvmq.files import scratch_folder
+from tvmq.kernels import memory
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
@@ -161,6 +162,7 @@ def _manifest(product: Product) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("tvmq", "apache-tvm", "apache-tvm-ffi", "torch", "numpy")},
         "exact": product.exact,
         "tolerance": product.tolerance,
+        "activation_bytes": memory.activation_bytes(product.lowered.module),
         "operators": operators(product),
         "parameters": index,
         "packed": {

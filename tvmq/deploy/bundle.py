@@ -202,6 +202,7 @@ _REQUIRED: dict[str, type] = {
     "steps": list,
     "exact": bool,
     "tolerance": float,
+    "activation_bytes": int,
     "operators": list,
     "members": dict,
 }

@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax, s_tir, tirx
 
-from tvmq.kernels import builder, pipeline
+from tvmq.kernels import builder, memory, pipeline
 from tvmq.target import Target
 
 # A parallel loop is worth its start above this many elements.
@@ -45,10 +45,7 @@ def _lowering_pipeline() -> Any:
     """TVM's CPU pipeline after fusion."""
     return tvm.transform.Sequential(
         [
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
+            memory.plan(),
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
