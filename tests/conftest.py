@@ -109,6 +109,12 @@ def make_case(torch_module: nn.Module, *shapes: tuple[int, ...], batches: int = 
 
 
 @pytest.fixture(scope="session")
+def make_a_case() -> Callable[..., Case]:
+    """`make_case`, for models that one module tests."""
+    return make_case
+
+
+@pytest.fixture(scope="session")
 def imported() -> Callable[[str], Model]:
     """The model in `MODELS` of a name, imported and checked as a user would, once."""
 

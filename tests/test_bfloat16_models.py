@@ -49,7 +49,7 @@ def test_a_model_is_near_its_float_self_and_verified(
 def test_verify_finds_one_wrong_weight(bundle_of: Callable[..., Path]) -> None:
     """The weights of a bundle are what its oracle reads: outputs tell that they are not the model's."""
     bundle = read(bundle_of("residual", "bf16"))
-    (name, *_) = (entry["parameter"] for entry in bundle.manifest["packed"].values())
+    (name, *_) = (entry["parameter"] for (entry,) in bundle.manifest["packed"].values())
     entry = next(e for e in bundle.manifest["parameters"] if e["name"] == name)
     data = bytearray(bundle.members["params.bin"])
     data[entry["offset"] : entry["offset"] + 2] = np.array([512.0], "bfloat16").tobytes()

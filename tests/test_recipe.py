@@ -72,6 +72,22 @@ def test_rules(rules, kind, names, expected):
     assert (precision.value, why) == expected
 
 
+def test_linear_precisions_are_for_linear_layers():
+    recipe = Recipe(precision="int4-weight", rules=[Rule("head", "fp32"), Rule("stem", "int8-dynamic")])
+    assert recipe.precision_of("matmul", "a") == (Precision.INT4_WEIGHT, "the recipe's precision")
+    assert recipe.precision_of("matmul", "head") == (Precision.FP32, "rule 'head'")
+    assert recipe.precision_of("conv2d", "a") == (Precision.FP32, "int4-weight is for linear layers")
+    assert recipe.precision_of("conv2d", "stem") == (Precision.FP32, "int8-dynamic is for linear layers")
+    without = Recipe(precision="int8-weight", kinds=("conv2d",))
+    assert without.precision_of("matmul", "a") == (Precision.FP32, "the recipe's kinds leave out matmul")
+
+
+def test_groups_are_of_32_inputs_for_4_bits_and_whole_channels_for_8_unless_asked():
+    assert Recipe().weight_group(Precision.INT4_WEIGHT) == 32
+    assert Recipe().weight_group(Precision.INT8_WEIGHT) is None
+    assert Recipe(group_size=128).weight_group(Precision.INT8_WEIGHT) == 128
+
+
 def test_kinds_limit_the_default_but_not_the_rules():
     recipe = Recipe(precision="int8", kinds=("conv2d",), rules=[Rule("special", Precision.INT8)])
     assert recipe.precision_of("add", "a") == (Precision.FP32, "the recipe's kinds leave out add")
@@ -83,7 +99,15 @@ def test_kinds_limit_the_default_but_not_the_rules():
     ("data", "parts"),
     [
         ({"percision": "int8"}, ["'percision'", "did you mean 'precision'?"]),
-        ({"precision": "int9"}, ["precision", "fp32, bf16, int8, auto", "'int9'", "did you mean 'int8'?"]),
+        (
+            {"precision": "int9"},
+            [
+                "precision",
+                "fp32, bf16, int8, int8-dynamic, int8-weight, int4-weight, auto",
+                "'int9'",
+                "did you mean 'int8'?",
+            ],
+        ),
         ({"precision": ["int8"]}, ["precision", "['int8']"]),
         ({"observer": "minmax"}, ["observer", "did you mean 'min_max'?"]),
         ({"observer": None}, ["observer", "None"]),
@@ -95,6 +119,10 @@ def test_kinds_limit_the_default_but_not_the_rules():
         ({"momentum": True}, ["momentum", "True"]),
         ({"symmetric": 1}, ["symmetric", "true or false", "1"]),
         ({"per_channel": "yes"}, ["per_channel", "'yes'"]),
+        ({"precision": "int8_dynamic"}, ["did you mean 'int8-dynamic'?"]),
+        ({"group_size": 48}, ["group_size", "one of 32, 64, 128", "48"]),
+        ({"group_size": 64.0}, ["group_size", "64.0"]),
+        ({"group_size": "32"}, ["group_size", "'32'"]),
         ({"kinds": ["conv"]}, ["kinds", "'conv'", "did you mean 'conv2d'?"]),
         ({"kinds": "conv2d"}, ["kinds", "a list", "'conv2d'"]),
         ({"kinds": 3}, ["kinds", "a list"]),

@@ -19,7 +19,7 @@ from tvm import relax
 
 from tvmq import functions, ir, ops
 from tvmq.errors import ModelError
-from tvmq.quantize import numerics
+from tvmq.quantize import groups, numerics
 
 Array = npt.NDArray[Any]
 Value = Any  # an array, or a tuple of values
@@ -193,17 +193,26 @@ def _dead_after(module: tvm.IRModule) -> dict[int, list[Any]]:
 # --- tvmq operators: the oracle -----------------------------------------------------------------------------------
 
 
-def _conv2d(call: Any, args: list[Array]) -> Array:
+def _conv2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "strides", "padding", "dilation", "groups", "x_zero_point")
     return numerics.epilogue(numerics.conv2d(args[0], args[1], **attrs), args[2:], ops.epilogue_of(call))
 
 
-def _matmul(call: Any, args: list[Array]) -> Array:
+def _matmul(call: Any, args: list[Array]) -> Value:
     acc = numerics.matmul(args[0], args[1], **_only(call, "x_zero_point"))
     return numerics.epilogue(acc, args[2:], ops.epilogue_of(call))
 
 
-def _avg_pool2d(call: Any, args: list[Array]) -> Array:
+def _dequantize_groups(_call: Any, args: list[Array]) -> Array:
+    return groups.dequantize_groups(*args)
+
+
+def _grouped_matmul(call: Any, args: list[Array]) -> Value:
+    product = numerics.matmul(args[0], groups.dequantize_groups(args[1], args[2]))
+    return numerics.epilogue(product, args[3:], ops.epilogue_of(call))
+
+
+def _avg_pool2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
     pooled = numerics.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
     return numerics.epilogue(pooled, args[1:], ops.epilogue_of(call))
@@ -213,9 +222,10 @@ def _max_pool2d(call: Any, args: list[Array]) -> Array:
     return numerics.max_pool2d(args[0], **_only(call, "pool", "strides", "padding", "dilation"))
 
 
-def _map(call: Any, args: list[Array]) -> Array:
+def _map(call: Any, args: list[Array]) -> Value:
+    result = numerics.epilogue(args[0], args[1:], ops.epilogue_of(call))
     # A bias has one element even where the tensor is a scalar.
-    return numerics.epilogue(args[0], args[1:], ops.epilogue_of(call)).reshape(ir.shape_of(call))
+    return result if ops.row_quantizer(call) else result.reshape(ir.shape_of(call))
 
 
 def _concat(call: Any, args: list[Array]) -> Array:
@@ -223,13 +233,13 @@ def _concat(call: Any, args: list[Array]) -> Array:
     return np.concatenate(parts, axis=ops.attributes(call)["axis"])
 
 
-def _layer_norm(call: Any, args: list[Array]) -> Array:
+def _layer_norm(call: Any, args: list[Array]) -> Value:
     x, gamma, beta = args[:3]
     result = functions.layer_norm(x, gamma, beta, epsilon=ops.attributes(call)["epsilon"])
     return numerics.epilogue(result, args[3:], ops.epilogue_of(call))
 
 
-def _softmax(call: Any, args: list[Array]) -> Array:
+def _softmax(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(functions.softmax(args[0]), args[1:], ops.epilogue_of(call))
 
 
@@ -252,6 +262,8 @@ def _only(call: Any, *names: str) -> dict[str, Any]:
 _TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
     "conv2d": _conv2d,
     "matmul": _matmul,
+    "dequantize_groups": _dequantize_groups,
+    "grouped_matmul": _grouped_matmul,
     "avg_pool2d": _avg_pool2d,
     "max_pool2d": _max_pool2d,
     "map": _map,

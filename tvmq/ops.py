@@ -10,12 +10,16 @@
     tvmq.attention   (q, k, v: floats of one dtype, [N, S, heads, depth])      -> [N, S, heads, depth]
     tvmq.batch_matmul (x [..., M, K], y [..., K, N] or transposed: float32)    -> [..., M, N]
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
+    tvmq.dequantize_groups  (w int8 [K, N], scales [K / group, N])             -> float32 [K, N]
+    tvmq.grouped_matmul  (x float32 [..., K], w, scales, epilogue tensors...)  -> [..., N]
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
 (or one) in int32. Float operands and results may also be bfloat16, which says how they are stored: they are widened to
 float32 when they are read, and rounded when they are written; x and the weight of an anchor have one dtype. The
-epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with that bit for bit.
-Attributes are plain data, so that a module prints, hashes and compares like any other.
+epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with that bit for bit. A map,
+layer norm or softmax whose epilogue ends in `QuantizeRows` has several results. A grouped matmul multiplies floats with
+a weight of 8- or 4-bit integers, whose scales (bfloat16) are of groups along K. Attributes are plain data, so that a
+module prints, hashes and compares like any other.
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ NAMES = (
     "attention",
     "batch_matmul",
     "concat",
+    "dequantize_groups",
+    "grouped_matmul",
 )
 
 
@@ -54,6 +60,11 @@ class Bias:
 @dataclass(frozen=True)
 class Scale:
     """Convert to float32 and multiply by a float32 tensor operand of shape [channels]."""
+
+
+@dataclass(frozen=True)
+class RowScale:
+    """Convert to float32 and multiply by a float32 tensor operand with one element a row: the shape without its end."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +115,27 @@ class Quantize:
     dtype: str
 
 
-Step = Bias | Scale | Dequantize | Multiply | Residual | Clip | Activate | Quantize
+@dataclass(frozen=True)
+class QuantizeRows:
+    """Last, after whole rows: results (q of `dtype`, float32 scales [...]), or with `keep` (v, q, scales).
+
+    `numerics.quantize_rows` says how a row's scale is chosen; q has the `zero_point` of its storage.
+    """
+
+    keep: bool
+    zero_point: int
+    dtype: str
+
+
+Step = Bias | Scale | RowScale | Dequantize | Multiply | Residual | Clip | Activate | Quantize | QuantizeRows
 Epilogue = tuple[Step, ...]
 
 _STEPS = {
-    step.__name__.lower(): step for step in (Bias, Scale, Dequantize, Multiply, Residual, Clip, Activate, Quantize)
+    step.__name__.lower(): step
+    for step in (Bias, Scale, RowScale, Dequantize, Multiply, Residual, Clip, Activate, Quantize, QuantizeRows)
 }
 # Steps that read one tensor operand each, in order, after the anchor's own operands.
-OPERAND_STEPS = (Bias, Scale, Residual)
+OPERAND_STEPS = (Bias, Scale, RowScale, Residual)
 
 
 def encode(epilogue: Epilogue) -> list[list[Any]]:
@@ -187,6 +211,28 @@ def matmul(
     return _call("matmul", [x, weight, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
+def grouped_matmul(
+    x: Expr,
+    weight: Expr,
+    scales: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    bits: int,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.grouped_matmul`: a product with a weight of `bits`-bit integers that have a scale a group along K."""
+    args = [x, weight, scales, *operands]
+    return _call("grouped_matmul", args, {"bits": bits}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def dequantize_groups(weight: Expr, scales: Expr, *, bits: int) -> Any:
+    """`tvmq.dequantize_groups`: each element of `weight` int8 [K, N] times the scale of its group and column."""
+    shape = [int(n) for n in weight.ty.shape.values]
+    return _call("dequantize_groups", [weight, scales], {"bits": bits}, (), out_shape=shape, out_dtype="float32")
+
+
 def avg_pool2d(
     x: Expr,
     operands: Sequence[Expr],
@@ -231,6 +277,18 @@ def elementwise(
 ) -> Any:
     """`tvmq.map`: an epilogue on its own."""
     return _call("map", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def quantize_rows(x: Expr, *, zero_point: int = 0, dtype: str = "int8") -> Any:
+    """A map that only quantizes rows: results (q, scales)."""
+    shape = [int(n) for n in x.ty.shape.values]
+    return elementwise(x, (), (QuantizeRows(False, zero_point, dtype),), out_shape=shape, out_dtype=dtype)
+
+
+def dequantize_rows(q: Expr, scales: Expr) -> Any:
+    """A map that undoes `quantize_rows` into int8: float32(q) times its row's scale."""
+    shape = [int(n) for n in q.ty.shape.values]
+    return elementwise(q, [scales], (RowScale(),), out_shape=shape, out_dtype="float32")
 
 
 def layer_norm(
@@ -313,7 +371,30 @@ def _operator(name: str) -> Any:
 
 
 def _infer_type(call: Any, _builder: Any) -> Any:
-    return relax.TensorType([int(n) for n in call.attrs["out_shape"]], str(call.attrs["out_dtype"]))
+    parts = [relax.TensorType(list(shape), dtype) for shape, dtype in results(call)]
+    return relax.TupleType(parts) if row_quantizer(call) else parts[0]
+
+
+def results(call: Any) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of each result of a tvmq call."""
+    shape, dtype = tuple(int(n) for n in call.attrs["out_shape"]), str(call.attrs["out_dtype"])
+    last = row_quantizer(call)
+    if last is None:
+        return [(shape, dtype)]
+    kept = [(shape, "float32")] if last.keep else []
+    return [*kept, (shape, last.dtype), (shape[:-1], "float32")]
+
+
+def is_row_quantizer(value: Expr) -> bool:
+    """Whether `value` is a tvmq call that quantizes rows."""
+    is_ours = isinstance(value, relax.Call) and str(getattr(value.op, "name", "")).startswith(PREFIX)
+    return is_ours and row_quantizer(value) is not None
+
+
+def row_quantizer(call: Any) -> QuantizeRows | None:
+    """The last step of a tvmq call that quantizes rows; None for the others."""
+    steps = epilogue_of(call)
+    return steps[-1] if steps and isinstance(steps[-1], QuantizeRows) else None
 
 
 def _plain(value: Any) -> Any:

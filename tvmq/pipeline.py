@@ -82,9 +82,9 @@ def compile_model(
 ) -> Compiled:
     """Compile `model` for `target` into the bundle `out`.
 
-    `calibration`: batches (arrays, tuples or dicts by input name) or a finished table; needed where the recipe makes
-    anything integer. `dump`: a folder that receives the Relax of every stage. `progress(stage, n)` is called as stages
-    begin, and with n = 1, 2, ... for each calibration inference.
+    `calibration`: batches (arrays, tuples or dicts by input name) or a finished table; needed where the recipe asks
+    for int8 (with scales fixed beforehand). `dump`: a folder that receives the Relax of every stage. `progress(stage,
+    n)` is called as stages begin, and with n = 1, 2, ... for each calibration inference.
     Raises TargetError, RecipeError, CalibrationError, OutputError.
     """
     spec, recipe, out = load_target(target), recipe or Recipe(), require_folder(out)
@@ -169,7 +169,7 @@ def channels_last(module: tvm.IRModule) -> tvm.IRModule:
 
 
 def wants_integers(recipe: Recipe) -> bool:
-    """Whether `recipe` asks for integers, and so for calibration data; `auto` takes it where there is some."""
+    """Whether `recipe` asks for int8 with fixed scales, and so for calibration data; `auto` takes what there is."""
     return Precision.INT8 in wanted_precisions(recipe)
 
 

@@ -25,8 +25,18 @@ class Precision(str, enum.Enum):
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT8_DYNAMIC = "int8-dynamic"
+    """Linear layers: int8 weights, and int8 activations with a scale a row that is found while running."""
+    INT8_WEIGHT = "int8-weight"
+    """Linear layers: int8 weights, multiplied as float32."""
+    INT4_WEIGHT = "int4-weight"
+    """Linear layers: 4-bit weights with a scale a group, multiplied as float32."""
     AUTO = "auto"
-    """The fastest of them by estimate; int8 only where there is calibration data."""
+    """The fastest of fp32, bf16 and int8 by estimate; int8 only where there is calibration data."""
+
+
+# Of linear layers (products with a constant matrix) only; none needs calibration.
+LINEAR = (Precision.INT8_DYNAMIC, Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
 
 
 class Observer(str, enum.Enum):
@@ -37,6 +47,7 @@ class Observer(str, enum.Enum):
     PERCENTILE = "percentile"
 
 
+GROUP_SIZES = (32, 64, 128)
 KINDS = ("conv2d", "matmul", "add", "unary", "avg_pool2d", "max_pool2d", "concat")
 
 
@@ -63,9 +74,10 @@ class Recipe:
 
     precision: of every operator that no rule names. observer: how ranges are estimated; `percentile` (of a tensor's
     elements that its range holds) and `momentum` (the weight of a new inference) belong to two of them. symmetric: zero
-    points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. kinds: operator kinds
-    that may become integer. winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more.
-    rules: exceptions.
+    points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. group_size: 32, 64 or
+    128 inputs of a linear layer with weight-only precision share a scale; None means 32 for 4 bits, and one scale an
+    output channel for 8. kinds: operator kinds that may become integer. winograd: float 3x3 convolutions may use it
+    where it is faster; its sums are rounded more. rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -74,6 +86,7 @@ class Recipe:
     momentum: float = 0.1
     symmetric: bool = False
     per_channel: bool = True
+    group_size: int | None = None
     kinds: tuple[str, ...] = KINDS
     winograd: bool = True
     rules: tuple[Rule, ...] = ()
@@ -86,6 +99,9 @@ class Recipe:
         for name in ("symmetric", "per_channel", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
+        if self.group_size not in (None, *GROUP_SIZES) or isinstance(self.group_size, float):
+            expected = f"one of {', '.join(str(size) for size in GROUP_SIZES)}"
+            raise RecipeError("recipe: group_size", expected=expected, seen=repr(self.group_size))
         _between("percentile", self.percentile, 50.0, 100.0)
         _between("momentum", self.momentum, 0.0, 1.0)
 
@@ -120,12 +136,20 @@ class Recipe:
 
     def precision_of(self, kind: str, *names: str) -> tuple[Precision, str]:
         """The precision asked for an operator of `kind` known by `names`, and why."""
-        for rule in self.rules:
-            if rule.matches(kind, *names):
-                return rule.precision, f"rule {rule.match!r}"
-        if self.precision in (Precision.INT8, Precision.AUTO) and kind in KINDS and kind not in self.kinds:
+        rule = next((rule for rule in self.rules if rule.matches(kind, *names)), None)
+        precision, why = self.precision, "the recipe's precision"
+        if rule is not None:
+            precision, why = rule.precision, f"rule {rule.match!r}"
+        if precision in LINEAR and kind != "matmul":
+            return Precision.FP32, f"{precision.value} is for linear layers"
+        integer = precision in (Precision.INT8, Precision.AUTO, *LINEAR)
+        if rule is None and integer and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
-        return self.precision, "the recipe's precision"
+        return precision, why
+
+    def weight_group(self, precision: Precision) -> int | None:
+        """How many inputs of a linear layer share a weight scale; None means all of them."""
+        return 32 if self.group_size is None and precision is Precision.INT4_WEIGHT else self.group_size
 
 
 def _enum(kind: type[Any], name: str, value: object) -> Any:

@@ -65,6 +65,9 @@ def test_kernels_are_called_as_lowering_says_else_as_their_symbol() -> None:
 @pytest.mark.parametrize(
     ("kernel", "precision"),
     [
+        ("f32-w4-matvec-1x64-avx512", "int4-weight"),
+        ("bf16-w8-matmul-14x32-avx512", "int8-weight"),
+        ("u8-f32-layer_norm-rows", "int8"),
         ("u8-s8-conv2d-6x32-avx2", "int8"),
         ("f32-s8-matmul-1x16-neon", "int8"),
         ("f32-u8-map", "int8"),

@@ -134,8 +134,8 @@ def _uploaded(executable: Any, target: Target, board: EmulatedBoard) -> tuple[An
     return remote.load_module("kernels.so"), remote.cpu()
 
 
-def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = None) -> None:
-    """Every case equals the oracle: bit for bit for integers, `same` says how closely for floats."""
+def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = None, *, exact: bool = False) -> None:
+    """Every case equals the oracle: bit for bit for integers or `exact`; `same` says how closely for floats."""
     module = module_of(cases)
     inputs = [numerics.widened(x) for case in cases for x in case.inputs]
     wanted = interpret.run(module, inputs)
@@ -144,7 +144,7 @@ def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = N
         got = bits.view(want.dtype) if want.dtype == numerics.BF16 else bits
         if want.dtype != got.dtype or want.shape != got.shape:
             wrong.append(f"{case.name}: {got.dtype}{got.shape} for {want.dtype}{want.shape}")
-        elif not same(want, got):
+        elif not (np.array_equal(want, got) if exact else same(want, got)):
             places = np.argwhere(want != got)
             wrong.append(f"{case.name}: {len(places)} of {want.size} differ, first at {places[0].tolist()}")
     assert not wrong, "\n".join(wrong)
@@ -280,3 +280,75 @@ def matmul(
         )
 
     return Case(name, emit, (x, *extra))
+
+
+def rows(name: str, x: Array, steps: ops.Epilogue = (), *, keep: bool = False, dtype: str = "uint8") -> list[Case]:
+    """A tvmq.map that ends in quantized rows: a case a result."""
+    last = ops.QuantizeRows(keep, 128 if dtype == "uint8" else 0, dtype)
+
+    def emit(x: Any) -> Any:
+        return ops.elementwise(x, (), (*steps, last), out_shape=ir.shape_of(x), out_dtype=dtype)
+
+    return [part(f"{name}_{i}", emit, i, (x,)) for i in range(3 if keep else 2)]
+
+
+def part(name: str, emit: Callable[..., Any], index: int, inputs: tuple[Array, ...]) -> Case:
+    """One result of an operator with several."""
+    return Case(name, lambda *args: relax.TupleGetItem(emit(*args), index), inputs)
+
+
+def dynamic(
+    name: str, x: Array, weight: Array, tail: ops.Epilogue = (), *, dtype: str = "uint8", extra: tuple[Array, ...] = ()
+) -> Case:
+    """A dynamic linear layer: rows of x quantized, a product, the scales of channels and rows, a bias, then `tail`."""
+    depth, channels = weight.shape
+    scale = (np.random.default_rng(4).uniform(0.5, 1.5, channels) / (127 * depth**0.5)).astype(np.float32)
+    zero_point = 128 if dtype == "uint8" else 0
+
+    def emit(x: Any, *more: Any) -> Any:
+        both = ops.quantize_rows(x, zero_point=zero_point, dtype=dtype)
+        q, scales = relax.TupleGetItem(both, 0), relax.TupleGetItem(both, 1)
+        operands = [ir.constant(scale), scales, ir.constant(floats((channels,), 6)), *more]
+        shape = (*ir.shape_of(x)[:-1], channels)
+        steps = (ops.Scale(), ops.RowScale(), ops.Bias(), *tail)
+        common = {"x_zero_point": zero_point, "out_shape": shape, "out_dtype": "float32"}
+        return ops.matmul(q, ir.constant(weight), operands, steps, **common)
+
+    return Case(name, emit, (x, *extra))
+
+
+def grouped(
+    name: str,
+    bits: int,
+    shape: tuple[int, ...],
+    channels: int,
+    group: int,
+    steps: ops.Epilogue = (),
+    *,
+    x: Array | None = None,
+    q: Array | None = None,
+    extra: tuple[Array, ...] = (),
+    exactly: bool = False,
+) -> Case:
+    """A tvmq.grouped_matmul of x of `shape`; its biases are constants. `exactly`: sums in any order are equal."""
+    rng = np.random.default_rng(7)
+    depth = shape[-1]
+    x = floats(shape) if x is None else x
+    q = rng.integers(*{4: (-8, 8), 8: (-127, 128)}[bits], (depth, channels)).astype(np.int8) if q is None else q
+    scales = rng.uniform(-0.02, 0.02, (depth // group, channels)).astype(numerics.BF16)
+    if exactly:
+        x, scales = np.rint(x * 4).astype(np.float32), np.full(scales.shape, 2.0**-6, numerics.BF16)
+    constants = [ir.constant(floats((channels,), 6)) for step in steps if isinstance(step, ops.Bias)]
+    last = steps[-1] if steps else None
+    dtype = last.dtype if isinstance(last, ops.Quantize) else "float32"
+
+    def emit(x: Any, *more: Any) -> Any:
+        common = {"bits": bits, "out_shape": (*shape[:-1], channels), "out_dtype": dtype}
+        return ops.grouped_matmul(x, ir.constant(q), ir.constant(scales), [*constants, *more], steps, **common)
+
+    return Case(name, emit, (x, *extra))
+
+
+def lowered_titles(cases: Sequence[Case], target: Target) -> list[str]:
+    """The names of the kernels that `cases` become."""
+    return list(lower(module_of(cases), target).kernels.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Case, check, conv, floats, integers, matmul, requantize, target_of, weights
+from harness import Case, check, conv, dynamic, floats, integers, matmul, requantize, rows, target_of, weights
 from test_epilogue import a_map
 
 from tvmq import functions, ops
@@ -80,11 +80,19 @@ def float_arithmetic() -> list[Case]:
     return cases
 
 
+def row_scales() -> list[Case]:
+    x = floats((3, 5, 33))
+    x[0, 0] = 0
+    cases = [dynamic(f"dynamic{k}", x[..., :k], weights((k, 17)), dtype="int8") for k in (1, 16, 33)]
+    return [*cases, *rows("rows", x, (ops.Activate("gelu"),), keep=True, dtype="int8")]
+
+
 @pytest.mark.emulated
 @pytest.mark.parametrize(("target", "cpu"), CORES)
 def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None:
     with EmulatedBoard(board_root).start(cpu=cpu) as board:
         check([*kernels(), *float_arithmetic()], target_of(target), board)
+        check(row_scales(), target_of(target), board, exact=True)
 
 
 @pytest.mark.emulated

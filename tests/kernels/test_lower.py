@@ -132,7 +132,7 @@ def test_packed_weights_unpack_to_the_models(target: str) -> None:
         module_of([conv(name, x, w, groups=groups[name]) for name, w in kernels.items()]), target_of(target)
     )
     assert list(lowered.packed) == list(kernels)
-    for name, (parameter, packing) in lowered.packed.items():
+    for name, ((parameter, packing),) in lowered.packed.items():
         np.testing.assert_array_equal(packing.unpack(lowered.parameters[parameter]), kernels[name])
 
 
@@ -151,7 +151,7 @@ def test_parameters_have_names_of_their_own() -> None:
     names = [str(p.name) for p in ir.main(lowered.module).params]
     assert len(set(names)) == len(names)
     assert [str(p) for p in names[len(cases) :]] == list(lowered.parameters)
-    unpacked = [packing.unpack(lowered.parameters[parameter]) for parameter, packing in lowered.packed.values()]
+    unpacked = [packing.unpack(lowered.parameters[parameter]) for ((parameter, packing),) in lowered.packed.values()]
     for weight, seed in zip(unpacked, (1, 5, 6), strict=True):
         np.testing.assert_array_equal(weight, weights((4, 1, 1, 4), seed=seed))
 

@@ -92,7 +92,7 @@ def test_the_first_operator_that_differs_is_named(bundle_of: Callable[..., Path]
 @pytest.mark.parametrize("target", ["x86-64-avx2", "host"])
 def test_weights_that_both_sides_read_show_in_the_golden_output(bundle_of: Callable[..., Path], target: str) -> None:
     bundle = read(bundle_of("residual", target=target))
-    result = verify(with_negated(bundle, bundle.manifest["packed"]["relu"]["parameter"]))
+    result = verify(with_negated(bundle, bundle.manifest["packed"]["relu"][0]["parameter"]))
     assert not result.ok
     assert not result.outputs_agree
 

@@ -50,7 +50,7 @@ class Compile(Command):
             metavar="TARGET",
             help="host (default), a name of `tvmq targets`, or a .toml file",
         )
-        parser.add_argument("--precision", metavar="P", help="fp32, bf16, int8 or auto; before the recipe's")
+        parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
         parser.add_argument("--recipe", metavar="R.toml", help="precision, observer, and exceptions by layer")
         parser.add_argument(
             "--calibrate",

@@ -166,8 +166,8 @@ def _manifest(product: Product) -> dict[str, Any]:
         "operators": operators(product),
         "parameters": index,
         "packed": {
-            name: {"parameter": parameter, **dataclasses.asdict(packing)}
-            for name, (parameter, packing) in product.lowered.packed.items()
+            name: [{"parameter": parameter, **dataclasses.asdict(packing)} for parameter, packing in constants]
+            for name, constants in product.lowered.packed.items()
         },
         "steps": [dataclasses.asdict(step) for step in product.steps],
     }
@@ -193,8 +193,10 @@ def oracle(product: Product) -> str:
     def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
         if name not in packed:
             return None
-        weight = ir.to_numpy(value.args[1])
-        args = [value.args[0], state.parameter(packed[name][0], weight), *value.args[2:]]
+        x, *constants = value.args
+        for i, (parameter, _) in enumerate(packed[name]):
+            constants[i] = state.parameter(parameter, ir.to_numpy(constants[i]))
+        args = [x, *constants]
         return tvm.relax.Call(value.op, args, value.attrs)
 
     return str(tvm.ir.save_json(ir.rewrite(product.realized, visit)))

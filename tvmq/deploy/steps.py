@@ -60,7 +60,7 @@ def extract(module: tvm.IRModule, kernels: Mapping[str, str]) -> list[Step]:
             continue
         if ir.is_call(value, "call_tir"):
             symbol = str(value.args[0].name_hint)
-            title = kernels.get(results[0].name) or _title(symbol)
+            title = kernels.get(results[0].name) or kernels.get(str(var.name)) or _title(symbol)
             args = tuple(_argument(arg, names) for arg in value.args[1].fields)
             steps.append(Step(symbol, args, results, title, _precision(title)))
         elif ir.is_call(value, "reshape"):
@@ -153,9 +153,11 @@ def _number(word: str) -> float:
 
 
 def _precision(kernel: str) -> str:
-    """The narrowest of what a kernel reads and writes: the first parts of its name are dtypes."""
-    dtypes = re.match(r"((f32|bf16|[us]8)-)*", kernel)
+    """The narrowest of what a kernel reads and writes: the first parts of its name are dtypes, w4 and w8 of weights."""
+    dtypes = re.match(r"((f32|bf16|[us]8|w[48])-)*", kernel)
     names = dtypes[0].split("-") if dtypes else []
+    if "w4" in names or "w8" in names:
+        return "int4-weight" if "w4" in names else "int8-weight"
     if "u8" in names or "s8" in names:
         return "int8"
     return "bf16" if "bf16" in names else "fp32"

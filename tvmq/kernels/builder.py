@@ -235,11 +235,15 @@ def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a vector of results belongs: `channel` of its first lane, and `flat` index in the output."""
+    """Where a vector of results belongs: `channel` of its first lane, `flat` index in the output, and `row`.
+
+    row: all indices but the channel, as one; for epilogues with a scale a row.
+    """
 
     channel: Expr
     flat: Expr
     lanes: int
+    row: Expr = None
 
 
 def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequence[Flat], place: Place) -> Expr:
@@ -260,6 +264,10 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: 
         case ops.Scale():
             assert operand is not None
             return fenced(_to_float(value, dtype, lanes) * operand.load(place.channel, lanes), lanes), FLOAT
+        case ops.RowScale():
+            assert operand is not None
+            factor = splat(operand.load(place.row), lanes)
+            return fenced(_to_float(value, dtype, lanes) * factor, lanes), FLOAT
         case ops.Dequantize(scale, zero_point):
             return fenced(_centred(value, zero_point, lanes) * number(scale, FLOAT, lanes), lanes), FLOAT
         case ops.Multiply(factor):
@@ -278,6 +286,8 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: 
             limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)
             integer = cast(T.nearbyint(limited), "int32", lanes)
             return cast(integer + number(zero_point, "int32", lanes) if zero_point else integer, stored, lanes), stored
+        case ops.QuantizeRows():
+            raise AssertionError("kernels of whole rows take it off first")
 
 
 def _to_float(value: Expr, dtype: str, lanes: int) -> Expr:

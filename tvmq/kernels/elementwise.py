@@ -38,16 +38,16 @@ class Map:
         channels = self.shape[-1] if self.shape else 1
 
         def run(row: Expr, at: Expr, lanes: int) -> None:
-            flat = row + at
-            place = Place(at, flat, lanes)
+            flat = row * channels + at
+            place = Place(at, flat, lanes, row)
             out.store(
                 builder.run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, operands, place), flat, lanes
             )
 
-        if any(isinstance(step, ops.Bias | ops.Scale) for step in self.epilogue):
+        if any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale) for step in self.epilogue):
             rows = math.prod(self.shape) // channels
             with builder.parallel(rows) as row:
-                for_each(channels, self.lanes, lambda at, lanes: run(row * channels, at, lanes))
+                for_each(channels, self.lanes, lambda at, lanes: run(row, at, lanes))
         else:
             in_blocks(math.prod(self.shape), self.lanes, lambda at, lanes: run(tirx.const(0, "int32"), at, lanes))
 

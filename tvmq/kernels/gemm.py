@@ -336,7 +336,8 @@ class _Emitter:
         def finish(values: Flat | Registers, y: Expr, x: Expr, v: Expr, slot: Any) -> None:
             pixel = (image * self.g.height + row + y) * self.g.width + column + x
             first = index * self.nr + v * lanes
-            place = Place(group * self.g.channels + first, pixel * self.cout + group * self.g.channels + first, lanes)
+            channel = group * self.g.channels + first
+            place = Place(channel, pixel * self.cout + channel, lanes, pixel)
             self.results.finish(values, slot, place, first, rest, operands)
 
         if not activates:

@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import lower_matrix, lower_rest, tiles
+from tvmq.kernels import lower_grouped, lower_matrix, lower_rest, tiles
 from tvmq.kernels.lowering import Lowered, Lowering
 from tvmq.target import Target
 
@@ -47,6 +47,7 @@ def visit(lowering: Lowering, state: ir.Rewrite, name: str, value: Any) -> Any:
 RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "conv2d": lower_matrix.conv2d,
     "matmul": lower_matrix.matmul,
+    "grouped_matmul": lower_grouped.matmul,
     "avg_pool2d": lower_rest.pool,
     "max_pool2d": lower_rest.pool,
     "map": lower_rest.elementwise,

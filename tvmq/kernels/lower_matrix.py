@@ -84,9 +84,8 @@ def _gemm(
     spec, packing, tile = _template(lowering, m, kernel.shape, geometry, rest)
     title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
     lowering.names[name] = title
-    weights = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
-    lowering.packed[name] = (str(weights.name), packing)
-    args = [x, weights, *lowering.lift(state, name, operands)]
+    weights = lowering.pack(state, name, [(kernel, packing)])
+    args = [x, *weights, *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
 
@@ -147,9 +146,7 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
     title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
     lowering.names[name] = title
     packing = Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1)
-    packed = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
-    lowering.packed[name] = (str(packed.name), packing)
-    args = [x, packed, *lowering.lift(state, name, operands)]
+    args = [x, *lowering.pack(state, name, [(kernel, packing)]), *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
 

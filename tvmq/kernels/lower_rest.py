@@ -59,7 +59,9 @@ def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
 
 
 def elementwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
-    """`tvmq.map`."""
+    """`tvmq.map`; one that quantizes rows is a row-wise operator."""
+    if ops.row_quantizer(call) is not None:
+        return rowwise(lowering, state, name, call)
     x, *operands = call.args
     out_dtype = ir.dtype_of(call)
     dtype = dtype_of(x)
@@ -81,16 +83,18 @@ def concat(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
 
 
 def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
-    """`tvmq.layer_norm` and `tvmq.softmax`."""
+    """`tvmq.layer_norm`, `tvmq.softmax`, and what quantizes rows."""
     kind = ir.op_name(call).removeprefix(ops.PREFIX)
     epsilon = ops.attributes(call).get("epsilon", 0.0)
     operands = call.args[3:] if kind == "layer_norm" else call.args[1:]
-    shape, out_dtype = ir.shape_of(call), ir.dtype_of(call)
-    dtype = dtype_of(call.args[0])
-    spec = Rowwise(kind, shape, dtype, out_dtype, epsilon, ops.epilogue_of(call), declared(operands))
-    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-{kind}"
+    dtype, results = dtype_of(call.args[0]), ops.results(call)
+    shape = ir.shape_of(call.args[0])
+    spec = Rowwise(kind, shape, dtype, tuple(results), epsilon, ops.epilogue_of(call), declared(operands))
+    last = ops.row_quantizer(call)
+    made, rows = (last.dtype, "-rows") if last else (results[0][1], "")
+    title = f"{SHORT[made]}-{SHORT[dtype]}-{kind}{rows}"
     lowering.names[name] = title
-    return lowering.call(spec, title, lowering.lift(state, name, call.args), shape, out_dtype)
+    return lowering.call_for(spec, title, lowering.lift(state, name, call.args), results)
 
 
 def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:

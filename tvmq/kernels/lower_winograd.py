@@ -54,9 +54,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     title = f"{SHORT[out_dtype]}-{SHORT[str(kernel.dtype)]}-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"
     lowering.names[name] = title
     packing = Packing("winograd", kernel.shape, blocking.m, 1, nr, 1)
-    weights = lowering.parameter(state, f"{name}_weight", packing.pack(kernel))
-    lowering.packed[name] = (str(weights.name), packing)
-    args = [x, weights, *lowering.lift(state, name, operands)]
+    args = [x, *lowering.pack(state, name, [(kernel, packing)]), *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), out_dtype)
 
 

@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.kernels import depthwise, gemm, micro, tile_gemm, tiles, winograd
+from tvmq.kernels import depthwise, gemm, grouped, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import Pad
@@ -25,8 +25,8 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8", "uint8": "u8", "int
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes), and winograd
-    (taps: m).
+    """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes) and winograd
+    (taps: m), and `pack_words` in grouped.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Packing:
             return depthwise.pack(weight, self.nr)
         if self.kind == "winograd":
             return winograd.pack(weight, self.taps, self.nr)
-        pack = tile_gemm.pack if self.kind == "tiles" else gemm.pack
+        pack = {"tiles": tile_gemm.pack, "words": grouped.pack_words}.get(self.kind, gemm.pack)
         return pack(weight, self.taps, self.groups, self.nr, self.kr)
 
     def unpack(self, packed: Array) -> Array:
@@ -51,7 +51,7 @@ class Packing:
             return depthwise.unpack(packed, self.shape, self.nr)
         if self.kind == "winograd":
             return winograd.unpack(packed, self.shape, self.taps, self.nr)
-        unpack = tile_gemm.unpack if self.kind == "tiles" else gemm.unpack
+        unpack = {"tiles": tile_gemm.unpack, "words": grouped.unpack_words}.get(self.kind, gemm.unpack)
         return unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
 
 
@@ -60,14 +60,14 @@ class Lowered:
     """`module`: main and its kernels. `kernels`: variable of main -> the name of the kernel that computes it.
 
     `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
-    operator -> (name of its packed weight, how to unpack it). `notes`: variable -> what its user should
-    know of the kernel.
+    operator -> (name of the parameter, how to unpack it) of its weight, and of more constants after it that are packed.
+    `notes`: variable -> what its user should know of the kernel.
     """
 
     module: tvm.IRModule
     kernels: dict[str, str]
     parameters: dict[str, Array]
-    packed: dict[str, tuple[str, Packing]]
+    packed: dict[str, list[tuple[str, Packing]]]
     notes: dict[str, str]
 
 
@@ -81,7 +81,7 @@ class Lowering:
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
     names: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Array] = field(default_factory=dict)
-    packed: dict[str, tuple[str, Packing]] = field(default_factory=dict)
+    packed: dict[str, list[tuple[str, Packing]]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,13 +102,19 @@ class Lowering:
 
     def call(self, kernel: Any, title: str, args: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
         """A call of `kernel` (built at its first use) that makes a tensor."""
+        return self.call_for(kernel, title, args, [(shape, dtype)])
+
+    def call_for(
+        self, kernel: Any, title: str, args: Sequence[Any], results: Sequence[tuple[Sequence[int], str]]
+    ) -> Any:
+        """A call of `kernel` that makes a tensor, or several, of (shape, dtype) each."""
         if kernel not in self.functions:
             symbol = f"tvmq_{title.replace('-', '_')}_{len(self.functions)}"
             # The pattern "opaque" keeps TVM's operator fusion away.
             function = kernel.function().with_attrs({"global_symbol": symbol, "op_pattern": 8})
             self.functions[kernel] = (self.builder.add_func(function, symbol), function)
-        made = relax.TensorType(list(shape), stored_dtype(dtype))
-        return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), made)
+        made = [relax.TensorType(list(shape), stored_dtype(dtype)) for shape, dtype in results]
+        return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), made if len(made) > 1 else made[0])
 
     def parameter(self, state: ir.Rewrite, name: str, value: Array) -> Any:
         """`value` as a parameter of main: weights live beside the code, not in it. Names in use are made distinct."""
@@ -117,6 +123,13 @@ class Lowering:
             unique += "_"
         self.parameters[unique] = np.ascontiguousarray(value).view(stored_dtype(str(value.dtype)))
         return state.parameter(unique, self.parameters[unique])
+
+    def pack(self, state: ir.Rewrite, name: str, weights: Sequence[tuple[Array, Packing]]) -> list[Any]:
+        """Parameters for the first constants of operator `name`: its weight, and what is packed with it."""
+        suffixes = ("weight", "scales")
+        made = [self.parameter(state, f"{name}_{s}", p.pack(w)) for s, (w, p) in zip(suffixes, weights, strict=False)]
+        self.packed[name] = [(str(var.name), packing) for var, (_, packing) in zip(made, weights, strict=True)]
+        return made
 
     def lift(self, state: ir.Rewrite, name: str, args: Sequence[Any]) -> list[Any]:
         """`args` with each constant tensor (not scalar) as a parameter."""

@@ -32,7 +32,7 @@ class Results:
         """The vector of sums at `slot` becomes the results at `place`; `first`: its first channel in the group."""
 
         def store(lanes: int) -> None:
-            at = Place(place.channel, place.flat, lanes)
+            at = Place(place.channel, place.flat, lanes, place.row)
             value = builder.run_epilogue(acc.load(slot, lanes), self.acc_dtype, steps, operands, at)
             self.out.store(value, place.flat, lanes)
 

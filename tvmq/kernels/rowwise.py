@@ -1,9 +1,12 @@
-"""Softmax and layer norm: one row at a time, rows in parallel, sums in the fixed order of `functions.row_sum`."""
+"""Softmax, layer norm and the quantization of rows: one row at a time, rows in parallel, sums in a fixed order.
+
+The order is that of `functions.row_sum`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,82 +18,121 @@ from tvmq.functions import ROW_LANES
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, VectorMath
 from tvmq.kernels.pad import for_each
+from tvmq.quantize.numerics import TINY_SCALE
 
+# (offset in a row, lanes) -> the values there
+Values = Callable[[Expr, int], Expr]
 # Parallel tasks: enough for the cores of any board, each with rows enough to pay for its scratch row.
 _TASKS = 16
 
 
 @dataclass(frozen=True)
 class Rowwise:
-    """A softmax (kind "softmax") or layer norm ("layer_norm") over the last axis of a float tensor, in float32."""
+    """A softmax (kind "softmax"), layer norm ("layer_norm") or only an epilogue ("map") on rows, in float32.
+
+    results: (shape, dtype) of each; several where the epilogue ends in `QuantizeRows`.
+    """
 
     kind: str
     shape: tuple[int, ...]
     dtype: str
-    out_dtype: str
+    results: tuple[tuple[tuple[int, ...], str], ...]
     epsilon: float
     epilogue: ops.Epilogue
     operands: tuple[tuple[tuple[int, ...], str], ...]
 
     def function(self) -> Any:
-        """The PrimFunc: (x, [gamma, beta,] epilogue tensors..., out)."""
-        return builder.function(self._emit)
+        """The PrimFunc: (x, [gamma, beta,] epilogue tensors..., results...)."""
+        return builder.function(lambda f: _Emitter(self, f).emit())
 
-    def _emit(self, f: builder.Function) -> None:
-        n = self.shape[-1]
-        affine = [((n,), FLOAT)] * 2 if self.kind == "layer_norm" else []
-        x, *middle, out = f.arguments((self.shape, self.dtype), *affine, *self.operands, (self.shape, self.out_dtype))
-        rows = math.prod(self.shape[:-1])
+
+class _Emitter:
+    def __init__(self, kernel: Rowwise, f: builder.Function) -> None:
+        self.k, self.f, self.n = kernel, f, kernel.shape[-1]
+        affine = [((self.n,), FLOAT)] * 2 if kernel.kind == "layer_norm" else []
+        middle = len(affine) + len(kernel.operands)
+        self.x, *rest = f.arguments((kernel.shape, kernel.dtype), *affine, *kernel.operands, *kernel.results)
+        self.affine, self.operands, self.results = rest[: len(affine)], rest[len(affine) : middle], rest[middle:]
+        last = kernel.epilogue[-1] if kernel.epilogue else None
+        self.last = last if isinstance(last, ops.QuantizeRows) else None
+        self.steps = kernel.epilogue[:-1] if self.last else kernel.epilogue
+
+    def emit(self) -> None:
+        rows = math.prod(self.k.shape[:-1])
         share = -(-rows // min(rows, _TASKS))
         with builder.parallel(-(-rows // share)) as task:
-            scratch = f.scratch(n, FLOAT)
+            scratch = self.f.scratch(self.n, FLOAT)
             with builder.serial(tirx.min(tirx.const(share, "int32"), rows - task * share)) as index:
-                self._row(f, x, middle, out, scratch, (task * share + index) * n)
+                self._row(scratch, task * share + index)
 
-    def _row(self, f: builder.Function, x: Flat, middle: Sequence[Flat], out: Flat, scratch: Flat, start: Expr) -> None:
-        """One row, from element `start`."""
-        n = self.shape[-1]
-        operands = middle[2:] if self.kind == "layer_norm" else middle
-
-        def finish(value: Expr, at: Expr, lanes: int) -> None:
-            place = Place(at, start + at, lanes)
-            out.store(builder.run_epilogue(value, FLOAT, self.epilogue, operands, place), start + at, lanes)
-
-        if self.kind == "softmax":
-            softmax_row(f, x, start, scratch, 0, n)
-            for_each(n, ROW_LANES, lambda at, lanes: finish(scratch.load(at, lanes), at, lanes))
+    def _row(self, scratch: Flat, row: Expr) -> None:
+        """One row: the anchor's values, through the epilogue."""
+        start = row * self.n
+        if self.k.kind == "softmax":
+            softmax_row(self.f, self.x, start, scratch, 0, self.n)
+            self._finish(scratch, row, scratch.load, FLOAT)
+        elif self.k.kind == "layer_norm":
+            self._finish(scratch, row, self._layer_norm(start, scratch), FLOAT)
         else:
-            self._layer_norm(f, x, start, middle, scratch, finish)
+            self._finish(scratch, row, lambda at, lanes: self.x.load(start + at, lanes), self.x.value_dtype)
 
-    def _layer_norm(
-        self,
-        f: builder.Function,
-        x: Flat,
-        start: Expr,
-        affine: Sequence[Flat],
-        centred: Flat,
-        finish: Callable[[Expr, Expr, int], None],
-    ) -> None:
-        n = self.shape[-1]
+    def _finish(self, scratch: Flat, row: Expr, values: Values, dtype: str) -> None:
+        start = row * self.n
+
+        def value(at: Expr, lanes: int) -> Expr:
+            place = Place(at, start + at, lanes, row)
+            return builder.run_epilogue(values(at, lanes), dtype, self.steps, self.operands, place)
+
+        if self.last is not None:
+            self._quantize(scratch, row, value, self.last)
+        else:
+            (out,) = self.results
+            for_each(self.n, ROW_LANES, lambda at, lanes: out.store(value(at, lanes), start + at, lanes))
+
+    def _quantize(self, scratch: Flat, row: Expr, value: Values, last: ops.QuantizeRows) -> None:
+        """`numerics.quantize_rows`: the row waits until its largest magnitude is known."""
+        *kept, q, scales = self.results
+        held, start = (kept[0], row * self.n) if last.keep else (scratch, 0)
+
+        def magnitude(at: Expr, lanes: int) -> Expr:
+            held.store(value(at, lanes), start + at, lanes)
+            return VectorMath(lanes).magnitude(held.load(start + at, lanes))
+
+        one = VectorMath(1)
+        scale = one.div(_reduce(self.f, self.n, magnitude, 0.0, T.max), one.number(127.0))
+        scale = hold(self.f, one.where_less(one.number(TINY_SCALE), scale, scale, one.number(1.0)))
+        scales.store(scale, row)
+        inverse = hold(self.f, one.div(one.number(1.0), scale))
+        to_integer = ops.Quantize(last.zero_point, last.zero_point - 127, last.zero_point + 127, last.dtype)
+
+        def quantize(at: Expr, lanes: int) -> None:
+            units = VectorMath(lanes).mul(held.load(start + at, lanes), builder.splat(inverse, lanes))
+            place = Place(at, row * self.n + at, lanes)
+            q.store(builder.run_epilogue(units, FLOAT, (to_integer,), (), place), place.flat, lanes)
+
+        for_each(self.n, ROW_LANES, quantize)
+
+    def _layer_norm(self, start: Expr, centred: Flat) -> Values:
+        f, n = self.f, self.n
         one = VectorMath(1)
         share = one.number(1.0 / n)
-        mean = one.mul(row_sum(f, n, lambda at, lanes: x.load(start + at, lanes)), share)
+        mean = one.mul(row_sum(f, n, lambda at, lanes: self.x.load(start + at, lanes)), share)
         held = hold(f, mean)
 
         def centre(at: Expr, lanes: int) -> Expr:
-            centred.store(x.load(start + at, lanes) - builder.splat(held, lanes), at, lanes)
+            centred.store(self.x.load(start + at, lanes) - builder.splat(held, lanes), at, lanes)
             value = centred.load(at, lanes)
             return VectorMath(lanes).mul(value, value)
 
         variance = one.mul(row_sum(f, n, centre), share)
-        inverse = hold(f, one.div(one.number(1.0), one.sqrt(one.add(variance, one.number(self.epsilon)))))
+        inverse = hold(f, one.div(one.number(1.0), one.sqrt(one.add(variance, one.number(self.k.epsilon)))))
 
-        def scale(at: Expr, lanes: int) -> None:
+        def scaled(at: Expr, lanes: int) -> Expr:
             m = VectorMath(lanes)
             unit = m.mul(centred.load(at, lanes), builder.splat(inverse, lanes))
-            finish(m.fma(unit, affine[0].load(at, lanes), affine[1].load(at, lanes)), at, lanes)
+            return m.fma(unit, self.affine[0].load(at, lanes), self.affine[1].load(at, lanes))
 
-        for_each(n, ROW_LANES, scale)
+        return scaled
 
 
 def softmax_row(f: builder.Function, x: Flat, start: Expr, out: Flat, target: Expr, n: int) -> None:

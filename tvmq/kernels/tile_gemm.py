@@ -227,7 +227,7 @@ class _Emitter:
         def vector(j: Expr) -> None:
             slot = (i * self.b.across + j) * (self.strips.rows * LANES) + row * LANES
             first = channel + j * LANES
-            place = Place(group * self.g.channels + first, at + first, LANES)
+            place = Place(group * self.g.channels + first, at + first, LANES, pixel)
             self.results.finish(self.acc, slot, place, first, self.k.epilogue, self.operands)
 
         if any(isinstance(step, ops.Activate) for step in self.k.epilogue):

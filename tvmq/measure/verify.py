@@ -146,7 +146,8 @@ def _weights(bundle: Bundle) -> list[Array]:
     parameters = bundle.parameters()
     weights = []
     kinds: Mapping[str, str] = {row["name"]: row["kind"] for row in bundle.manifest["operators"]}
-    for name, entry in bundle.manifest["packed"].items():
+    packed = [(name, entry) for name, entries in bundle.manifest["packed"].items() for entry in entries]
+    for name, entry in packed:
         fields: dict[str, Any] = {k: tuple(v) if k == "shape" else v for k, v in entry.items() if k != "parameter"}
         weight = Packing(**fields).unpack(parameters[entry["parameter"]])
         weights.append(weight.reshape(weight.shape[0], -1).T if kinds.get(name) == "matmul" else weight)

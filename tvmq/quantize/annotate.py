@@ -3,6 +3,9 @@
     y = conv2d(x, w)   ->   q = quantize(x, s, z);  d = dequantize(q, s, z);  y = conv2d(d, dequantize(w_q, s_w, 0))
     y = conv2d(x, w)   ->   h = astype(x, bfloat16);  d = astype(h, float32);  y = conv2d(d, astype(w_h, float32))
 
+A linear layer with dynamic precision reads rows that are quantized and dequantized (one pair for all layers that read
+the tensor); one with weight-only precision reads its input as it is, and a weight that is dequantized by groups.
+
 The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on
 the target.
 """
@@ -18,12 +21,12 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir
+from tvmq import ir, ops
 from tvmq.graph.fusion import AddBias, Chain
-from tvmq.quantize import numerics
+from tvmq.quantize import groups, numerics
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.plan import Plan
-from tvmq.recipe import Recipe
+from tvmq.recipe import Precision, Recipe
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
@@ -34,6 +37,7 @@ CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
     """The module with a QDQ pair on each planned tensor and each planned constant weight."""
     pairs: dict[Any, Any] = {}  # old variable -> its dequantized twin
+    rows: dict[Any, Any] = {}  # tensor -> its twin whose rows were quantized and dequantized
     rounded: dict[Any, Any] = {}  # old variable -> its twin that went through bfloat16
     integer = _readers(plan, plan.integer, plan.qparams.keys())
     narrow = _readers(plan, plan.narrow, plan.stored)
@@ -62,11 +66,13 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
             new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_bfloat16))
         chain = weights.get(old)
         if chain is not None and chain.end in plan.integer:
-            weight = _weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe.per_channel)
+            weight = _chain_weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe.per_channel)
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
+        elif old in plan.linear:
+            new = _linear(state, name, new, plan.linear[old], recipe, rows)
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
         if old in plan.narrow and old in plan.stored:
@@ -96,11 +102,39 @@ def _twins(state: ir.Rewrite, value: Any, tensors: AbstractSet[Any], pair: Pair)
     return {operand: pair(state, old, operand) for operand, old in origins.items() if old in tensors}
 
 
-def _weight(constant: Any, chain: Chain, x_scale: float, per_channel: bool) -> Any:
+def _linear(state: ir.Rewrite, name: str, call: Any, precision: Precision, recipe: Recipe, rows: dict[Any, Any]) -> Any:
+    """The matmul `call` with dynamic or weight-only precision; `rows` keeps the twins of what it reads."""
+    x, weight = call.args[0], ir.to_numpy(call.args[1])
+    if precision is Precision.INT8_DYNAMIC:
+        twin = _weight(weight, 1, 0.0, recipe.per_channel)
+        if x not in rows:
+            rows[x] = _through_rows(state, x)
+        x = rows[x]
+    else:
+        bits = 4 if precision is Precision.INT4_WEIGHT else 8
+        scales = groups.group_scales(weight, bits, recipe.weight_group(precision) or weight.shape[0])
+        quantized = groups.quantize_groups(weight, scales, bits)
+        twin = ops.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
+    return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
+
+
+def _through_rows(state: ir.Rewrite, x: Any) -> Any:
+    name = state.names.get(x) or str(x.name)
+    results = state.emit(ops.quantize_rows(x), f"{name}_rows")
+    parts = [state.emit(relax.TupleGetItem(results, i), f"{name}_{part}") for i, part in enumerate(("q", "scale"))]
+    return state.emit(ops.dequantize_rows(*parts), f"{name}_dq")
+
+
+def _chain_weight(constant: Any, chain: Chain, x_scale: float, per_channel: bool) -> Any:
     """dequantize(int8 weight, scales, 0), with scales that the chain's bias can be expressed in."""
-    weight, axis = ir.to_numpy(constant), CHANNEL_AXIS[chain.kind]
     bias = chain.followers[0].value if chain.followers and isinstance(chain.followers[0], AddBias) else np.zeros(1)
-    scales = numerics.weight_scales(weight, axis, numerics.bias_floor(bias, x_scale))
+    floor = numerics.bias_floor(bias, x_scale)
+    return _weight(ir.to_numpy(constant), CHANNEL_AXIS[chain.kind], floor, per_channel)
+
+
+def _weight(weight: Array, axis: int, floor: Array | float, per_channel: bool) -> Any:
+    """dequantize(int8 weight, scales, 0), no scale below `floor`."""
+    scales = numerics.weight_scales(weight, axis, floor)
     if not per_channel:
         scales = np.full_like(scales, scales.max())
     quantized = numerics.quantize_weight(weight, scales, axis)

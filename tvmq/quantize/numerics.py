@@ -1,7 +1,9 @@
 """The integer and bfloat16 semantics in NumPy: what every compiled int8 kernel must equal, bit for bit.
 
 Activations are 8-bit integers q with value `float32(q - zero_point) * scale`; weights are symmetric int8 per output
-channel; accumulators are int32. All float arithmetic is IEEE float32, one rounding an operation, ties to even.
+channel; accumulators are int32. Dynamic activations have a scale a row instead, chosen when they are computed: their
+products are `(float32(acc) * s_w[c]) * s_x[row]`, and a bias is added in float32. All float arithmetic is IEEE float32,
+one rounding an operation, ties to even.
 
 bfloat16 is how tensors and weights are stored: an operator widens what it reads to float32, multiplies, sums and runs
 its epilogue there, and rounds its result to bfloat16, ties to even. The order of a sum is the machine's, whose dot
@@ -26,6 +28,8 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
 # Half of int32 for the bias leaves the other half to the products: 2**30 / (255 * 127) = 33155 of the largest.
 BIAS_LIMIT = 2**30
+# Below this a scale's reciprocal nears the end of float32.
+TINY_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def choose_qparams(low: float, high: float, *, symmetric: bool = False) -> QPara
 def _sound_scale(scale: float) -> float:
     """`scale` as float32; 1 for a range so narrow that its reciprocal would overflow."""
     rounded = float(F32(scale))
-    return rounded if rounded > 1e-30 else 1.0
+    return rounded if rounded > TINY_SCALE else 1.0
 
 
 def weight_scales(weight: Array, axis: int, floor: Array | float = 0.0) -> Array:
@@ -198,10 +202,28 @@ def max_pool2d(
     return np.asarray(image.max(axis=(3, 4)))
 
 
-def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Array:
-    """Run the steps of an epilogue on an anchor's result `v`; `operands` are their tensors, in order."""
+def quantize_rows(x: Array, zero_point: int = 0, dtype: str = "int8") -> tuple[Array, Array]:
+    """Symmetric int8 with a scale a row: q of the shape of x, float32 scales without its last axis.
+
+    `scale = max |x| / 127`, 1 where that is not above 1e-30; `q = clip(nearbyint(x * (1 / scale)), -127, 127)`, plus
+    the zero point of its storage. Both divisions are of float32.
+    """
+    scales = np.abs(x.astype(F32)).max(axis=-1, initial=0.0) / F32(127.0)
+    scales = np.asarray(np.where(F32(TINY_SCALE) < scales, scales, F32(1.0)), F32)
+    units = x.astype(F32) * (F32(1.0) / scales)[..., None]
+    return to_integer(units, zero_point, zero_point - 127, zero_point + 127, dtype), scales
+
+
+def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Any:
+    """Run the steps of an epilogue on an anchor's result `v`; `operands` are their tensors, in order.
+
+    An array; or, where the steps end in `QuantizeRows`, the tuple that it says.
+    """
     remaining = iter(operands)
     for step in steps:
+        if isinstance(step, ops.QuantizeRows):
+            quantized = quantize_rows(v, step.zero_point, step.dtype)
+            return (v, *quantized) if step.keep else quantized
         v = _step(v, step, next(remaining) if isinstance(step, ops.OPERAND_STEPS) else None)
     return v
 
@@ -213,6 +235,9 @@ def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
             return v + operand
         case ops.Scale():
             return v.astype(F32) * np.asarray(operand, F32)
+        case ops.RowScale():
+            assert operand is not None
+            return v.astype(F32) * np.asarray(operand, F32)[..., None]
         case ops.Dequantize(scale, zero_point):
             return dequantize(v, scale, zero_point)
         case ops.Multiply(factor):
@@ -229,6 +254,8 @@ def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
             return activation(v, function)
         case ops.Quantize(zero_point, qmin, qmax, dtype):
             return to_integer(v, zero_point, qmin, qmax, dtype)
+        case ops.QuantizeRows():
+            raise AssertionError("is last, and has several results")
 
 
 def activation(v: Array, function: str) -> Array:

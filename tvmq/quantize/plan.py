@@ -2,6 +2,7 @@
 
 Convolutions and matmuls with constant weights pull their inputs into int8. Everything else (adds, pools, activations,
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
+Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone.
 What is to be bfloat16 is decided in narrow.py, and what `auto` asks for in auto.py.
 """
 
@@ -21,7 +22,7 @@ from tvmq.quantize.auto import Rates
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import LINEAR, Precision, Recipe
 
 # Operators whose result holds elements of their input only, so that both have one range.
 PASS_THROUGH = (*MOVES, "nn.max_pool2d")
@@ -42,7 +43,8 @@ class Plan:
     """`qparams`: the variables to quantize. `integer`: chain ends and other variables computed in integers.
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
-    `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16.
+    `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16. `linear`: anchors of linear
+    layers with dynamic or weight-only precision.
     """
 
     chains: tuple[Chain, ...]
@@ -51,6 +53,7 @@ class Plan:
     produced: frozenset[Any]
     narrow: frozenset[Any]
     stored: frozenset[Any]
+    linear: Mapping[Any, Precision]
     decisions: tuple[Decision, ...]
 
 
@@ -87,6 +90,7 @@ class _Planner:
         self.integer: set[Any] = set()
         self.wanted: set[Any] = set()
         self.asked: set[Any] = set()  # for bfloat16
+        self.linear: dict[Any, Precision] = {}
         self.decisions: dict[Any, Decision] = {}
 
     def plan(self) -> Plan:
@@ -104,7 +108,8 @@ class _Planner:
         qparams = {var: self.entries[str(source[var].name)].qparams for var in wanted}
         produced = frozenset(var for var in self.wanted if var in self.integer)
         integer, decisions = frozenset(self.integer), tuple(self.decisions.values())
-        return Plan(tuple(self.chains), qparams, integer, produced, narrowed.computed, narrowed.stored, decisions)
+        narrow_sets = narrowed.computed, narrowed.stored
+        return Plan(tuple(self.chains), qparams, integer, produced, *narrow_sets, self.linear, decisions)
 
     def _decide(self, var: Any, call: Any) -> None:
         chain = self.chain_of_end.get(var)
@@ -113,6 +118,9 @@ class _Planner:
         if precision is Precision.BF16:
             self.asked.add(var)
             self._note(var, kind, precision, why)
+            return
+        if chain is not None and precision in LINEAR:
+            self._decide_linear(chain, precision)
             return
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
@@ -155,6 +163,16 @@ class _Planner:
             return None, ""
         name = str(var.name)
         return self.recipe.precision_of(kind, name, self.paths.get(name, name))
+
+    def _decide_linear(self, chain: Chain, precision: Precision) -> None:
+        """A linear layer with dynamic or weight-only precision: float where its weight has no whole groups."""
+        depth, group = ir.shape_of(chain.call.args[1])[0], self.recipe.weight_group(precision)
+        if precision is not Precision.INT8_DYNAMIC and group is not None and depth % group:
+            reason = f"its {depth} inputs are no multiple of the group size, {group}"
+            self._note(chain.end, chain.kind, Precision.FP32, reason)
+            return
+        self.linear[chain.anchor] = precision
+        self._note(chain.end, chain.kind, precision, "")
 
     def _chain_reason(self, chain: Chain) -> str | None:
         """Why a chain stays float; None where it becomes integer (and then its inputs are wanted)."""

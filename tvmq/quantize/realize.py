@@ -3,8 +3,10 @@
     quantize(relu(add(conv2d(dequantize(x), dequantize(w)), b)), s, z)
       ->  tvmq.conv2d(x, w, b_int32, m; epilogue = bias, scale, quantize(z, max(qmin, z), qmax))
 
-Chains without QDQ become float tvmq operators in the same way, so that one pass does all fusion; conversions to
-bfloat16 and back say what float operators read and make. 8-bit activations are stored as `storage` asks ("int8", or
+Rows that are quantized for dynamic linear layers are results of the kernel that makes them, where that sees whole rows,
+else of a map; the epilogue of such a layer multiplies by the scale of its row. Chains without QDQ become float tvmq
+operators in the same way, so that one pass does all fusion; conversions to bfloat16 and back say what float operators
+read and make. 8-bit activations are stored as `storage` asks ("int8", or
 "uint8" = the same number plus 128): the values that they stand for are the same.
 """
 
@@ -33,12 +35,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored tensor: its new variable and dtype, and, of 8-bit ones, its scale and its zero point in storage."""
+    """A stored tensor: its new variable and dtype, and, of 8-bit ones, its scale and its zero point in storage.
+
+    rows: the variable of the scales of its rows, on top of `scale`; None where all have one scale.
+    """
 
     var: Any
     dtype: str
     scale: float = 1.0
     zero_point: int = 0
+    rows: Any = None
 
     @property
     def is_integer(self) -> bool:
@@ -57,10 +63,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight's constant, and its float32 [channels] scales; None for float32 and bfloat16 weights."""
+    """A weight's constant, and its float32 [channels] scales; None for weights that are multiplied as floats.
+
+    groups: the constant scales of groups of its rows, and its bits; None where it has no groups.
+    """
 
     value: Any
     scales: Array | None
+    groups: tuple[Any, int] | None = None
+
+
+# Anchors of kernels that see whole rows.
+_ROWWISE = ("layer_norm", "softmax", "add", "unary")
 
 
 def realize(module: tvm.IRModule, storage: str = "int8") -> tvm.IRModule:
@@ -77,6 +91,7 @@ class _Realizer:
         self.chain_of_end = {chain.end: chain for chain in find_chains(module)}
         self.inside = {m for chain in self.chain_of_end.values() for m in chain.members[:-1]}
         self.stored: dict[Any, Stored] = {}  # old variable of a quantize or a rounding -> what stands for it
+        self.rows: dict[Any, Any] = {}  # old variable of quantized rows -> (q, scales) of the kernel that makes them
 
     def run(self) -> tvm.IRModule:
         return ir.rewrite(self.module, self._visit)
@@ -89,6 +104,8 @@ class _Realizer:
             return self._store(state, name, value)
         if ir.is_call(value, "dequantize", "astype"):
             return self._load(old, value)
+        if ir.is_call(value, "tvmq.map"):
+            return self._quantize_rows(old, value)
         if fusion.has_attention_kernel(value):
             return self._attention(state, self.values[old], None)
         if ir.is_call(value, "matmul") and old not in self.chain_of_end:
@@ -96,7 +113,7 @@ class _Realizer:
         if ir.is_call(value, "nn.max_pool2d") and ir.dtype_of(value) == "float32" and not no_stored_form(value):
             return _max_pool(value, value.args[0], "float32")
         if old in self.chain_of_end and not self._only_stored(old):
-            return self._chain(state, self.chain_of_end[old], None)
+            return self._float_chain(state, name, self.chain_of_end[old])
         return None
 
     def _load(self, old: Any, value: Any) -> Any:
@@ -162,10 +179,42 @@ class _Realizer:
         call: Any = self.values.get(var)
         return self.stored.get(call.args[0]) if ir.is_call(call, "dequantize", "astype") else None
 
+    # --- rows with a scale each ---
+
+    def _quantize_rows(self, old: Any, call: Any) -> Any:
+        """What stands for a map that quantizes rows; None for other maps."""
+        if ops.row_quantizer(call) is None:
+            return None
+        if old in self.rows:
+            return self.rows[old]
+        return ops.quantize_rows(call.args[0], zero_point=self.offset, dtype=self.storage)
+
+    def _float_chain(self, state: ir.Rewrite, name: str, chain: Chain) -> Any:
+        """The float operator for `chain`, which quantizes its rows on the way where a reader asks for them."""
+        readers = self.readers.get(chain.end, [])
+        wanted = [reader for reader in readers if reader is not None and ops.is_row_quantizer(self.values[reader])]
+        if not wanted or chain.kind not in _ROWWISE:
+            return self._chain(state, chain, None)
+        keep = len(readers) > len(wanted)
+        tail = ops.QuantizeRows(keep, self.offset, self.storage)
+        results = state.emit(self._chain(state, chain, None, tail), f"{name}_rows")
+        names = [name, f"{name}_q", f"{name}_scale"] if keep else [name, f"{name}_scale"]
+        parts = [state.emit(relax.TupleGetItem(results, i), part) for i, part in enumerate(names)]
+        self.rows.update({reader: relax.Tuple(parts[-2:]) for reader in wanted})
+        return parts[0]
+
+    def _source_rows(self, state: ir.Rewrite, var: Any) -> Stored | None:
+        """The stored tensor whose rows an old float variable dequantizes."""
+        call: Any = self.values.get(var)
+        if not ir.is_call(call, "tvmq.map") or ops.epilogue_of(call) != (ops.RowScale(),):
+            return None
+        q, scales = (state.new_of[arg] for arg in call.args)
+        return Stored(q, self.storage, zero_point=self.offset, rows=scales)
+
     # --- chains ---
 
-    def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None) -> Any:
-        """One tvmq operator for `chain`, stored as `out` asks, or float32 where that is None."""
+    def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None, tail: ops.QuantizeRows | None = None) -> Any:
+        """One tvmq operator for `chain`, stored as `out` or `tail` asks, or float32 where both are None."""
         x = self._source(chain.x)
         if chain.kind in fusion.FLOAT_ANCHORS and x is not None and x.is_integer:
             x = None
@@ -174,7 +223,8 @@ class _Realizer:
             weight = self._weight(chain)
             if weight is None:
                 return None
-            if ir.dtype_of(weight.value) == "float32":
+            x = x or self._source_rows(state, chain.x)
+            if ir.dtype_of(weight.value) == "float32" or weight.groups is not None:
                 x = None  # x is read as float32, whatever it was made from
             elif x is None or x.is_integer != (weight.scales is not None):
                 return None
@@ -182,6 +232,8 @@ class _Realizer:
         if weight is not None and weight.scales is not None:
             sums.integer_products(weight.scales)
         sums.follow()
+        if tail is not None:
+            sums.steps.append(tail)
         return self._anchor(chain, weight, sums)
 
     def _weight(self, chain: Chain) -> _Weight | None:
@@ -192,6 +244,8 @@ class _Realizer:
         call: Any = self.values.get(expr)
         if ir.is_call(call, "astype") and ir.is_constant(call.args[0]) and ir.dtype_of(call.args[0]) == "bfloat16":
             return _Weight(call.args[0], None)
+        if ir.is_call(call, "tvmq.dequantize_groups"):
+            return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]))
         if not ir.is_call(call, "dequantize") or not all(ir.is_constant(arg) for arg in call.args):
             return None
         scales, zero_points = (ir.to_numpy(arg) for arg in call.args[1:3])
@@ -214,6 +268,9 @@ class _Realizer:
             common |= {name: [int(v) for v in getattr(a, name)] for name in ("strides", "padding", "dilation")}
             groups = int(a.groups)
             return ops.conv2d(operand, weight.value, operands, steps, groups=groups, x_zero_point=zero, **common)
+        if weight is not None and weight.groups is not None:
+            scales, bits = weight.groups
+            return ops.grouped_matmul(operand, weight.value, scales, operands, steps, bits=bits, **common)
         if weight is not None:
             return ops.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)
         if chain.kind == "layer_norm":
@@ -308,8 +365,16 @@ class _Epilogue:
             self.steps.append(ops.Multiply(float(np.float32(integers.scale / self.unit))))
 
     def integer_products(self, weight_scales: Array) -> None:
-        """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel."""
+        """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel.
+
+        Where rows have scales, these multiply next, and the bias, whose unit no row knows, is added as a float.
+        """
         assert self.x is not None
+        if self.x.rows is not None:
+            unscaled = (weight_scales.astype(np.float64) / self.unit).astype(np.float32)
+            self._operand(ops.Scale(), ir.constant(unscaled))
+            self._operand(ops.RowScale(), self.x.rows)
+            return
         if self.followers and isinstance(bias := self.followers[0], fusion.AddBias):
             del self.followers[0]
             self._operand(ops.Bias(), ir.constant(numerics.quantize_bias(bias.value, self.x.scale, weight_scales)))

@@ -1,0 +1,46 @@
+"""Weight-only quantization of linear layers in NumPy: integers of 8 or 4 bits with a scale a group of inputs.
+
+    w [K, N]  ->  q int8 [K, N], scales bfloat16 [K / group, N],  w ~ q * scales[k // group]
+
+Scales are bfloat16, since a group of 32 4-bit weights would spend a fifth of its bytes on a float32; q is chosen after
+the scale was rounded, so that rounding costs no accuracy. The layer is `x @ (q * scales)` in float32, in any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvmq.quantize.numerics import F32, TINY_SCALE, to_bfloat16, widened
+
+Array = npt.NDArray[Any]
+# The integers of each width. 8 bits are symmetric; 4 use all of their 16.
+RANGE = {8: (-127, 127), 4: (-8, 7)}
+
+
+def group_scales(weight: Array, bits: int, group: int) -> Array:
+    """A scale for each `group` rows of a weight [K, N], K a multiple of it: bfloat16 [K / group, N].
+
+    8 bits: max |w| / 127. 4 bits: the w of largest magnitude, over -8, so that it becomes -8 exactly and the scale may
+    be negative: one more step than a symmetric range, a decibel less noise. A group of zeros has scale 1.
+    """
+    grouped = weight.reshape(-1, group, weight.shape[1])
+    at = np.abs(grouped).argmax(axis=1)[:, None, :]
+    largest = np.take_along_axis(grouped, at, axis=1)[:, 0, :].astype(F32)
+    scales = np.abs(largest) / F32(127) if bits == 8 else largest / F32(-8)
+    return to_bfloat16(np.where(np.abs(scales) > TINY_SCALE, scales, F32(1)))
+
+
+def quantize_groups(weight: Array, scales: Array, bits: int) -> Array:
+    """`clip(nearbyint(w / s))`, int8 [K, N]."""
+    low, high = RANGE[bits]
+    grouped = weight.reshape(scales.shape[0], -1, weight.shape[1]).astype(F32)
+    return np.asarray(np.clip(np.rint(grouped / widened(scales)[:, None]), low, high), np.int8).reshape(weight.shape)
+
+
+def dequantize_groups(q: Array, scales: Array) -> Array:
+    """`float32(q) * s`, float32 [K, N]."""
+    grouped = q.reshape(scales.shape[0], -1, q.shape[1]).astype(F32)
+    return np.asarray(grouped * widened(scales)[:, None], F32).reshape(q.shape)
