@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import functions, ops
+from tvmq.isa import Isa
 from tvmq.triple import Family
 
 Expr = Any  # tvm.tirx.PrimExpr
@@ -29,11 +31,13 @@ FLOATS = (FLOAT, BF16)
 class Flat:
     """A buffer addressed by one index: loads and stores of `lanes` consecutive elements.
 
-    A bfloat16 buffer holds bits, as uint16: it loads float32 values, and rounds those that it stores.
+    A bfloat16 buffer holds bits, as uint16: it loads float32 values, and rounds those that it stores. rounding: an
+    imported function that rounds 16 of them in one instruction, or "".
     """
 
     buffer: Any
     dtype: str
+    rounding: str = ""
 
     @property
     def value_dtype(self) -> str:
@@ -51,7 +55,10 @@ class Flat:
 
     def store(self, value: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements from `index`."""
-        self.store_bits(narrow(value, lanes) if self.dtype == BF16 else value, index, lanes)
+        if self.dtype == BF16:
+            rounds = self.rounding and lanes == _ROUNDING_LANES
+            value = external(f"uint16x{lanes}", self.rounding, value) if rounds else narrow(value, lanes)
+        self.store_bits(value, index, lanes)
 
     def store_bits(self, bits: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements as `bits` of another buffer of this dtype gives them."""
@@ -205,6 +212,27 @@ def prefetch(flat: Flat, index: Expr, level: int) -> None:
     The element need not exist: a prefetch never faults.
     """
     T.evaluate(external("void", f"tvmq_prefetch_{level}", T.address_of(flat.buffer[index])))
+
+
+_ROUNDING_LANES = 16
+_ROUNDING_LLVM = """
+define <16 x i16> @tvmq_bf16_round(<16 x float> %x) alwaysinline {
+  %rounded = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %x)
+  %bits = bitcast <16 x bfloat> %rounded to <16 x i16>
+  ret <16 x i16> %bits
+}
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+"""
+
+
+def rounding_llvm(isa: Isa) -> str:
+    """The LLVM module that `rounded_by` needs; "" where no instruction rounds to bfloat16."""
+    return _ROUNDING_LLVM if "avx512bf16" in isa.required_features else ""
+
+
+def rounded_by(flat: Flat, llvm: str) -> Flat:
+    """`flat` with stores that round by instruction, where there is one: denormal numbers become zeros."""
+    return dataclasses.replace(flat, rounding="tvmq_bf16_round") if llvm and flat.dtype == BF16 else flat
 
 
 def widen(bits: Expr, lanes: int) -> Expr:

@@ -72,6 +72,7 @@ class Depthwise:
     operands: tuple[tuple[tuple[int, ...], str], ...]
     lanes: int
     registers: int
+    rounding: str = ""  # what `builder.rounded_by` needs
 
     @property
     def acc_dtype(self) -> str:
@@ -107,6 +108,9 @@ class Depthwise:
             *self.operands,
             (self.out_shape, self.out_dtype),
         )
+        out = builder.rounded_by(out, self.rounding)
+        if out.rounding:
+            f.import_llvm(self.rounding)
         rest = c % self.lanes
         with builder.parallel(n * oh) as row, builder.serial(blocks) as block:
             image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)

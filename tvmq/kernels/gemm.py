@@ -202,12 +202,16 @@ def _imbalance(tasks: int, cores: int) -> float:
 
 @dataclass(frozen=True)
 class Gemm:
-    """Everything that decides the code of one matrix kernel. `prefetch`: what `builder.prefetch` needs, or ""."""
+    """Everything that decides the code of one matrix kernel.
+
+    prefetch, rounding: what `builder.prefetch` and `builder.rounded_by` need, or "".
+    """
 
     geometry: Geometry
     micro: Micro
     blocking: Blocking
     prefetch: str
+    rounding: str
     epilogue: ops.Epilogue
     x_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -235,7 +239,8 @@ class _Emitter:
         self.x, self.w, *self.operands, self.out = f.arguments(
             (k.x_shape, self.m.a_dtype), (panels, self.m.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
         )
-        for text in filter(None, (self.m.llvm, k.prefetch)):
+        self.out = builder.rounded_by(self.out, k.rounding)
+        for text in filter(None, (self.m.llvm, k.prefetch, self.out.rounding and k.rounding)):
             f.import_llvm(text)
         self.f = f
         self.results = Results(self.out, self.m.acc_dtype, self.m.lanes, self.g.channels, self._padded_operands())

@@ -109,8 +109,8 @@ def _template(
             return spec, packing, f"{tiled.pixels}x{tiled.channels}-{lowering.tiles.name}"
     nr = blocking.tile.vectors * m.lanes
     packing = Packing("gemm", kernel, taps, groups, nr, m.kr)
-    prefetch = builder.prefetch_llvm(target.isa.family)
-    return gemm.Gemm(geometry, m, blocking, prefetch, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
+    imports = builder.prefetch_llvm(target.isa.family), builder.rounding_llvm(target.isa)
+    return gemm.Gemm(geometry, m, blocking, *imports, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
 
 
 def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
@@ -137,6 +137,7 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
             declared(operands),
             m.lanes,
             m.registers,
+            builder.rounding_llvm(lowering.target.isa),
         )
 
     spec = spec_of(x, a["padding"][:2])

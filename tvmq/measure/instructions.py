@@ -132,7 +132,7 @@ class VectorRow:
         blocking = gemm.choose(geometry, m, 1, target.l2_kib * 1024)
         x_shape, out_shape, weight = _shapes(size)
         prefetch = builder.prefetch_llvm(target.isa.family)
-        kernel = gemm.Gemm(geometry, m, blocking, prefetch, (), x_shape, out_shape, m.acc_dtype, ())
+        kernel = gemm.Gemm(geometry, m, blocking, prefetch, "", (), x_shape, out_shape, m.acc_dtype, ())
         nr = blocking.tile.vectors * m.lanes
         packing = Packing("gemm", weight, 1, 1, nr, m.kr)
         return Matmul(kernel.function(), x_shape, out_shape, packing, f"{blocking.tile.pixels}x{nr}")
