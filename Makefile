@@ -57,6 +57,7 @@ $(PEERS): pyproject.toml $(INSTALLED)
 bench: $(PEERS)
 	$(BIN)/tvmq bench --suite --repeat 15 --per-op -o $(BENCH)
 	$(BIN)/tvmq bench --kernels --repeat 20 -o $(BENCH)
+	$(BIN)/tvmq bench --matvec --repeat 20 -o $(BENCH)
 	$(BIN)/tvmq bench --compile -o $(BENCH)
 
 clean:

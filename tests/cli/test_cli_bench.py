@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tvmq import zoo
-from tvmq.measure import chart, compile_cost, efficiency
+from tvmq.measure import chart, compile_cost, efficiency, matvec
 from tvmq.measure.benchmark import rounds
 
 
@@ -89,11 +89,13 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected bundles, or one of --suite, --kernels, --compile"),
+        ([], "expected bundles, or one of --suite, --kernels, --matvec, --compile"),
         (["--suite", "m.tvmq"], "saw bundles, --suite"),
         (["--suite", "--kernels"], "saw --suite, --kernels"),
         (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
         (["--kernels", "-t", "host.toml"], "--target: expected only with --suite or --compile"),
+        (["--matvec", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
+        (["--matvec", "--kernels"], "saw --kernels, --matvec"),
         (["--compile", "--per-op"], "--per-op: expected only with --suite"),
         (["--compile", "--models", "resnet51"], "did you mean 'resnet50'"),
         (["--compile", "--precisions", "int7"], "did you mean 'int8'"),
@@ -112,13 +114,15 @@ def test_what_cannot_be_measured_is_refused(words, said, tvmq, tmp_path, monkeyp
     assert said in outcome.line
 
 
-def test_kernels_and_compile_write_their_tables(tvmq, tmp_path, monkeypatch):
+def test_kernels_layers_and_compile_write_their_tables(tvmq, tmp_path, monkeypatch):
     rows = [efficiency.Row("f32-f32-matmul-13x32-avx512", "avx512", (1, 2, 3), 50.0, 100.0, 0.5)]
     found = efficiency.Efficiency("a processor", 2, rows)
     monkeypatch.setattr(efficiency, "run", lambda repeat, progress: found)
     cost = compile_cost.CompileCost("a processor", 2, "host", [])
     monkeypatch.setattr(compile_cost, "run", lambda models, precisions, target, progress: cost)
-    for name, report in (("kernels", found), ("compile", cost)):
+    linear = matvec.Matvec("a processor", 2, 2, (64, 32), 20.0, [])
+    monkeypatch.setattr(matvec, "run", lambda threads, repeat, progress: linear)
+    for name, report in (("kernels", found), ("compile", cost), ("matvec", linear)):
         outcome = tvmq("bench", f"--{name}", "-o", tmp_path, "--json")
         assert outcome.code == 0
         assert set(outcome.document) == {"schema", "command", name, "files"}

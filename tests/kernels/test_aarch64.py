@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Case, check, conv, dynamic, floats, integers, matmul, requantize, rows, target_of, weights
+from harness import Case, check, conv, dynamic, floats, grouped, integers, matmul, requantize, rows, target_of, weights
 from test_epilogue import a_map
 
 from tvmq import functions, ops
@@ -87,12 +87,19 @@ def row_scales() -> list[Case]:
     return [*cases, *rows("rows", x, (ops.Activate("gelu"),), keep=True, dtype="int8")]
 
 
+def grouped_weights() -> list[Case]:
+    shapes = [(bits, rows, group) for bits in (4, 8) for rows in (1, 3, 6) for group in (32, 64)]
+    cases = [grouped(f"w{b}_{m}_{g}", b, (m, 64), 37, g, (ops.Bias(),)) for b, m, g in shapes]
+    return [*cases, grouped("prime", 8, (1, 31), 9, 31)]
+
+
 @pytest.mark.emulated
 @pytest.mark.parametrize(("target", "cpu"), CORES)
 def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None:
     with EmulatedBoard(board_root).start(cpu=cpu) as board:
         check([*kernels(), *float_arithmetic()], target_of(target), board)
         check(row_scales(), target_of(target), board, exact=True)
+        check(grouped_weights(), target_of(target), board)
 
 
 @pytest.mark.emulated

@@ -72,7 +72,7 @@ def test_largest_values_and_zeros(name: str) -> None:
 def test_words_hold_eight_inputs_the_first_lowest() -> None:
     weight = np.arange(-8, 8, dtype=np.int8).reshape(1, 1, 1, 16)
     words = kernels.pack_words(weight, 1, 1, 2, 8)
-    assert [f"{word:08x}" for word in words.view(np.uint32)] == ["fedcba98", "00000000", "76543210", "00000000"]
+    assert [f"{word:08x}" for word in words.view(np.uint32)] == ["76543210", "88888888", "fedcba98", "88888888"]
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 33])

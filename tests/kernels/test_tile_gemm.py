@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gemm import a_conv, extreme, geometries, grouped, random_case, shapes
 from test_lower import kernels_of, random_conv
+from test_rows import products
 
 from tvmq import ops
 from tvmq.kernels import tile_blocking, tile_gemm, tiles
@@ -63,6 +64,12 @@ def on_tiles(cases: list[Case], target: Target) -> None:
 
 
 dtypes = pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
+
+
+def test_rows_with_a_scale_each(target: Target) -> None:
+    cases = [case for case in products("uint8") if case.inputs[0].shape[-1] >= 4]
+    on_tiles(cases, target)
+    check(cases, target, exact=True)
 
 
 def a_matmul(dtype: str, m: int, k: int, n: int) -> Case:

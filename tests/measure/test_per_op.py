@@ -37,6 +37,19 @@ def test_attention_has_scores_and_sums_of_values(tmp_path):
     assert list(macs_of(bundle).values()) == [2 * 2 * 8 * 8 * 16]
 
 
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-weight", "int4-weight"])
+def test_linear_layers_of_each_precision_count(precision, tmp_path):
+    model = tvmq.import_model(nn.Linear(64, 32).eval(), torch.randn(4, 64))
+    tvmq.compile(model, recipe=tvmq.Recipe(precision=precision), out=tmp_path / "m.tvmq")
+    assert list(macs_of(tvmq.load(tmp_path / "m.tvmq").bundle).values()) == [4 * 64 * 32]
+
+
+def test_products_of_widened_weights_are_beside_the_peak_of_float32():
+    times = [OpTime("a", "f32-w4-matmul-13x32-avx512", "int4-weight", 2.0, 0)]
+    (row,) = aggregate(times, {"a": 100_000_000}, LIMITS)
+    assert row.peak_share == pytest.approx(100e6 / (2e-3 * 1e9 * LIMITS.gmacs["f32-avx512"]))
+
+
 def test_calls_of_one_kernel_are_one_row():
     times = [
         OpTime("a", "u8-s8-conv2d-13x32-avx512vnni", "int8", 1.0, 10_000_000),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "suite": "tvmq's model zoo on tvmq, PyTorch, ONNX Runtime and OpenVINO",
     "kernels": "each micro-kernel beside the measured peak of its instruction, on one thread",
+    "matvec": "linear layers of 4096 x 4096 in each precision beside PyTorch's float32, weights from memory",
     "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
 }
 # Which of them an option belongs to; the options that are not here are of several.
@@ -50,12 +51,14 @@ class Bench(Command):
         "tvmq bench --suite --models resnet18 minilm --precisions int8 -t x86-64-avx512-vnni -o bench-vnni",
         "tvmq bench --suite --no-peers --per-op",
         "tvmq bench --kernels",
+        "tvmq bench --matvec --threads 1",
         "tvmq bench --compile --models resnet18 resnet50",
     )
 
     bundles: tuple[str, ...] = ()
     suite: bool = False
     kernels: bool = False
+    matvec: bool = False
     compile: bool = False
     models: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
@@ -107,7 +110,12 @@ class Bench(Command):
             self._bundles(out)
         else:
             (name,) = wanted
-            measures: dict[str, Measure] = {"suite": self._suite, "kernels": self._kernels, "compile": self._compile}
+            measures: dict[str, Measure] = {
+                "suite": self._suite,
+                "kernels": self._kernels,
+                "matvec": self._matvec,
+                "compile": self._compile,
+            }
             self._benchmark(out, name, measures[name])
         return 0
 
@@ -172,6 +180,12 @@ class Bench(Command):
         from tvmq.measure import efficiency
 
         return efficiency.run(repeat=self.repeat, progress=show), [], []
+
+    def _matvec(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """Linear layers in each precision."""
+        from tvmq.measure import matvec
+
+        return matvec.run(threads=self.threads, repeat=self.repeat, progress=show), [], []
 
     def _compile(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
         """Compiling, one model after another."""

@@ -1,11 +1,13 @@
 """Linear layers with 8- or 4-bit weights and a scale a group of inputs, multiplied as float32.
 
 A task is a panel of `nr` output channels. Few rows (a matrix times a vector) read each weight once: it is widened in
-registers, multiplied with all rows, and a group's sum is multiplied by the group's scale. More rows widen a part of the
-panel into the cache once, scales included, and multiply tiles of rows with that.
+registers, multiplied with all rows, and a group's sum is multiplied by the group's scale. More rows widen the panel
+into the cache once, scales included, and multiply tiles of rows with that.
 
 Weights are packed when compiling, in the order in which they are read: 8 bits [panel, K, nr]; 4 bits [panel, K / 8, nr]
-words of eight inputs, the first in the lowest bits; scales [panel, group, nr].
+words of eight inputs, the first in the lowest bits, each plus 8; scales [panel, group, nr]. Few rows take 4 bits where
+they are in the word: input i of a word counts 16**i, by which x is divided beforehand (a power of 2: nothing is
+rounded), and the 8 that is too much costs 8 times the sum of a group of x, from which the group's sum starts.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from tvmq import ops
 from tvmq.kernels import builder, gemm
 from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Place, Registers
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.pad import for_each
 from tvmq.kernels.results import Results
+from tvmq.kernels.rowwise import row_sum
 
 Array = npt.NDArray[Any]
-# Inputs in a word of 4-bit weights.
+# Inputs in a word of 4-bit weights, and what makes these positive.
 WORD = 8
+OFFSET = 8
 # The most rows that are multiplied straight from widened registers.
 FEW_ROWS = 4
 # Vectors of a panel by rows: sums and group sums of all rows, a word of weights each, and a weight stay in registers.
@@ -35,7 +40,7 @@ _VECTORS = {1: 4, 2: 4, 3: 2, 4: 2}
 
 def pack_words(weight: Array, taps: int, groups: int, nr: int, kr: int) -> Array:
     """[O, 1, 1, K] weights in [-8, 7] as int32 words: `gemm.pack` with kr = 8, and eight numbers a word."""
-    nibbles = gemm.pack(weight, taps, groups, nr, kr).reshape(-1, WORD).astype(np.int64) & 15
+    nibbles = gemm.pack(weight, taps, groups, nr, kr).reshape(-1, WORD).astype(np.int64) + OFFSET
     words: Array = (nibbles << (4 * np.arange(WORD))).sum(axis=1)
     return words.astype(np.uint32).view(np.int32)
 
@@ -43,15 +48,12 @@ def pack_words(weight: Array, taps: int, groups: int, nr: int, kr: int) -> Array
 def unpack_words(packed: Array, shape: tuple[int, ...], taps: int, groups: int, nr: int, kr: int) -> Array:
     """The inverse of `pack_words`."""
     nibbles = (packed[:, None].astype(np.int64) >> (4 * np.arange(WORD))) & 15
-    return gemm.unpack((((nibbles + 8) & 15) - 8).astype(np.int8).ravel(), shape, taps, groups, nr, kr)
+    return gemm.unpack((nibbles - OFFSET).astype(np.int8).ravel(), shape, taps, groups, nr, kr)
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """Everything that decides the code of one kernel. `lookup`: whether one instruction looks 16 levels up.
-
-    tile: rows of x multiplied at once, at most `FEW_ROWS` of which need no widened panel.
-    """
+    """Everything that decides the code of one kernel. `tile`: the rows that are multiplied at once."""
 
     rows: int
     depth: int
@@ -59,7 +61,6 @@ class Grouped:
     group: int
     bits: int
     micro: Micro
-    lookup: bool
     tile: int
     vectors: int
     epilogue: ops.Epilogue
@@ -101,6 +102,8 @@ class _Emitter:
         self.groups = k.depth // k.group
 
     def emit(self) -> None:
+        if self.k.rows <= FEW_ROWS and self.k.bits == 4:
+            self._prepare()
         with builder.parallel(self.k.panels) as panel:
             if self.k.rows <= FEW_ROWS:
                 self._few(panel)
@@ -109,37 +112,45 @@ class _Emitter:
 
     # --- weights ---
 
-    def _weights(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
-        """Vector `v` of a panel's weights for each of `step` inputs from `k`, as float32."""
-        nr, lanes = self.k.nr, self.lanes
-        if self.k.bits == 8:
-            at = (panel * self.k.depth + k) * nr + v * lanes
-            return [T.Bind(self._number(self.w.load(at + i * nr, lanes))) for i in range(self.k.step)]
-        at = (panel * (self.k.depth // WORD) + tirx.floordiv(k, WORD)) * nr + v * lanes
-        word = T.Bind(self.w.load(at, lanes))
-        return [T.Bind(self._level(word, i)) for i in range(WORD)]
+    def _bytes(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
+        """Vector `v` of a panel's 8-bit weights for each of `step` inputs from `k`, as float32."""
+        at = (panel * self.k.depth + k) * self.k.nr + v * self.lanes
+        return [T.Bind(self._float(self.w.load(at + i * self.k.nr, self.lanes))) for i in range(self.k.step)]
 
-    def _number(self, integers: Expr) -> Expr:
+    def _word(self, panel: Expr, k: Expr, v: int) -> Expr:
+        """Vector `v` of a panel's words of 4-bit weights for the inputs from `k`."""
+        at = (panel * (self.k.depth // WORD) + tirx.floordiv(k, WORD)) * self.k.nr + v * self.lanes
+        return T.Bind(self.w.load(at, self.lanes))
+
+    def _last(self, word: Expr) -> Expr:
+        """The last 4 bits of words, as numbers."""
+        bits = T.reinterpret(f"uint32x{self.lanes}", word) >> builder.number(28, "uint32", self.lanes)
+        return T.reinterpret(f"int32x{self.lanes}", bits)
+
+    def _float(self, integers: Expr) -> Expr:
         return builder.cast(builder.cast(integers, "int32", self.lanes), FLOAT, self.lanes)
-
-    def _level(self, word: Expr, index: int) -> Expr:
-        """The number in 4 bits of each word: looked up, or shifted to the top and back, which extends its sign."""
-        lanes = self.lanes
-        if self.k.lookup:
-            place = builder.cast(T.Ramp(tirx.const(0, "int32"), 1, lanes), "int32", lanes)
-            levels = (
-                (place + builder.number(8, "int32", lanes)) & builder.number(15, "int32", lanes)
-            ) - builder.number(8, "int32", lanes)
-            shifted = word >> builder.number(4 * index, "int32", lanes) if index else word
-            table = builder.cast(levels, FLOAT, lanes)
-            return builder.intrinsic(f"float32x{lanes}", "llvm.x86.avx512.permvar.sf.512", table, shifted)
-        top = word << builder.number(28 - 4 * index, "int32", lanes) if index < WORD - 1 else word
-        return builder.cast(top >> builder.number(28, "int32", lanes), FLOAT, lanes)
 
     def _scale(self, panel: Expr, group: Expr, v: int) -> Expr:
         return self.scales.load((panel * self.groups + group) * self.k.nr + v * self.lanes, self.lanes)
 
     # --- few rows ---
+
+    def _prepare(self) -> None:
+        """x over the powers of 16 that its weights count for in a word, and what each group's sum starts from."""
+        k, lanes = self.k, WORD
+        scaled = self.f.scratch(k.rows * k.depth, FLOAT)
+        self.starts = self.f.scratch(k.rows * self.groups, FLOAT)
+        place = T.Ramp(tirx.const(0, "int32"), 1, lanes)
+        last = tirx.EQ(place, builder.number(WORD - 1, "int32", lanes))  # is shifted down instead
+        power = T.Select(last, builder.number(0, "int32", lanes), place * builder.number(4, "int32", lanes))
+        bits = (builder.number(127, "int32", lanes) - power) << builder.number(23, "int32", lanes)
+        factor = T.Bind(T.reinterpret(f"float32x{lanes}", bits))
+        for_each(k.rows * k.depth, lanes, lambda at, n: scaled.store(self.x.load(at, n) * factor, at, n))
+        with builder.serial(k.rows * self.groups) as group:
+            start = group * k.group
+            total = row_sum(self.f, k.group, lambda at, n: self.x.load(start + at, n))
+            self.starts.store(total * builder.number(-OFFSET, FLOAT), group)
+        self.x = scaled
 
     def _few(self, panel: Expr) -> None:
         lanes, rows, vectors = self.lanes, self.k.rows, self.k.vectors
@@ -149,8 +160,9 @@ class _Emitter:
         for _, _, slot in slots:
             sums.store(builder.number(0, FLOAT, lanes), slot, lanes)
         with builder.serial(self.groups) as group:
-            for _, _, slot in slots:
-                parts.store(builder.number(0, FLOAT, lanes), slot, lanes)
+            for r, _, slot in slots:
+                start = builder.number(0, FLOAT) if self.k.bits == 8 else self.starts.load(r * self.groups + group)
+                parts.store(builder.splat(start, lanes), slot, lanes)
             with builder.serial(self.k.group // self.k.step) as step:
                 self._multiply(panel, group * self.k.group + step * self.k.step, parts)
             for v in range(vectors):
@@ -164,29 +176,46 @@ class _Emitter:
         """Add the products of `step` inputs from `k`, all rows."""
         lanes, vectors = self.lanes, self.k.vectors
         for v in range(vectors):
-            for i, weight in enumerate(self._weights(panel, k, v)):
+            for i, weight in enumerate(self._in_place(panel, k, v)):
                 for r in range(self.k.rows):
                     slot = (r * vectors + v) * lanes
                     x = builder.splat(self.x.load(r * self.k.depth + k + i), lanes)
                     parts.store(parts.load(slot, lanes) + x * weight, slot, lanes)
 
+    def _in_place(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
+        """The weights of `step` inputs from `k` as float32; of 4 bits times what `_prepare` divided x by."""
+        if self.k.bits == 8:
+            return self._bytes(panel, k, v)
+        word = self._word(panel, k, v)
+        masked = [word & builder.number(15 << 4 * i, "int32", self.lanes) for i in range(WORD - 1)]
+        return [T.Bind(self._float(bits)) for bits in [*masked, self._last(word)]]
+
     # --- more rows ---
 
     def _many(self, panel: Expr) -> None:
-        k = self.k
+        k, lanes = self.k, self.lanes
         wide = self.f.scratch(k.depth * k.nr, FLOAT)
         with builder.serial(self.groups) as group:
             scales = [T.Bind(self._scale(panel, group, v)) for v in range(k.vectors)]
             with builder.serial(k.group // k.step) as step:
                 start = group * k.group + step * k.step
                 for v in range(k.vectors):
-                    for i, weight in enumerate(self._weights(panel, start, v)):
-                        wide.store(weight * scales[v], (start + i) * k.nr + v * self.lanes, self.lanes)
+                    for i, weight in enumerate(self._numbers(panel, start, v)):
+                        wide.store(weight * scales[v], (start + i) * k.nr + v * lanes, lanes)
         whole, rest = divmod(k.rows, k.tile)
         with builder.serial(whole) as index:
             self._tile(panel, wide, index * k.tile, k.tile)
         if rest:
             self._tile(panel, wide, tirx.const(whole * k.tile, "int32"), rest)
+
+    def _numbers(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
+        """The weights of `step` inputs from `k` as float32."""
+        if self.k.bits == 8:
+            return self._bytes(panel, k, v)
+        word, lanes = self._word(panel, k, v), self.lanes
+        shifted = [word << builder.number(28 - 4 * i, "int32", lanes) for i in range(WORD)]
+        offset = builder.number(OFFSET, "int32", lanes)
+        return [T.Bind(self._float(self._last(bits) - offset)) for bits in shifted]
 
     def _tile(self, panel: Expr, wide: Flat, row: Expr, rows: int) -> None:
         """The products of `rows` rows with the widened panel."""

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from tvmq import ir, ops
 from tvmq.kernels.grouped import FEW_ROWS, WORD, Grouped, tile_of
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
-from tvmq.triple import Family
 
 Array = npt.NDArray[Any]
 
@@ -30,7 +29,6 @@ def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
         depth // ir.shape_of(scales)[0],
         bits,
         m,
-        target.isa.family is Family.X86 and m.lanes == 16,
         tile,
         vectors,
         ops.epilogue_of(call),

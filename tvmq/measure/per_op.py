@@ -128,10 +128,10 @@ def aggregate(times: Sequence[OpTime], macs: Mapping[str, int], limits: Limits) 
 
 def _peak_of(kernel: str, limits: Limits) -> float | None:
     """The rate of the instruction in a kernel's name: "u8-s8-conv2d-13x32-avx512vnni" is made with "s8-avx512vnni"."""
-    parts = re.fullmatch(r"\w+-(f32|bf16|s8)-.*-(\w+)", kernel)
+    parts = re.fullmatch(r"\w+-(f32|bf16|s8|w4|w8)-.*-(\w+)", kernel)
     if parts is None:
         return None
-    # Depthwise and attention kernels on bfloat16 compute in float32.
+    # Depthwise and attention kernels on bfloat16 compute in float32, and so do weights of 4 and 8 bits.
     return limits.gmacs.get(f"{parts[1]}-{parts[2]}", limits.gmacs.get(f"f32-{parts[2]}"))
 
 
@@ -145,10 +145,10 @@ def macs_of(bundle: Bundle) -> dict[str, int]:
 
 def _macs(call: Any) -> int:
     kind = ir.op_name(call).removeprefix(ops.PREFIX)
-    results = math.prod(ir.shape_of(call)) if kind in ("conv2d", "matmul", "attention") else 0
+    results = math.prod(ir.shape_of(call)) if kind in ("conv2d", "matmul", "grouped_matmul", "attention") else 0
     if kind == "conv2d":
         return results * math.prod(ir.shape_of(call.args[1])[1:])
-    if kind == "matmul":
+    if kind in ("matmul", "grouped_matmul"):
         return results * ir.shape_of(call.args[0])[-1]
     if kind == "attention":
         # Queries and keys are [N, S, heads, depth]: a score for each key, then a sum over the keys.
