@@ -17,6 +17,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.graph import composites
 
 Array = npt.NDArray[Any]
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -192,6 +193,11 @@ def _grow(var: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]],
     elif kind == "unary":
         followers.append(_unary_follower(call))
     while True:
+        composite = composites.find(members[-1], values, readers)
+        if composite is not None and not any(member in taken for member in composite[0]):
+            members += composite[0]
+            followers.append(Apply(composite[1]))
+            continue
         next_readers = readers.get(members[-1], [])
         if len(next_readers) != 1 or next_readers[0] is None or next_readers[0] in taken:
             break

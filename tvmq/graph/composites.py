@@ -1,0 +1,68 @@
+"""Activation functions that PyTorch takes apart, found again in the graph.
+
+hardsigmoid(x) = clip(x + 3, 0, 6) / 6        hardswish(x) = x * clip(x + 3, 0, 6) / 6
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tvmq import ir
+
+_SHIFT, _RANGE = 3.0, 6.0
+
+
+def find(running: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]]) -> tuple[list[Any], str] | None:
+    """The variables that compute an activation function of `running`, its result last, and its name; else None.
+
+    Nobody else reads `running` or what comes between.
+    """
+    users = readers.get(running, [])
+    shifted = next((user for user in users if _is(values, user, "add", running, _SHIFT)), None)
+    if shifted is None or any(user is None for user in users):
+        return None
+    members, limits = [shifted], (float("-inf"), float("inf"))
+    while (user := _only(readers, members[-1])) is not None and ir.is_call(values[user], "clip"):
+        low, high = (float(getattr(limit, "value", limit)) for limit in values[user].args[1:])
+        limits = (max(limits[0], low), min(limits[1], high))
+        members.append(user)
+    if limits != (0.0, _RANGE) or user is None:
+        return None
+    function = "hardsigmoid"
+    if len(users) == 2 and user in users and _multiplies(values[user], members[-1], running):
+        function = "hardswish"
+        members.append(user)
+        user = _only(readers, user)
+    elif len(users) != 1:
+        return None
+    if user is None or not _divides(values[user], members[-1]):
+        return None
+    return [*members, user], function
+
+
+def _only(readers: Mapping[Any, list[Any]], var: Any) -> Any:
+    """The only reader of `var`, or None."""
+    users = readers.get(var, [])
+    return users[0] if len(users) == 1 else None
+
+
+def _multiplies(call: Any, a: Any, b: Any) -> bool:
+    return ir.is_call(call, "multiply") and {*call.args} == {a, b}
+
+
+def _divides(call: Any, var: Any) -> bool:
+    """Whether `call` is var / 6."""
+    if not ir.is_call(call, "divide") or not call.args[0].same_as(var) or not ir.is_constant(call.args[1]):
+        return False
+    divisor = ir.to_numpy(call.args[1])
+    return bool(divisor.size == 1 and divisor == _RANGE)
+
+
+def _is(values: Mapping[Any, Any], var: Any, name: str, x: Any, constant: float) -> bool:
+    """Whether `var` is `name(x, constant)`."""
+    call: Any = values.get(var)
+    if not ir.is_call(call, name) or not call.args[0].same_as(x) or not ir.is_constant(call.args[1]):
+        return False
+    value = ir.to_numpy(call.args[1])
+    return bool(value.size == 1 and value == constant)
