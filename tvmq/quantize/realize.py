@@ -27,38 +27,11 @@ from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
 from tvmq.quantize import numerics
 from tvmq.quantize.annotate import CHANNEL_AXIS
+from tvmq.quantize.epilogues import ChainEpilogue, Stored
 from tvmq.quantize.narrow import no_stored_form
 from tvmq.quantize.plan import PASS_THROUGH
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A stored tensor: its new variable and dtype, and, of 8-bit ones, its scale and its zero point in storage.
-
-    rows: the variable of the scales of its rows, on top of `scale`; None where all have one scale.
-    """
-
-    var: Any
-    dtype: str
-    scale: float = 1.0
-    zero_point: int = 0
-    rows: Any = None
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether it stands for quantized values; otherwise it is bfloat16."""
-        return self.dtype != "bfloat16"
-
-    def like(self, other: Stored) -> bool:
-        """Whether equal elements of both mean equal values."""
-        return dataclasses.replace(self, var=None) == dataclasses.replace(other, var=None)
-
-    @property
-    def to_float(self) -> ops.Epilogue:
-        """The steps that turn a loaded element into its value."""
-        return (ops.Dequantize(self.scale, self.zero_point),) if self.is_integer else ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +111,7 @@ class _Realizer:
             source = self._source(producer)
             x, steps = (value.args[0], ()) if source is None else (source.var, source.to_float)
             if out.is_integer:
-                steps = (*steps, ops.Multiply(float(numerics.reciprocal(out.scale))), self._to_integer(out))
+                steps = (*steps, ops.Multiply(float(numerics.reciprocal(out.scale))), out.to_integer())
             new = ops.elementwise(x, (), steps, out_shape=ir.shape_of(value), out_dtype=out.dtype)
         else:
             name = str(producer.name)
@@ -164,15 +137,6 @@ class _Realizer:
         if call is not None and fusion.has_attention_kernel(call) and not out.is_integer:
             return self._attention(state, call, out)
         return None
-
-    def _to_integer(self, out: Stored, low: float | None = None, high: float | None = None) -> ops.Quantize:
-        """The quantize step for `out`; [low, high] in units of its scale narrow the range: rounding keeps order."""
-        qmin, qmax = numerics.INT_RANGE[self.storage]
-        if low is not None:
-            qmin = int(np.clip(np.rint(np.float32(low)) + out.zero_point, qmin, qmax))
-        if high is not None:
-            qmax = int(np.clip(np.rint(np.float32(high)) + out.zero_point, qmin, qmax))
-        return ops.Quantize(out.zero_point, qmin, qmax, self.storage)
 
     def _source(self, var: Any) -> Stored | None:
         """The stored tensor whose float32 values an old variable holds; None where it was float32 all along."""
@@ -228,7 +192,7 @@ class _Realizer:
                 x = None  # x is read as float32, whatever it was made from
             elif x is None or x.is_integer != (weight.scales is not None):
                 return None
-        sums = _Epilogue(self, state, chain, x, out)
+        sums = ChainEpilogue(state, chain, x, out, self._source)
         if weight is not None and weight.scales is not None:
             sums.integer_products(weight.scales)
         sums.follow()
@@ -256,7 +220,7 @@ class _Realizer:
             return None
         return _Weight(call.args[0], np.broadcast_to(scales.reshape(-1), (shape[axis],)))
 
-    def _anchor(self, chain: Chain, weight: _Weight | None, sums: _Epilogue) -> Any:
+    def _anchor(self, chain: Chain, weight: _Weight | None, sums: ChainEpilogue) -> Any:
         x, steps, operands, a = sums.x, tuple(sums.steps), sums.operands, chain.call.attrs
         operand = x.var if x is not None else sums.state.new_of.get(chain.x, chain.x)
         common: dict[str, Any] = {
@@ -335,101 +299,7 @@ class _Realizer:
     def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
         if x.like(out):
             return ()
-        return ops.Dequantize(float(np.float32(x.scale / out.scale)), x.zero_point), self._to_integer(out)
-
-
-class _Epilogue:
-    """Builds the steps and operands of one chain's epilogue.
-
-    Linear chains (bias, residual, limits) are computed in units of the output's scale, which saves a multiplication;
-    a chain with an activation function or a float residual is computed in real units and divided at the end. What is
-    bfloat16 needs no steps: its elements are widened and rounded as they are read and written.
-    """
-
-    def __init__(
-        self, realizer: _Realizer, state: ir.Rewrite, chain: Chain, x: Stored | None, out: Stored | None
-    ) -> None:
-        self.realizer, self.state, self.chain, self.x = realizer, state, chain, x
-        self.out_dtype = out.dtype if out is not None else "float32"
-        self.out = out if out is not None and out.is_integer else None
-        integers = x if x is not None and x.is_integer else None
-        self.steps: list[ops.Step] = []
-        self.operands: list[Any] = []
-        self.followers = list(chain.followers)
-        self.unit = self.out.scale if self.out is not None and self._linear() else 1.0
-        if integers is None:
-            self.unit = 1.0
-        elif chain.kind in ("add", "unary"):
-            self.steps.append(ops.Dequantize(float(np.float32(integers.scale / self.unit)), integers.zero_point))
-        elif chain.kind == "avg_pool2d":
-            self.steps.append(ops.Multiply(float(np.float32(integers.scale / self.unit))))
-
-    def integer_products(self, weight_scales: Array) -> None:
-        """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel.
-
-        Where rows have scales, these multiply next, and the bias, whose unit no row knows, is added as a float.
-        """
-        assert self.x is not None
-        if self.x.rows is not None:
-            unscaled = (weight_scales.astype(np.float64) / self.unit).astype(np.float32)
-            self._operand(ops.Scale(), ir.constant(unscaled))
-            self._operand(ops.RowScale(), self.x.rows)
-            return
-        if self.followers and isinstance(bias := self.followers[0], fusion.AddBias):
-            del self.followers[0]
-            self._operand(ops.Bias(), ir.constant(numerics.quantize_bias(bias.value, self.x.scale, weight_scales)))
-        product = np.float64(self.x.scale) * weight_scales.astype(np.float64)
-        self._operand(ops.Scale(), ir.constant((product / self.unit).astype(np.float32)))
-
-    def follow(self) -> None:
-        """The chain's followers, then the conversion to the output."""
-        limits: tuple[float | None, float | None] = (None, None)
-        for index, follower in enumerate(self.followers):
-            last = index == len(self.followers) - 1
-            if isinstance(follower, fusion.Limit) and last and self.out is not None and self._in_output_unit():
-                limits = (self._scaled(follower.low), self._scaled(follower.high))
-            else:
-                self._follow(follower)
-        if self.out is not None:
-            if not self._in_output_unit():
-                self.steps.append(ops.Multiply(float(numerics.reciprocal(self.out.scale))))
-            self.steps.append(self.realizer._to_integer(self.out, *limits))
-
-    def _follow(self, follower: fusion.Follower) -> None:
-        match follower:
-            case fusion.AddBias(value):
-                self._operand(ops.Bias(), ir.constant((value / np.float32(self.unit)).astype(np.float32)))
-            case fusion.AddTensor(operand):
-                source = self.realizer._source(operand)
-                if source is None:
-                    self._operand(ops.Residual(), self.state.new_of.get(operand, operand))
-                elif not source.is_integer:
-                    self._operand(ops.Residual(), source.var)
-                else:
-                    scale = float(np.float32(source.scale / self.unit))
-                    self._operand(ops.Residual(scale, source.zero_point), source.var)
-            case fusion.Limit(None, None):
-                pass
-            case fusion.Limit(low, high):
-                self.steps.append(ops.Clip(self._scaled(low), self._scaled(high)))
-            case fusion.Apply(function):
-                self.steps.append(ops.Activate(function))
-
-    def _linear(self) -> bool:
-        added = [f.operand for f in self.followers if isinstance(f, fusion.AddTensor)]
-        activated = any(isinstance(f, fusion.Apply) for f in self.followers)
-        sources = [self.realizer._source(operand) for operand in added]
-        return not activated and all(source is not None and source.is_integer for source in sources)
-
-    def _in_output_unit(self) -> bool:
-        return self.out is not None and self.unit == self.out.scale
-
-    def _scaled(self, limit: float | None) -> float | None:
-        return None if limit is None else float(np.float32(limit / self.unit))
-
-    def _operand(self, step: ops.Step, operand: Any) -> None:
-        self.steps.append(step)
-        self.operands.append(operand)
+        return ops.Dequantize(float(np.float32(x.scale / out.scale)), x.zero_point), out.to_integer()
 
 
 def _stores(call: Any) -> bool:
