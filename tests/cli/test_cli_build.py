@@ -59,6 +59,17 @@ def test_floats_of_any_width_need_no_data(files, tvmq, tmp_path, precision):
     assert bundles.read(out).manifest["recipe"]["precision"] == precision
 
 
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-weight", "int4-weight"])
+def test_linear_layers_need_no_data(files, tvmq, tmp_path, precision):
+    out = tmp_path / "x.tvmq"
+    outcome = tvmq("compile", files.model, "--precision", precision, "-o", out, "--json")
+    assert outcome.code == 0
+    found = {(row["kind"], row["precision"], row["reason"]) for row in outcome.document["operators"]}
+    assert ("conv2d", "fp32", f"{precision} is for linear layers") in found
+    assert {kind for kind, given, _ in found if given == precision} <= {"matmul"}
+    assert bundles.read(out).manifest["calibration_sha256"] is None
+
+
 def test_a_model_and_data_by_function_and_a_default_name(here, tvmq, tmp_path):
     outcome = tvmq("compile", f"{here}:model", "--precision", "int8", "--calibrate", f"{here}:batches", "--json")
     assert outcome.code == 0

@@ -13,6 +13,7 @@ from tvmq.cli.command import Command, add_device
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
+from tvmq.recipe import Precision
 
 if TYPE_CHECKING:
     from tvmq.measure.report import Report
@@ -82,7 +83,11 @@ class Bench(Command):
             "--models", nargs="+", default=(), metavar="NAME", help="of the zoo (default: the benchmark's)"
         )
         parser.add_argument(
-            "--precisions", nargs="+", default=(), metavar="P", help="fp32, bf16, int8, auto (default: the benchmark's)"
+            "--precisions",
+            nargs="+",
+            default=(),
+            metavar="P",
+            help=f"{', '.join(Precision)} (default: the benchmark's)",
         )
         parser.add_argument("--no-peers", dest="peers", action="store_false", help="tvmq alone")
         parser.add_argument("--per-op", action="store_true", help="of the suite: also where tvmq's time goes")

@@ -27,6 +27,7 @@ class Compile(Command):
     examples: ClassVar[tuple[str, ...]] = (
         "tvmq compile model.pt2 -o model.tvmq",
         "tvmq compile model.pt2 -t raspberry-pi-4b --precision int8 --calibrate data.npz -o model.tvmq",
+        "tvmq compile encoder.pt2 --precision int8-dynamic -o encoder.tvmq",
         "tvmq compile mypackage.zoo:resnet18 -t my-board.toml --recipe recipe.toml --calibrate table.json",
     )
 
