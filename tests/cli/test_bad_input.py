@@ -56,7 +56,9 @@ def test_a_recipe_with_an_unknown_key(refused, files, tmp_path):
 
 
 def test_a_precision_that_is_none(refused, files, tmp_path):
-    said = "recipe: precision: expected one of fp32, bf16, int8, auto, saw 'fp16'"
+    said = (
+        "recipe: precision: expected one of fp32, bf16, int8, int8-dynamic, int8-weight, int4-weight, auto, saw 'fp16'"
+    )
     refused(said, "compile", files.model, "--precision", "fp16", "-o", tmp_path / "m.tvmq")
 
 
