@@ -92,6 +92,12 @@ def is_static(expr: Expr) -> bool:
     return all(isinstance(extent, int | tvm.tirx.IntImm) for extent in ty.shape.values)
 
 
+def clip_limits(call: Any) -> tuple[float, float]:
+    """The lower and the upper limit of a `clip`; infinities where a side is open."""
+    low, high = (float(getattr(limit, "value", limit)) for limit in call.args[1:])
+    return low, high
+
+
 def dtype_of(expr: Expr) -> str:
     """The element type of a tensor expression."""
     return str(expr.ty.dtype)

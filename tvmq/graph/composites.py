@@ -24,7 +24,7 @@ def find(running: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any
         return None
     members, limits = [shifted], (float("-inf"), float("inf"))
     while (user := _only(readers, members[-1])) is not None and ir.is_call(values[user], "clip"):
-        low, high = (float(getattr(limit, "value", limit)) for limit in values[user].args[1:])
+        low, high = ir.clip_limits(values[user])
         limits = (max(limits[0], low), min(limits[1], high))
         members.append(user)
     if limits != (0.0, _RANGE) or user is None:
@@ -36,7 +36,7 @@ def find(running: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any
         user = _only(readers, user)
     elif len(users) != 1:
         return None
-    if user is None or not _divides(values[user], members[-1]):
+    if user is None or not _is(values, user, "divide", members[-1], _RANGE):
         return None
     return [*members, user], function
 
@@ -49,14 +49,6 @@ def _only(readers: Mapping[Any, list[Any]], var: Any) -> Any:
 
 def _multiplies(call: Any, a: Any, b: Any) -> bool:
     return ir.is_call(call, "multiply") and {*call.args} == {a, b}
-
-
-def _divides(call: Any, var: Any) -> bool:
-    """Whether `call` is var / 6."""
-    if not ir.is_call(call, "divide") or not call.args[0].same_as(var) or not ir.is_constant(call.args[1]):
-        return False
-    divisor = ir.to_numpy(call.args[1])
-    return bool(divisor.size == 1 and divisor == _RANGE)
 
 
 def _is(values: Mapping[Any, Any], var: Any, name: str, x: Any, constant: float) -> bool:

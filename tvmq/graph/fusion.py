@@ -227,7 +227,7 @@ def _unary_follower(call: Any) -> Follower:
     if ir.is_call(call, "nn.relu"):
         return Limit(0.0, None)
     if ir.is_call(call, "clip"):
-        low, high = (float(getattr(limit, "value", limit)) for limit in call.args[1:])
+        low, high = ir.clip_limits(call)
         return Limit(None if low == float("-inf") else low, None if high == float("inf") else high)
     return Apply(ACTIVATIONS[ir.op_name(call)])
 
