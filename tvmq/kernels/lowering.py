@@ -11,9 +11,11 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir
-from tvmq.kernels import depthwise, gemm, grouped, micro, tile_gemm, tiles, winograd
+from tvmq import ir, ops
+from tvmq.kernels import builder, depthwise, gemm, grouped, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
+from tvmq.kernels.elementwise import Map
+from tvmq.kernels.entry import MOST_CHANNELS, Entry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import Pad
 from tvmq.kernels.tiles import Dot
@@ -79,6 +81,7 @@ class Lowering:
     winograd: bool = True
     taken: frozenset[str] = frozenset()  # names of the module's variables
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
+    kernels: dict[Any, Any] = field(default_factory=dict)  # global variable -> kernel
     names: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Array] = field(default_factory=dict)
     packed: dict[str, list[tuple[str, Packing]]] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class Lowering:
             # The pattern "opaque" keeps TVM's operator fusion away.
             function = kernel.function().with_attrs({"global_symbol": symbol, "op_pattern": 8})
             self.functions[kernel] = (self.builder.add_func(function, symbol), function)
+            self.kernels[self.functions[kernel][0]] = kernel
         made = [relax.TensorType(list(shape), stored_dtype(dtype)) for shape, dtype in results]
         return relax.call_tir(self.functions[kernel][0], relax.Tuple(list(args)), made if len(made) > 1 else made[0])
 
@@ -144,14 +148,36 @@ class Lowering:
     def pad(
         self, state: ir.Rewrite, name: str, x: Any, padding: Sequence[int], channels: int, value: float, dtype: str
     ) -> Any:
-        """`x` (4-D) padded and converted; `x` itself where there is nothing to do."""
+        """`x` (4-D) padded and converted; `x` itself where there is nothing to do.
+
+        Where `x` is an image that came channels-first, one kernel transposes it too.
+        """
         pad = Pad(ir.shape_of(x), dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
-        if not pad.copies:
+        image, steps = self._channels_first(state, x)
+        if image is not None and channels == ir.shape_of(x)[3]:
+            rounding = builder.rounding_llvm(self.target.isa)
+            kernel: Any = Entry(dtype_of(image), steps, pad, self.float.lanes, rounding)
+            x, title = image, f"{SHORT[dtype]}-{SHORT[kernel.x_dtype]}-image"
+        elif pad.copies:
+            kernel, title = pad, f"{SHORT[pad.x_dtype]}-{SHORT[dtype]}-pad"
+        else:
             return x
-        title = f"{SHORT[pad.x_dtype]}-{SHORT[dtype]}-pad"
-        var = state.emit(self.call(pad, title, [x], pad.out_shape, dtype), f"{name}_padded")
+        var = state.emit(self.call(kernel, title, [x], pad.out_shape, dtype), f"{name}_padded")
         self.names[f"{name}_padded"] = title
         return var
+
+    def _channels_first(self, state: ir.Rewrite, x: Any) -> tuple[Any, ops.Epilogue]:
+        """The NCHW tensor that `x` is the transpose of, and the steps in between; None where it is not one."""
+        steps: ops.Epilogue = ()
+        value = state.value(x)
+        if ir.is_call(value, "call_tir") and isinstance(map_of := self.kernels.get(value.args[0]), Map):
+            if map_of.operands:
+                return None, ()
+            value, steps = state.value(value.args[1].fields[0]), map_of.epilogue
+        if not ir.is_call(value, "permute_dims") or ir.shape_of(x)[3] > MOST_CHANNELS:
+            return None, ()
+        transposes = value.attrs.axes is not None and [int(axis) for axis in value.attrs.axes] == [0, 2, 3, 1]
+        return (value.args[0], steps) if transposes else (None, ())
 
 
 def dtype_of(expr: Any) -> str:

@@ -59,37 +59,41 @@ class Pad:
             start = row * (wp * cp)
             with builder.when(inside):
                 source = (image * h + y) * (w * c)
-                self._fill(out, start, left * cp)
+                fill(out, start, left * cp, self.value)
                 if c == cp:
                     self._copy(x, source, out, start + left * cp, w * c)
                 else:
                     with builder.serial(w) as pixel:
                         target = start + (pixel + left) * cp
                         self._copy(x, source + pixel * c, out, target, c)
-                        self._fill(out, target + c, cp - c)
-                self._fill(out, start + (left + w) * cp, right * cp)
+                        fill(out, target + c, cp - c, self.value)
+                fill(out, start + (left + w) * cp, right * cp, self.value)
             with builder.when(tirx.Not(inside)):
-                self._fill(out, start, wp * cp)
-
-    def _fill(self, out: Flat, start: Expr, count: int) -> None:
-        value = 0 if self.out_dtype == "int16" else self.value
-        for_each(
-            count,
-            _LANES[self.out_dtype],
-            lambda at, n: out.store(builder.number(value, out.value_dtype, n), start + at, n),
-        )
+                fill(out, start, wp * cp, self.value)
 
     def _copy(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
         def move(at: Expr, lanes: int) -> None:
             if x.dtype == out.dtype:
                 out.store_bits(x.bits(source + at, lanes), target + at, lanes)
                 return
-            value = x.load(source + at, lanes)
-            if self.out_dtype == "int16":
-                value = builder.cast(value, "int16", lanes) - builder.number(self.value, "int16", lanes)
-            out.store(value, target + at, lanes)
+            out.store(converted(x.load(source + at, lanes), x.dtype, out, self.value, lanes), target + at, lanes)
 
         for_each(count, _LANES[self.out_dtype], move)
+
+
+def fill(out: Flat, start: Expr, count: int, value: float) -> None:
+    """Store `count` times what `value` is in `out`."""
+    stored = 0 if out.dtype == "int16" else value
+    for_each(
+        count, _LANES[out.dtype], lambda at, n: out.store(builder.number(stored, out.value_dtype, n), start + at, n)
+    )
+
+
+def converted(value: Expr, dtype: str, out: Flat, zero: float, lanes: int) -> Expr:
+    """`value` of `dtype` as `out` holds it: less `zero` where 8-bit integers become int16."""
+    if out.dtype == "int16" and dtype != "int16":
+        return builder.cast(value, "int16", lanes) - builder.number(zero, "int16", lanes)
+    return value
 
 
 def for_each(count: int, lanes: int, run: Any) -> None:

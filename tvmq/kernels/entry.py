@@ -1,0 +1,82 @@
+"""A program's channels-first image as its first convolution wants it: channels-last, converted and padded at once.
+
+    out[n, y, x, c] = steps(x[n, c, y - top, x - left]) inside, `value` outside
+
+A vector of each channel is loaded; what is stored are vectors of their elements in turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvmq import ops
+from tvmq.kernels import builder
+from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.kernels.pad import Pad, converted, fill, for_each
+
+# Images with more channels are transposed on their own: one vector a channel is held in registers.
+MOST_CHANNELS = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Transposes an NCHW image, runs `steps` (without tensor operands), and pads what they give as `pad` says."""
+
+    x_dtype: str
+    steps: ops.Epilogue
+    pad: Pad
+    lanes: int
+    rounding: str  # what `builder.rounded_by` needs
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        """NCHW."""
+        n, h, w, c = self.pad.x_shape
+        return n, c, h, w
+
+    def function(self) -> Any:
+        """The PrimFunc: (x, out)."""
+        return builder.function(self._emit)
+
+    def _emit(self, f: builder.Function) -> None:
+        x, out = f.arguments((self.x_shape, self.x_dtype), (self.pad.out_shape, self.pad.out_dtype))
+        out = builder.rounded_by(out, self.rounding)
+        if out.rounding:
+            f.import_llvm(self.rounding)
+        _, c, h, w = self.x_shape
+        n, hp, wp, _ = self.pad.out_shape
+        top, left, _, right = self.pad.padding
+        with builder.parallel(n * hp) as row:
+            image, y = tirx.floordiv(row, hp), tirx.floormod(row, hp) - top
+            inside = tirx.And(y >= 0, y < h)
+            start = row * (wp * c)
+            with builder.when(inside):
+                source = (image * (c * h) + y) * w
+                fill(out, start, left * c, self.pad.value)
+                for_each(w, self.lanes, lambda at, n: self._pixels(x, source + at, out, start + (left + at) * c, n))
+                fill(out, start + (left + w) * c, right * c, self.pad.value)
+            with builder.when(tirx.Not(inside)):
+                fill(out, start, wp * c, self.pad.value)
+
+    def _pixels(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
+        """`count` pixels of a row: the elements of c vectors in turns are c vectors again."""
+        _, c, h, w = self.x_shape
+        loaded = [T.Bind(x.load(source + channel * (h * w), count)) for channel in range(c)]
+        for part in range(c):
+            turns = [divmod(part * count + i, c) for i in range(count)]
+            value = _shuffle(loaded, [channel * count + pixel for pixel, channel in turns], count)
+            flat = target + part * count
+            place = Place(tirx.const(0, "int32"), flat, count)
+            value = builder.run_epilogue(value, x.value_dtype, self.steps, (), place)
+            out.store(converted(value, self.pad.x_dtype, out, self.pad.value, count), flat, count)
+
+
+def _shuffle(vectors: list[Expr], indices: list[int], lanes: int) -> Expr:
+    """Elements of the concatenated vectors, by index."""
+    if lanes == 1:
+        return vectors[indices[0]]
+    return vectors[0] if len(vectors) == 1 else tirx.Shuffle(vectors, [tirx.const(i, "int32") for i in indices])
