@@ -94,7 +94,7 @@ def compile_model(
     report("realize", 0)
     realized = stages("realize", realize(quantized.qdq, spec.isa.activation_dtype))
     report("lower", 0)
-    lowered = lower(realized, spec, winograd=recipe.winograd)
+    lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse)
     stages("lower", lowered.module)
     report("schedule", 0)
     scheduled = stages("schedule", schedule(lowered.module, spec))

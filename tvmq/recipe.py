@@ -39,6 +39,16 @@ class Precision(str, enum.Enum):
 LINEAR = (Precision.INT8_DYNAMIC, Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
 
 
+class Sparse(str, enum.Enum):
+    """Whether weights with zeros are multiplied without them."""
+
+    AUTO = "auto"
+    """Where it is estimated to be faster on the target."""
+    FORCE = "force"
+    """Wherever there is a kernel for it."""
+    OFF = "off"
+
+
 class Observer(str, enum.Enum):
     """How a tensor's range is taken from its samples."""
 
@@ -77,7 +87,8 @@ class Recipe:
     points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. group_size: 32, 64 or
     128 inputs of a linear layer with weight-only precision share a scale; None means 32 for 4 bits, and one scale an
     output channel for 8. kinds: operator kinds that may become integer. winograd: float 3x3 convolutions may use it
-    where it is faster; its sums are rounded more. rules: exceptions.
+    where it is faster; its sums are rounded more. sparse: whether products leave out weights that are zero. rules:
+    exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -89,11 +100,13 @@ class Recipe:
     group_size: int | None = None
     kinds: tuple[str, ...] = KINDS
     winograd: bool = True
+    sparse: Sparse = Sparse.AUTO
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", _enum(Precision, "precision", self.precision))
         object.__setattr__(self, "observer", _enum(Observer, "observer", self.observer))
+        object.__setattr__(self, "sparse", _enum(Sparse, "sparse", self.sparse))
         object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in _items("kinds", self.kinds)))
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in _items("rules", self.rules)))
         for name in ("symmetric", "per_channel", "winograd"):
@@ -129,7 +142,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and TOML."""
         data = dataclasses.asdict(self)
-        data["precision"], data["observer"] = self.precision.value, self.observer.value
+        for name in ("precision", "observer", "sparse"):
+            data[name] = getattr(self, name).value
         data["kinds"] = list(self.kinds)
         data["rules"] = [{"match": rule.match, "precision": rule.precision.value} for rule in self.rules]
         return data

@@ -28,6 +28,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build, schedule
 from tvmq.quantize import numerics
+from tvmq.recipe import Sparse
 from tvmq.target import Target, load_target
 
 Array = np.ndarray
@@ -98,17 +99,21 @@ def _type(array: Array) -> Any:
     return relax.TensorType(list(array.shape), str(array.dtype))
 
 
-def compiled(module: tvm.IRModule, target: Target) -> tuple[Lowered, Any]:
+def compiled(module: tvm.IRModule, target: Target, sparse: Sparse = Sparse.AUTO) -> tuple[Lowered, Any]:
     """The lowered module, and the executable."""
-    lowered = lower(module, target)
+    lowered = lower(module, target, sparse=sparse)
     return lowered, build(schedule(lowered.module, target), target)
 
 
 def run(
-    module: tvm.IRModule, inputs: Sequence[Array], target: Target, board: EmulatedBoard | None = None
+    module: tvm.IRModule,
+    inputs: Sequence[Array],
+    target: Target,
+    board: EmulatedBoard | None = None,
+    sparse: Sparse = Sparse.AUTO,
 ) -> list[Array]:
     """The outputs of a realized module, compiled for `target` and run here or on `board`."""
-    lowered, executable = compiled(module, target)
+    lowered, executable = compiled(module, target, sparse)
     if board is None:
         library, device = executable.jit(), tvm.cpu()
     else:
@@ -134,13 +139,20 @@ def _uploaded(executable: Any, target: Target, board: EmulatedBoard) -> tuple[An
     return remote.load_module("kernels.so"), remote.cpu()
 
 
-def check(cases: Sequence[Case], target: Target, board: EmulatedBoard | None = None, *, exact: bool = False) -> None:
+def check(
+    cases: Sequence[Case],
+    target: Target,
+    board: EmulatedBoard | None = None,
+    *,
+    exact: bool = False,
+    sparse: Sparse = Sparse.AUTO,
+) -> None:
     """Every case equals the oracle: bit for bit for integers or `exact`; `same` says how closely for floats."""
     module = module_of(cases)
     inputs = [numerics.widened(x) for case in cases for x in case.inputs]
     wanted = interpret.run(module, inputs)
     wrong = []
-    for case, want, bits in zip(cases, wanted, run(module, inputs, target, board), strict=True):
+    for case, want, bits in zip(cases, wanted, run(module, inputs, target, board, sparse), strict=True):
         got = bits.view(want.dtype) if want.dtype == numerics.BF16 else bits
         if want.dtype != got.dtype or want.shape != got.shape:
             wrong.append(f"{case.name}: {got.dtype}{got.shape} for {want.dtype}{want.shape}")
@@ -349,6 +361,6 @@ def grouped(
     return Case(name, emit, (x, *extra))
 
 
-def lowered_titles(cases: Sequence[Case], target: Target) -> list[str]:
+def lowered_titles(cases: Sequence[Case], target: Target, sparse: Sparse = Sparse.AUTO) -> list[str]:
     """The names of the kernels that `cases` become."""
-    return list(lower(module_of(cases), target).kernels.values())
+    return list(lower(module_of(cases), target, sparse=sparse).kernels.values())

@@ -10,6 +10,7 @@ Weights are packed when compiling: [group, panel, tap, length / kr, nr, kr], zer
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
 
 
 # A product's latency in issue slots, and the work to finish a vector of results, in the same unit.
-_LATENCY = 5
+LATENCY = 5
 # A load in units of a product: a tile of 28 pixels by 1 vector, all loads, reaches two thirds of the peak there.
 _LOAD = 1.3
 # What a panel vector costs beyond its load, since panels come from the second-level cache: fitted on Zen 4, where tiles
@@ -165,8 +166,8 @@ def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
     panels = -(-geometry.channels // (tile.vectors * micro.lanes))
     steps = len(geometry.taps) * geometry.padded_length(micro.kr) // micro.kr
     total = 0.0
-    for rows, down in _split(geometry.height, tile.rows):
-        for columns, across in _split(geometry.width, tile.columns):
+    for rows, down in split(geometry.height, tile.rows):
+        for columns, across in split(geometry.width, tile.columns):
             pixels = rows * columns
             step = step_cost(micro, pixels, tile.vectors)
             total += down * across * (steps * step + pixels * tile.vectors * _FINISH)
@@ -177,10 +178,10 @@ def step_cost(micro: Micro, pixels: int, vectors: int) -> float:
     """What a step of a register tile takes, in issue slots of a product: about cycles."""
     products = pixels * vectors * micro.products
     loads = _LOAD * (pixels * (1 + micro.a_unpacks) + vectors * (1 + micro.w_unpacks))
-    return max(products, loads, _LATENCY) + _STREAM * vectors
+    return max(products, loads, LATENCY) + _STREAM * vectors
 
 
-def _split(extent: int, part: int) -> list[tuple[int, int]]:
+def split(extent: int, part: int) -> list[tuple[int, int]]:
     """(size, how many) of the pieces of `extent` cut into `part`s."""
     whole = [(part, extent // part)] if extent >= part else []
     return whole + ([(extent % part, 1)] if extent % part else [])
@@ -220,10 +221,12 @@ class Gemm:
 
     def function(self) -> Any:
         """The PrimFunc: (x, panels, epilogue tensors..., out)."""
-        return builder.function(_Emitter(self).emit)
+        return builder.function(Emitter(self).emit)
 
 
-class _Emitter:
+class Emitter:
+    """Emits a `Gemm`. `weights`, `tasks` and `products` say how its panels are read, for kernels that have others."""
+
     def __init__(self, gemm: Gemm) -> None:
         self.k = gemm
         self.g, self.m, self.tile = gemm.geometry, gemm.micro, gemm.blocking.tile
@@ -234,10 +237,10 @@ class _Emitter:
         self.cout = self.g.groups * self.g.channels
 
     def emit(self, f: builder.Function) -> None:
+        """The body of the function."""
         k = self.k
-        panels = (self.g.groups * self.panels * self.panel_size,)
         self.x, self.w, *self.operands, self.out = f.arguments(
-            (k.x_shape, self.m.a_dtype), (panels, self.m.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
+            (k.x_shape, self.m.a_dtype), self.weights(), *k.operands, (k.out_shape, k.out_dtype)
         )
         self.out = builder.rounded_by(self.out, k.rounding)
         for text in filter(None, (self.m.llvm, k.prefetch, self.out.rounding and k.rounding)):
@@ -249,10 +252,14 @@ class _Emitter:
         else:
             self._image()
 
+    def weights(self) -> tuple[tuple[int], str]:
+        """The shape and dtype of the packed weights."""
+        return (self.g.groups * self.panels * self.panel_size,), self.m.w_dtype
+
     def _flat(self) -> None:
         """One long row of pixels: bands are its tiles."""
         bands = -(-self.g.width // self.tile.columns)
-        self._tasks(bands, lambda panel, band: self._columns(panel, 0, 0, 1, band))
+        self.tasks(bands, lambda panel, band: self._columns(panel, 0, 0, 1, band))
 
     def _image(self) -> None:
         per_image = -(-self.g.height // self.tile.rows)
@@ -277,7 +284,7 @@ class _Emitter:
 
             builder.either(whole, self.g.height // self.tile.rows, rest, lambda: run(self.tile.rows), lambda: run(rest))
 
-        self._tasks(per_image * self.g.images, band)
+        self.tasks(per_image * self.g.images, band)
 
     def _columns(self, panel: Expr, image: Expr, row: Expr, rows: int, index: Expr) -> None:
         full, rest = self.g.width // self.tile.columns, self.g.width % self.tile.columns
@@ -290,7 +297,7 @@ class _Emitter:
             lambda: self._micro_kernel(panel, image, row, start, rows, rest),
         )
 
-    def _tasks(self, bands: int, run: Callable[[Expr, Expr], None]) -> None:
+    def tasks(self, bands: int, run: Callable[[Expr, Expr], None]) -> None:
         """Parallel over (panel, block of bands); where the image is larger than the weights, over (block, panel)."""
         per_task = self.k.blocking.rows_per_task
         blocks = -(-bands // per_task)
@@ -326,15 +333,7 @@ class _Emitter:
             if starts_with_bias:
                 initial = self.operands[0].load(channel + v * lanes, lanes)
             acc.store(initial, slot, lanes)
-        with self._taps() as (tap, offset), builder.serial(self.steps) as step:
-            w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * m.kr)
-            if self.k.prefetch and len(slots) >= _PREFETCHING_SLOTS:
-                self._prefetch(panel, column, tap * self.steps + step)
-            for i, v, slot in slots:
-                y, x = pixels[i]
-                a = base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx)
-                product = m.step(acc.load(slot, lanes), self.x, a, self.w, w + v * lanes * m.kr)
-                acc.store(product, slot, lanes)
+        self.products(panel, column, base, pixels, acc)
         rest = steps[1:] if starts_with_bias else steps
         operands = self.operands[1:] if starts_with_bias else self.operands
 
@@ -355,6 +354,21 @@ class _Emitter:
             results.store(acc.load(slot, lanes), slot, lanes)
         with builder.serial(rows) as y, builder.serial(columns) as x, builder.serial(self.tile.vectors) as v:
             finish(results, y, x, v, ((y * columns + x) * self.tile.vectors + v) * lanes)
+
+    def products(
+        self, panel: Expr, column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], acc: Registers
+    ) -> None:
+        """Add all products of the pixels, which lie (row, column) from `base`, with a panel."""
+        m, lanes, vectors = self.m, self.m.lanes, self.tile.vectors
+        with self._taps() as (tap, offset), builder.serial(self.steps) as step:
+            w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * m.kr)
+            if self.k.prefetch and len(pixels) * vectors >= _PREFETCHING_SLOTS:
+                self._prefetch(panel, column, tap * self.steps + step)
+            for i, v in itertools.product(range(len(pixels)), range(vectors)):
+                slot, (y, x) = (i * vectors + v) * lanes, pixels[i]
+                a = base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx)
+                product = m.step(acc.load(slot, lanes), self.x, a, self.w, w + v * lanes * m.kr)
+                acc.store(product, slot, lanes)
 
     def _prefetch(self, panel: Expr, column: Expr, step: Expr) -> None:
         """Bring a line of the next panel near: over the first tiles of a panel, all of them."""

@@ -10,9 +10,11 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise, gemm, lower_winograd, tile_blocking
+from tvmq.kernels import builder, depthwise, gemm, lower_sparse, lower_winograd, tile_blocking
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.sparse_panels import SparsePanels
+from tvmq.kernels.sparse_stream import SparsePacking
 from tvmq.kernels.tile_gemm import TileGemm
 
 Array = npt.NDArray[Any]
@@ -28,9 +30,6 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     channels = ir.shape_of(x)[3]
     if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
         return _depthwise(lowering, state, name, call, kernel)
-    transformed = lower_winograd.conv2d(lowering, state, name, call)
-    if transformed is not None:
-        return transformed
     m = lowering.micro(str(kernel.dtype))
     padding = list(a["padding"])
     whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
@@ -41,10 +40,15 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     if not whole:
         padding[2] += -(-past // (channels * (ir.shape_of(x)[2] + padding[1] + padding[3])))
     wide = channels + past if whole else channels
+    n, height, width, _ = ir.shape_of(x)
+    shape, out = (n, height + padding[0] + padding[2], width + padding[1] + padding[3], wide), ir.shape_of(call)
+    geometry = gemm.conv_geometry(shape, kernel.shape, out, a["strides"], a["dilation"], a["groups"])
+    sparse = _sparse(lowering, name, call, kernel, geometry)
+    transformed = lower_winograd.conv2d(lowering, state, name, call) if sparse is None else None
+    if transformed is not None:
+        return transformed
     padded = lowering.pad(state, name, x, padding, wide, a["x_zero_point"], m.a_dtype)
-    out = ir.shape_of(call)
-    geometry = gemm.conv_geometry(ir.shape_of(padded), kernel.shape, out, a["strides"], a["dilation"], a["groups"])
-    return _gemm(lowering, state, name, "conv2d", call, padded, kernel, geometry, operands)
+    return _gemm(lowering, state, name, call, padded, kernel, geometry, operands, sparse)
 
 
 def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -60,28 +64,49 @@ def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     kernel = np.ascontiguousarray(ir.to_numpy(weight).T).reshape(-1, 1, 1, depth)
     cout = kernel.shape[0]
     geometry = gemm.conv_geometry((1, 1, rows, wide), kernel.shape, (1, 1, rows, cout), (1, 1), (1, 1), 1)
-    return _gemm(lowering, state, name, "matmul", call, x, kernel, geometry, operands)
+    sparse = _sparse(lowering, name, call, kernel, geometry)
+    return _gemm(lowering, state, name, call, x, kernel, geometry, operands, sparse)
+
+
+def _sparse(
+    lowering: Lowering, name: str, call: Any, kernel: Array, geometry: gemm.Geometry
+) -> lower_sparse.Choice | None:
+    """The sparse product of `call`, None where a dense one is the better choice."""
+    m, target = lowering.micro(str(kernel.dtype)), lowering.target
+    if not lower_sparse.considers(lowering, kernel):
+        return None
+    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
+    dense = gemm.cost(geometry, m, blocking.tile) * geometry.groups / target.cores
+    dot = lowering.tile_dot(m)
+    if dot is not None:
+        l1, l2 = target.l1d_kib * 1024, target.l2_kib * 1024
+        dense = min(
+            dense, tile_blocking.choose(geometry, dot, target.cores, l1, l2)[1] * tile_blocking.SLOTS / target.cores
+        )
+    if ir.is_call(call, "tvmq.conv2d"):
+        dense = min(dense, lower_winograd.cycles(lowering, call))
+    return lower_sparse.choose(lowering, name, m, kernel, geometry, dense)
 
 
 def _gemm(
     lowering: Lowering,
     state: ir.Rewrite,
     name: str,
-    kind: str,
     call: Any,
     x: Any,
     kernel: Array,
     geometry: gemm.Geometry,
     operands: list[Any],
+    sparse: lower_sparse.Choice | None,
 ) -> Any:
-    a = ops.attributes(call)
+    a, kind = ops.attributes(call), ir.op_name(call).removeprefix(ops.PREFIX)
     integer = kernel.dtype == np.int8
     m = lowering.micro(str(kernel.dtype))
     epilogue = ops.epilogue_of(call)
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
     rest = (epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands))
-    spec, packing, tile = _template(lowering, m, kernel.shape, geometry, rest)
+    spec, packing, tile = _template(lowering, m, kernel.shape, geometry, rest, sparse)
     title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
     lowering.names[name] = title
     weights = lowering.pack(state, name, [(kernel, packing)])
@@ -90,12 +115,19 @@ def _gemm(
 
 
 def _template(
-    lowering: Lowering, m: Micro, kernel: tuple[int, ...], geometry: gemm.Geometry, rest: tuple[Any, ...]
-) -> tuple[gemm.Gemm | TileGemm, Packing, str]:
-    """The faster template with its blocking, how it packs a weight of shape `kernel`, and its part of the name.
+    lowering: Lowering,
+    m: Micro,
+    kernel: tuple[int, ...],
+    geometry: gemm.Geometry,
+    rest: tuple[Any, ...],
+    sparse: lower_sparse.Choice | None,
+) -> tuple[gemm.Gemm | TileGemm | SparsePanels, Packing | SparsePacking, str]:
+    """The fastest template with its blocking, how it packs a weight of shape `kernel`, and its part of the name.
 
-    `rest`: what both templates are told besides.
+    `rest`: what all templates are told besides. sparse: where the weight's zeros are left out.
     """
+    if sparse is not None:
+        return lower_sparse.template(lowering, m, kernel, geometry, sparse, rest)
     target, taps, groups = lowering.target, len(geometry.taps), geometry.groups
     blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
     dot = lowering.tile_dot(m)

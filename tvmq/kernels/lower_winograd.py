@@ -45,10 +45,10 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
         return None
     off = error(kernel, blocking.m)
     if off > TOLERANCE:
-        lowering.notes[name] = f"Winograd would be faster, but off by {off:.1e} of the largest result"
+        lowering.note(name, f"Winograd would be faster, but off by {off:.1e} of the largest result")
         return None
     m_by_m = f"{blocking.m} x {blocking.m}"
-    lowering.notes[name] = f"Winograd of {m_by_m} outputs: results within {off:.1e} of the largest one"
+    lowering.note(name, f"Winograd of {m_by_m} outputs: results within {off:.1e} of the largest one")
     nr, out_dtype = blocking.vectors * m.lanes, ops.attributes(call)["out_dtype"]
     spec = winograd.Winograd(shape, dtype_of(x), m, blocking, ops.epilogue_of(call), out_dtype, declared(operands))
     title = f"{SHORT[out_dtype]}-{SHORT[str(kernel.dtype)]}-conv2d-winograd{blocking.m}-{blocking.rows}x{nr}-{m.name}"
@@ -73,8 +73,24 @@ def _shape_of(call: Any, lanes: int) -> Shape | None:
     return Shape(n, height, width, channels, top, left, out_height, out_width, out_channels)
 
 
+def cycles(lowering: Lowering, call: Any) -> float:
+    """What Winograd is estimated to take on all cores, infinity where it does not compute `call`."""
+    shape, target = _shape_of(call, lowering.float.lanes), lowering.target
+    if shape is None or not lowering.winograd:
+        return math.inf
+    direct = lowering.micro(ir.dtype_of(call.args[1]))
+    plain, cost, _ = _estimates(shape, lowering.float, direct, target.cores, target.l2_kib * 1024)
+    return cost if cost < _WORTH * plain else math.inf
+
+
 def choose(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: int) -> Blocking | None:
     """The blocking with the least estimated time; None where the kernel of `direct` is nearly as fast."""
+    plain, cost, blocking = _estimates(shape, micro, direct, cores, l2_bytes)
+    return blocking if cost < _WORTH * plain else None
+
+
+def _estimates(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: int) -> tuple[float, float, Blocking]:
+    """Cycles of the kernel of `direct`, and of Winograd with its best blocking, on all cores."""
     s = shape
     padded, out = (s.images, s.out_height + 2, s.out_width + 2, s.channels), (s.out_height, s.out_width)
     weight = (s.out_channels, 3, 3, s.channels)
@@ -85,7 +101,7 @@ def choose(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: int)
         ((_cost(shape, micro, blocking, cores, l2_bytes), blocking) for blocking in _blockings(shape, micro, cores)),
         key=lambda option: option[0],
     )
-    return blocking if cost < _WORTH * plain else None
+    return plain, cost, blocking
 
 
 def _blockings(shape: Shape, micro: Micro, cores: int) -> list[Blocking]:

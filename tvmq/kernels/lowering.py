@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from tvmq.kernels.elementwise import Map
 from tvmq.kernels.entry import MOST_CHANNELS, Entry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import Pad
+from tvmq.kernels.sparse_stream import SparsePacking
 from tvmq.kernels.tiles import Dot
+from tvmq.recipe import Sparse
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
@@ -57,6 +59,12 @@ class Packing:
         return unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
 
 
+def packing_of(entry: Mapping[str, Any]) -> Packing | SparsePacking:
+    """How a weight was packed, from its entry in a bundle's manifest."""
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "parameter"}
+    return SparsePacking(**fields) if fields["kind"] == "sparse" else Packing(**fields)
+
+
 @dataclass(frozen=True)
 class Lowered:
     """`module`: main and its kernels. `kernels`: variable of main -> the name of the kernel that computes it.
@@ -69,7 +77,7 @@ class Lowered:
     module: tvm.IRModule
     kernels: dict[str, str]
     parameters: dict[str, Array]
-    packed: dict[str, list[tuple[str, Packing]]]
+    packed: dict[str, list[tuple[str, Packing | SparsePacking]]]
     notes: dict[str, str]
 
 
@@ -80,11 +88,12 @@ class Lowering:
     target: Target
     winograd: bool = True
     taken: frozenset[str] = frozenset()  # names of the module's variables
+    sparse: Sparse = Sparse.OFF
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
     kernels: dict[Any, Any] = field(default_factory=dict)  # global variable -> kernel
     names: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, Array] = field(default_factory=dict)
-    packed: dict[str, list[tuple[str, Packing]]] = field(default_factory=dict)
+    packed: dict[str, list[tuple[str, Packing | SparsePacking]]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +102,10 @@ class Lowering:
         self.int8 = micro.int8_micro(self.target.isa)
         self.bf16 = micro.bf16_micro(self.target.isa)
         self.tiles = tiles.unit_of(self.target.isa)
+
+    def note(self, name: str, text: str) -> None:
+        """Tell the user `text` of operator `name`, after what was told before."""
+        self.notes[name] = f"{self.notes[name]}; {text}" if name in self.notes else text
 
     def micro(self, weight_dtype: str) -> Micro:
         """The micro-kernel for weights of a dtype."""
@@ -128,7 +141,7 @@ class Lowering:
         self.parameters[unique] = np.ascontiguousarray(value).view(stored_dtype(str(value.dtype)))
         return state.parameter(unique, self.parameters[unique])
 
-    def pack(self, state: ir.Rewrite, name: str, weights: Sequence[tuple[Array, Packing]]) -> list[Any]:
+    def pack(self, state: ir.Rewrite, name: str, weights: Sequence[tuple[Array, Packing | SparsePacking]]) -> list[Any]:
         """Parameters for the first constants of operator `name`: its weight, and what is packed with it."""
         suffixes = ("weight", "scales")
         made = [self.parameter(state, f"{name}_{s}", p.pack(w)) for s, (w, p) in zip(suffixes, weights, strict=False)]

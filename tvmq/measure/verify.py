@@ -19,7 +19,7 @@ from tvmq.deploy.exact import is_exact
 from tvmq.deploy.executor import Executor
 from tvmq.deploy.session import connect
 from tvmq.deploy.steps import Step, StepRunner
-from tvmq.kernels.lowering import Packing
+from tvmq.kernels.lowering import packing_of
 from tvmq.quantize import numerics
 
 Array = npt.NDArray[Any]
@@ -148,8 +148,7 @@ def _weights(bundle: Bundle) -> list[Array]:
     kinds: Mapping[str, str] = {row["name"]: row["kind"] for row in bundle.manifest["operators"]}
     packed = [(name, entry) for name, entries in bundle.manifest["packed"].items() for entry in entries]
     for name, entry in packed:
-        fields: dict[str, Any] = {k: tuple(v) if k == "shape" else v for k, v in entry.items() if k != "parameter"}
-        weight = Packing(**fields).unpack(parameters[entry["parameter"]])
+        weight = packing_of(entry).unpack(parameters[entry["parameter"]])
         weights.append(weight.reshape(weight.shape[0], -1).T if kinds.get(name) == "matmul" else weight)
     return weights
 

@@ -1,0 +1,92 @@
+"""Which products take sparse weights, with the reason, and how these are blocked and packed.
+
+    dense -> sparse    where the weight's pattern of zeros is estimated to save a tenth of the time or more
+
+The modes are those of `recipe.Sparse`. Products with groups and depthwise ones stay dense: their reductions are short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvmq.errors import ModelError
+from tvmq.kernels import builder, sparse_blocking
+from tvmq.kernels.gemm import Gemm, Geometry
+from tvmq.kernels.lowering import Lowering
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.sparse_panels import SparsePanels
+from tvmq.kernels.sparse_stream import SparsePacking, layout_of, to_words, union, word_dtype
+from tvmq.recipe import Sparse
+
+Array = npt.NDArray[Any]
+# Fewer zeros than this are an accident, and never worth a word.
+FEW_ZEROS = 0.05
+# What fraction of the dense kernel's estimated time is good enough: estimates are off by less.
+WORTH = 0.9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A product with a sparse weight: its plan, and the pattern of its words, bool [O, words]."""
+
+    plan: sparse_blocking.Plan
+    mask: npt.NDArray[np.bool_]
+
+
+def considers(lowering: Lowering, kernel: Array) -> bool:
+    """Whether `choose` is to be asked: the recipe's mode says so, or there are zeros."""
+    return lowering.sparse is Sparse.FORCE or (lowering.sparse is Sparse.AUTO and share_of_zeros(kernel) >= FEW_ZEROS)
+
+
+def share_of_zeros(kernel: Array) -> float:
+    """The fraction of a weight's elements that are zero."""
+    return 1 - np.count_nonzero(kernel) / max(kernel.size, 1)
+
+
+def choose(
+    lowering: Lowering, name: str, m: Micro, kernel: Array, geometry: Geometry, dense_slots: float
+) -> Choice | None:
+    """The sparse product of operator `name`, None where it stays dense; leaves a note where there are zeros.
+
+    dense_slots: what the best dense kernel takes on all cores. Raises ModelError for weights that are not finite.
+    """
+    zeros = share_of_zeros(kernel)
+    if kernel.dtype.kind != "i" and not np.isfinite(kernel.astype(np.float32)).all():
+        raise ModelError(f"weights of {name}", expected="finite numbers, to find their zeros", seen="NaN or infinity")
+    share = f"{zeros:.0%} of the weights are zero"
+    if geometry.groups != 1:
+        lowering.note(name, f"dense: {share}, but products in groups have no sparse kernel")
+        return None
+    mask = to_words(kernel, len(geometry.taps), m.product.kr, word_dtype(m)) != 0
+    target = lowering.target
+    machine = sparse_blocking.Machine(target.cores, target.l1d_kib * 1024, target.l2_kib * 1024)
+    plan = sparse_blocking.choose(geometry, m, mask, machine)
+    dense_slots = max(dense_slots, sparse_blocking.stream(m, kernel.size))
+    gain = dense_slots / plan.slots
+    taken = lowering.sparse is Sparse.FORCE or plan.slots < WORTH * dense_slots
+    what = "sparse" if taken else "dense"
+    panel = f"{plan.blocking.tile.vectors * m.lanes}x{m.product.kr}"
+    lowering.note(
+        name, f"{what}: {share}, density {plan.density:.2f} in blocks of {panel}, estimated {gain:.2f} times as fast"
+    )
+    return Choice(plan, mask) if taken else None
+
+
+def template(
+    lowering: Lowering, m: Micro, kernel: tuple[int, ...], geometry: Geometry, choice: Choice, rest: tuple[Any, ...]
+) -> tuple[SparsePanels, SparsePacking, str]:
+    """The kernel of a choice, how it packs a weight of shape `kernel`, and its part of the name.
+
+    `rest`: what dense kernels are told besides.
+    """
+    plan = choice.plan
+    rows = plan.blocking.tile.vectors * m.lanes
+    layout = layout_of(union(choice.mask, rows), rows, plan.parts)
+    word, kr = word_dtype(m), m.product.kr
+    packing = SparsePacking("sparse", kernel, m.w_dtype, word, kr, geometry.taps, kr, astuple(layout))
+    dense = Gemm(geometry, m, plan.blocking, "", builder.rounding_llvm(lowering.target.isa), *rest)
+    return SparsePanels(dense, layout), packing, f"sparse-{plan.blocking.tile.pixels}x{rows}-{m.name}"

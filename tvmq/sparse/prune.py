@@ -1,0 +1,154 @@
+"""One-shot pruning of a model without training: which weights go, and how those that stay make up for them.
+
+    model -> masks of its layers -> model with zeros
+
+The result is a model like any other: it is compiled, quantized and measured as its source was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvmq import interpret, ir
+from tvmq.errors import CalibrationError, InputError, nearest
+from tvmq.graph.layout import to_nhwc
+from tvmq.model import Model
+from tvmq.sparse import masks, obs
+from tvmq.sparse.layers import Layer, layers, with_matrices
+from tvmq.sparse.masks import SINGLE, Block, Mask
+
+Array = npt.NDArray[Any]
+
+
+class Method(str, enum.Enum):
+    """How weights are chosen."""
+
+    LAYER = "layer"
+    """The largest blocks of each layer: every layer gets the same density."""
+    GLOBAL = "global"
+    """The largest blocks of all layers together."""
+    THRESHOLD = "threshold"
+    """Weights of at least `alpha` times the largest one of their layer."""
+    N_OF_M = "n:m"
+    """The N largest of every M inputs of an output channel."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What to prune. Raises InputError.
+
+    density: the kept fraction, of the methods by size. block: what is kept or dropped together. alpha: of the
+    threshold. n, m: of N:M. skip: globs of the paths or names of layers that stay as they are. update: with calibration
+    data, weights are chosen by what they do to a layer's results, and the others are corrected (see `obs`).
+    """
+
+    method: Method = Method.LAYER
+    density: float = 0.2
+    block: Block = SINGLE
+    alpha: float = 0.05
+    n: int = 2
+    m: int = 4
+    skip: tuple[str, ...] = ()
+    update: bool = False
+
+    def __post_init__(self) -> None:
+        words = [method.value for method in Method]
+        if self.method not in words:
+            hint = nearest(str(self.method), words)
+            raise InputError("pruning method", expected=f"one of {', '.join(words)}", seen=repr(self.method), hint=hint)
+        object.__setattr__(self, "method", Method(self.method))
+        masks.check_density(self.density)
+        if self.method in (Method.THRESHOLD, Method.N_OF_M) and self.block != SINGLE:
+            raise InputError("block", expected=f"1x1 with {self.method.value}", seen=self.block)
+
+    def takes(self, layer: Layer) -> bool:
+        """Whether `layer` is pruned."""
+        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.skip for name in (layer.path, layer.name))
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The model, and for each layer that was pruned its path and the density that it has now."""
+
+    model: Model
+    densities: Mapping[str, float]
+
+    @property
+    def density(self) -> float:
+        """The kept fraction of all weights of pruned layers."""
+        kept = {layer.path: layer.matrix for layer in layers(self.model.module, self.model.paths)}
+        sizes = {path: kept[path].size for path in self.densities}
+        return sum(self.densities[path] * size for path, size in sizes.items()) / max(sum(sizes.values()), 1)
+
+
+def prune(model: Model, pruning: Pruning, calibration: Iterable[Any] | None = None) -> Pruned:
+    """`model` with weights pruned. calibration: batches, for `update`. Raises InputError, CalibrationError."""
+    # Channels last, so that a convolution's inputs are read as its matrix is.
+    module = to_nhwc(model.module)
+    chosen = [layer for layer in layers(module, model.paths) if pruning.takes(layer)]
+    matrices = [masks.check_finite(layer.matrix, layer.path) for layer in chosen]
+    if not pruning.update:
+        kept = _masks(matrices, pruning)
+        new = [matrix * mask for matrix, mask in zip(matrices, kept, strict=True)]
+    else:
+        if calibration is None:
+            raise CalibrationError("calibration data", expected="some, to correct the weights that stay", seen="none")
+        inverses = [obs.inverse(h) for h in _grams(module, model, chosen, calibration)]
+        scores = [obs.saliency(*pair) for pair in zip(matrices, inverses, strict=True)]
+        kept = _masks(scores, pruning)
+        new = [obs.update(*three) for three in zip(matrices, kept, inverses, strict=True)]
+    named = {layer.name: matrix for layer, matrix in zip(chosen, new, strict=True)}
+    densities = {layer.path: float(mask.mean()) for layer, mask in zip(chosen, kept, strict=True)}
+    return Pruned(dataclasses.replace(model, module=with_matrices(module, named)), densities)
+
+
+def _masks(scores: Sequence[Array], pruning: Pruning) -> list[Mask]:
+    """The masks of matrices whose magnitudes say what a weight is worth."""
+    match pruning.method:
+        case Method.GLOBAL:
+            return masks.by_block_globally(scores, pruning.density, pruning.block)
+        case Method.THRESHOLD:
+            return [masks.by_threshold(score, pruning.alpha) for score in scores]
+        case Method.N_OF_M:
+            return [masks.n_of_m(score, pruning.n, pruning.m) for score in scores]
+        case _:
+            return [masks.by_block(score, pruning.density, pruning.block) for score in scores]
+
+
+def _grams(module: tvm.IRModule, model: Model, chosen: Sequence[Layer], calibration: Iterable[Any]) -> list[Array]:
+    """X^T X of the inputs of each layer, over all batches. Raises CalibrationError, SignatureError."""
+    names = {layer.name for layer in chosen}
+    calls = {str(var.name): call for var, call in ir.calls(module) if str(var.name) in names}
+    sums: dict[str, Array] = {}
+    for batch in calibration:
+        tensors: dict[str, Array] = {}
+        inputs = model.signature.arrays(batch)
+        tensors.update({spec.name: array for spec, array in zip(model.signature.inputs, inputs, strict=True)})
+        interpret.run(module, inputs, lambda name, array: tensors.update({name: array}))  # noqa: B023
+        for name, call in calls.items():
+            sums[name] = sums.get(name, 0.0) + obs.gram(_rows(call, tensors[str(call.args[0].name)]))
+    if chosen and not sums:
+        raise CalibrationError("calibration data", expected="at least one batch", seen="none")
+    return [sums[layer.name] for layer in chosen]
+
+
+def _rows(call: Any, x: Array) -> Array:
+    """The inputs of a layer's products, [rows, K]: those of a convolution in the order of its matrix."""
+    if ir.is_call(call, "matmul"):
+        return x.reshape(-1, x.shape[-1])
+    _, height, width, _ = ir.shape_of(call.args[1])
+    top, left, bottom, right = (int(n) for n in call.attrs.padding)
+    (sy, sx), (dy, dx) = ([int(n) for n in values] for values in (call.attrs.strides, call.attrs.dilation))
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    span = ((height - 1) * dy + 1, (width - 1) * dx + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(1, 2))[:, ::sy, ::sx, :, ::dy, ::dx]
+    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, height * width * x.shape[3])
