@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tvmq.errors import RecipeError
-from tvmq.recipe import KINDS, Observer, Precision, Recipe, Rule
+from tvmq.recipe import KINDS, Aggregate, Observer, Precision, Recipe, Rule
 
 
 def _one_line(call, *parts: str) -> None:
@@ -33,6 +33,10 @@ def test_dict_round_trip():
         observer="moving_average",
         percentile=99.0,
         momentum=0.3,
+        fixed_range=3.0,
+        activation_bits=7,
+        weight_bits=4,
+        power_of_two="weights",
         symmetric=True,
         per_channel=False,
         winograd=False,
@@ -154,3 +158,20 @@ def test_the_percentile_may_be_100_and_recipes_are_values():
     assert Recipe(percentile=100).percentile == 100
     assert hash(Recipe(precision="int8")) == hash(Recipe(precision="int8"))
     assert set(KINDS) == {"conv2d", "matmul", "add", "unary", "avg_pool2d", "max_pool2d", "concat"}
+
+
+def test_moving_average_is_an_aggregate_of_the_extremes():
+    recipe = Recipe(observer="moving_average")
+    assert (recipe.observer, recipe.aggregate) == (Observer.MIN_MAX, Aggregate.MOVING_AVERAGE)
+    assert Recipe(observer="moving_average", aggregate="moving_average") == recipe
+    _one_line(lambda: Recipe(observer="moving_average", aggregate="mean"), "aggregate", "moving_average", "'mean'")
+
+
+@pytest.mark.parametrize("bits", [1, 9, 7.5, True, "8"])
+@pytest.mark.parametrize("name", ["activation_bits", "weight_bits"])
+def test_bits(name: str, bits: object):
+    _one_line(lambda: Recipe(**{name: bits}), name, "from 2 to 8", repr(bits))
+
+
+def test_fixed_range_is_positive():
+    _one_line(lambda: Recipe(fixed_range=0.0), "fixed_range", "above 0")

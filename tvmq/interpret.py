@@ -8,7 +8,7 @@ would run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,15 @@ def run(module: tvm.IRModule, inputs: Sequence[Array], watch: Watch | None = Non
 
 
 class Program:
-    """A module ready to be interpreted: constants converted, operators looked up, last uses known."""
+    """A module ready to be interpreted: constants converted, operators looked up, last uses known.
 
-    def __init__(self, module: tvm.IRModule) -> None:
+    watched: the names of the tensors that `watch` wants to see; None means all.
+    """
+
+    def __init__(self, module: tvm.IRModule, watched: Container[str] | None = None) -> None:
         self.params = list(ir.main(module).params)
         self.result = ir.main(module).body.body
+        self.watched = watched
         dead = _dead_after(module)
         self.steps = [
             _Step(var, str(var.name), value, dead.get(index, []), [_fetcher(arg) for arg in _args(value)])
@@ -47,14 +51,17 @@ class Program:
     def run(self, inputs: Sequence[Array], watch: Watch | None = None) -> tuple[Array, ...]:
         """Compute the outputs; `watch(name, array)` sees the inputs and each tensor that a variable is bound to."""
         env: dict[Any, Value] = dict(zip(self.params, inputs, strict=True))
+        watched = self.watched
         if watch:
             for var, array in env.items():
-                watch(str(var.name), array)
+                if watched is None or var.name in watched:
+                    watch(str(var.name), array)
         for step in self.steps:
             args = [fetch(env) for fetch in step.fetches]
             result = _compute(step.name, step.value, args) if isinstance(step.value, relax.Call) else args[0]
             env[step.var] = result
-            if watch and isinstance(result, np.ndarray) and not isinstance(step.value, relax.Var):
+            seen = watch is not None and (watched is None or step.name in watched)
+            if watch and seen and isinstance(result, np.ndarray) and not isinstance(step.value, relax.Var):
                 watch(step.name, result)
             for var in step.dead:
                 env.pop(var, None)
@@ -144,6 +151,14 @@ def _known_layout(call: Any, _arrays: list[Array]) -> bool:
     return layouts in (("NCHW", "OIHW", "NCHW"), ("NHWC", "OHWI", "NHWC")) and ir.dtype_of(call) == "float32"
 
 
+def _plain_pool(call: Any, arrays: list[Array]) -> bool:
+    a = call.attrs
+    top, left, bottom, right = (int(p) for p in a.padding)
+    even = (top, left) == (bottom, right) and 2 * top <= int(a.pool_size[0]) and 2 * left <= int(a.pool_size[1])
+    last = str(a.layout) == str(a.out_layout) == "NHWC" and not bool(a.ceil_mode)
+    return even and last and arrays[0].dtype == np.float32 and _is_finite(arrays[0])
+
+
 _CONDITIONS: dict[str, Callable[[Any, list[Array]], bool]] = {
     **dict.fromkeys(("nn.relu", "nn.silu", "maximum", "minimum"), _finite),
     "clip": _clips,
@@ -152,6 +167,7 @@ _CONDITIONS: dict[str, Callable[[Any, list[Array]], bool]] = {
     "astype": _exact_cast,
     "nn.batch_norm": _whole_batch_norm,
     "nn.conv2d": _known_layout,
+    "nn.max_pool2d": _plain_pool,
 }
 
 
@@ -283,20 +299,52 @@ def _nn_conv2d(call: Any, args: list[Array]) -> Array:
 
     a = call.attrs
     x, weight = args
-    if str(a.data_layout) == "NHWC":
-        x = x.transpose(0, 3, 1, 2)
-    if str(a.kernel_layout) == "OHWI":
-        weight = weight.transpose(0, 3, 1, 2)
+    last = str(a.data_layout) == "NHWC"
     top, left, bottom, right = (int(p) for p in a.padding)
-    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    if (top, left) != (bottom, right):
+        sides = ((top, bottom), (left, right))
+        x = np.pad(x, ((0, 0), *sides, (0, 0)) if last else ((0, 0), (0, 0), *sides))
+        top = left = 0
+    # PyTorch computes on channels-last views as they are: no copies.
     y = torch.nn.functional.conv2d(
-        torch.from_numpy(np.ascontiguousarray(x)),
-        torch.from_numpy(np.ascontiguousarray(weight)),
+        _channels_first(x, last),
+        _channels_first(weight, str(a.kernel_layout) == "OHWI"),
         stride=[int(s) for s in a.strides],
+        padding=[top, left],
         dilation=[int(d) for d in a.dilation],
         groups=int(a.groups),
-    ).numpy()
-    return y.transpose(0, 2, 3, 1) if str(a.data_layout) == "NHWC" else y
+    )
+    return np.ascontiguousarray((y.permute(0, 2, 3, 1) if last else y).numpy())
+
+
+def _channels_first(array: Array, last: bool) -> Any:
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.permute(0, 3, 1, 2) if last else tensor
+
+
+def _nn_max_pool2d(call: Any, args: list[Array]) -> Array:
+    import torch
+
+    a = call.attrs
+    top, left, _, _ = (int(p) for p in a.padding)
+    y = torch.nn.functional.max_pool2d(
+        _channels_first(args[0], last=True),
+        [int(n) for n in a.pool_size],
+        [int(s) for s in a.strides],
+        [top, left],
+        [int(d) for d in a.dilation],
+    )
+    return np.ascontiguousarray(y.permute(0, 2, 3, 1).numpy())
+
+
+def _matmul_floats(_call: Any, args: list[Array]) -> Array:
+    # PyTorch's threads, as for convolutions: NumPy's own spin after a product, and take a core from what comes next.
+    import torch
+
+    x, y = (torch.from_numpy(np.ascontiguousarray(arg)) for arg in args)
+    return np.asarray(torch.matmul(x, y).numpy())
 
 
 def _nn_batch_norm(call: Any, args: list[Array]) -> Value:
@@ -384,6 +432,7 @@ def _unary(function: Callable[[Array], Array]) -> Callable[[Any, list[Any]], Arr
 
 _RELAX: dict[str, Callable[[Any, list[Any]], Value]] = {
     "nn.conv2d": _nn_conv2d,
+    "nn.max_pool2d": _nn_max_pool2d,
     "nn.batch_norm": _nn_batch_norm,
     "nn.layer_norm": _nn_layer_norm,
     "nn.softmax": _nn_softmax,
@@ -397,7 +446,7 @@ _RELAX: dict[str, Callable[[Any, list[Any]], Value]] = {
     "mean": _mean,
     "permute_dims": _permute,
     "reshape": _reshape,
-    "matmul": _binary(np.matmul),
+    "matmul": _matmul_floats,
     "add": _binary(np.add),
     "subtract": _binary(np.subtract),
     "multiply": _binary(np.multiply),

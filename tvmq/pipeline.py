@@ -36,10 +36,13 @@ from tvmq.model import Model
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
+from tvmq.quantize.partition import quantize_outputs, take_integers
 from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan
 from tvmq.quantize.realize import realize
+from tvmq.quantize.simulate import simulated
+from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Observer, Precision, Recipe
 from tvmq.target import Target, load_target
 
 Array = npt.NDArray[Any]
@@ -49,12 +52,16 @@ STAGES = ("layout", "calibrate", "plan", "annotate", "realize", "lower", "schedu
 
 @dataclass(frozen=True)
 class Quantized:
-    """A model after quantization, before any target: the float module, the QDQ module, and what was decided."""
+    """A model after quantization, before any target: the float module, the QDQ module, and what was decided.
+
+    unused_rules: the patterns of the recipe's rules that name no operator.
+    """
 
     module: tvm.IRModule
     qdq: tvm.IRModule
     table: CalibrationTable | None
     decisions: tuple[Decision, ...]
+    unused_rules: tuple[str, ...] = ()
 
     def simulate(self, *inputs: Array) -> tuple[Array, ...]:
         """What the model computes with QDQ in float: every planned tensor rounded to its integers and back."""
@@ -63,11 +70,15 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A finished bundle: where it is, its size in bytes, and its operators as `explain` shows them."""
+    """A finished bundle: where it is, its size in bytes, and its operators as `explain` shows them.
+
+    unused_rules: the patterns of the recipe's rules that name no operator.
+    """
 
     path: Path
     size: int
     operators: list[dict[str, Any]]
+    unused_rules: tuple[str, ...] = ()
 
 
 def compile_model(
@@ -92,7 +103,13 @@ def compile_model(
     stages = _Dump(dump)
     quantized = quantize(model, recipe, calibration, report, stages, rates_of(spec))
     report("realize", 0)
-    realized = stages("realize", realize(quantized.qdq, spec.isa.activation_dtype))
+    qdq, conversions = quantized.qdq, None
+    if recipe.integer_io and quantized.table is not None:
+        qdq, conversions = quantize_outputs(qdq, quantized.module, quantized.table)
+    realized = realize(simulated(qdq) if recipe.simulate else qdq, spec.isa.activation_dtype)
+    if conversions is not None:
+        realized, model = take_integers(realized, conversions), conversions.applied_to(model)
+    stages("realize", realized)
     report("lower", 0)
     lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse)
     stages("lower", lowered.module)
@@ -100,14 +117,14 @@ def compile_model(
     scheduled = stages("schedule", schedule(lowered.module, spec))
     report("build", 0)
     product = build.Product(
-        model, spec, recipe, quantized.table, quantized.decisions, realized, _with(lowered, scheduled)
+        model, spec, recipe, quantized.table, quantized.decisions, realized, _with(lowered, scheduled), conversions
     )
     library = build.compile_library(product)
     report("check", 0)
     expected = interpret.run(realized, model.example)
     build.check(product, library, expected)
     report("bundle", 0)
-    return Compiled(*build.write_bundle(product, library, expected, out))
+    return Compiled(*build.write_bundle(product, library, expected, out), quantized.unused_rules)
 
 
 def quantize(
@@ -134,7 +151,7 @@ def quantize(
     report("plan", 0)
     plan = make_plan(module, table, recipe, model.paths, rates)
     report("annotate", 0)
-    return Quantized(module, stages("annotate", annotate(module, plan, recipe)), table, plan.decisions)
+    return Quantized(module, stages("annotate", annotate(module, plan, recipe)), table, plan.decisions, plan.unused)
 
 
 def calibrate(
@@ -143,8 +160,12 @@ def calibrate(
     calibration: Iterable[Any] | CalibrationTable | None,
     progress: Callable[[int], None] | None = None,
     module: tvm.IRModule | None = None,
+    extremes: Extremes | None = None,
 ) -> CalibrationTable:
-    """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError."""
+    """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError.
+
+    extremes: learns the range of each tensor in each inference, for `quantize.sufficiency.judge`.
+    """
     module = module if module is not None else channels_last(model.module)
     if isinstance(calibration, CalibrationTable):
         known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
@@ -155,12 +176,15 @@ def calibrate(
                 f"calibration table: tensor {unknown[0]!r}", expected=f"a tensor of {model.name}", hint=hint
             )
         return calibration
+    if calibration is None and recipe.observer is Observer.FIXED:
+        calibration = ()
     if calibration is None:
         hint = "pass calibration=batches, or --calibrate DATA"
         raise CalibrationError(
             "calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint
         )
-    return observe(module, model.signature, calibration, recipe, name=model.name, progress=progress)
+    name = model.name
+    return observe(module, model.signature, calibration, recipe, name=name, progress=progress, extremes=extremes)
 
 
 def channels_last(module: tvm.IRModule) -> tvm.IRModule:

@@ -50,11 +50,40 @@ class Sparse(str, enum.Enum):
 
 
 class Observer(str, enum.Enum):
-    """How a tensor's range is taken from its samples."""
+    """The statistic of samples that a tensor's range is."""
 
     MIN_MAX = "min_max"
     MOVING_AVERAGE = "moving_average"
+    """Short for min_max with the aggregate of that name."""
     PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+    """Least Kullback-Leibler divergence between the distributions before and after."""
+    MSE = "mse"
+    """Least mean squared error, by search."""
+    OCTAV = "octav"
+    """Least mean squared error, by Newton's method."""
+    ACIQ = "aciq"
+    """Least mean squared error for a Laplace distribution."""
+    FIXED = "fixed"
+    """[-fixed_range, fixed_range] for every tensor, without data."""
+
+
+class Aggregate(str, enum.Enum):
+    """How the statistics of samples become one: of their elements together, or of each sample's range."""
+
+    POOLED = "pooled"
+    WIDEST = "widest"
+    MEAN = "mean"
+    MOVING_AVERAGE = "moving_average"
+
+
+class PowerOfTwo(str, enum.Enum):
+    """Which scales are rounded up to powers of two."""
+
+    NONE = "none"
+    WEIGHTS = "weights"
+    ACTIVATIONS = "activations"
+    ALL = "all"
 
 
 GROUP_SIZES = (32, 64, 128)
@@ -63,7 +92,11 @@ KINDS = ("conv2d", "matmul", "add", "unary", "avg_pool2d", "max_pool2d", "concat
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers whose path, variable name or kind matches the glob `match` get `precision`; the first match wins."""
+    """Layers that the glob `match` names get `precision`; the first match wins.
+
+    A layer's names are its path and its variables' names, its kind (`conv2d`), its kind and number among those of its
+    kind from 0 (`conv2d#3`), and its kind and the shape of its weight, or of its result (`conv2d:64x3x3x64`).
+    """
 
     match: str
     precision: Precision
@@ -82,23 +115,33 @@ class Rule:
 class Recipe:
     """How a model becomes a bundle.
 
-    precision: of every operator that no rule names. observer: how ranges are estimated; `percentile` (of a tensor's
-    elements that its range holds) and `momentum` (the weight of a new inference) belong to two of them. symmetric: zero
-    points of activations are 0. per_channel: a weight scale an output channel, else one a tensor. group_size: 32, 64 or
-    128 inputs of a linear layer with weight-only precision share a scale; None means 32 for 4 bits, and one scale an
-    output channel for 8. kinds: operator kinds that may become integer. winograd: float 3x3 convolutions may use it
-    where it is faster; its sums are rounded more. sparse: whether products leave out weights that are zero. rules:
-    exceptions.
+    precision: of every operator that no rule names. observer and aggregate: how ranges are estimated; `percentile` (of
+    a tensor's elements that its range holds), `momentum` (the weight of a new inference) and `fixed_range` belong to
+    one of them each. symmetric: zero points of activations are 0. activation_bits, weight_bits: 2 to 8, stored as 8;
+    fewer leave integers unused (7: half of the range). power_of_two: scales that are rounded up to one. per_channel: a
+    weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
+    weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
+    operator kinds that may become integer. integer_io: the bundle takes and returns int8, and the conversions are
+    apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float.
+    winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether
+    products leave out weights that are zero. rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
     observer: Observer = Observer.MIN_MAX
     percentile: float = 99.99
     momentum: float = 0.1
+    aggregate: Aggregate = Aggregate.POOLED
+    fixed_range: float = 8.0
     symmetric: bool = False
+    activation_bits: int = 8
+    weight_bits: int = 8
+    power_of_two: PowerOfTwo = PowerOfTwo.NONE
     per_channel: bool = True
     group_size: int | None = None
     kinds: tuple[str, ...] = KINDS
+    integer_io: bool = False
+    simulate: bool = False
     winograd: bool = True
     sparse: Sparse = Sparse.AUTO
     rules: tuple[Rule, ...] = ()
@@ -107,9 +150,12 @@ class Recipe:
         object.__setattr__(self, "precision", _enum(Precision, "precision", self.precision))
         object.__setattr__(self, "observer", _enum(Observer, "observer", self.observer))
         object.__setattr__(self, "sparse", _enum(Sparse, "sparse", self.sparse))
+        object.__setattr__(self, "aggregate", _enum(Aggregate, "aggregate", self.aggregate))
+        object.__setattr__(self, "power_of_two", _enum(PowerOfTwo, "power_of_two", self.power_of_two))
+        self._spell_out_moving_average()
         object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in _items("kinds", self.kinds)))
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in _items("rules", self.rules)))
-        for name in ("symmetric", "per_channel", "winograd"):
+        for name in ("symmetric", "per_channel", "integer_io", "simulate", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
         if self.group_size not in (None, *GROUP_SIZES) or isinstance(self.group_size, float):
@@ -117,6 +163,21 @@ class Recipe:
             raise RecipeError("recipe: group_size", expected=expected, seen=repr(self.group_size))
         _between("percentile", self.percentile, 50.0, 100.0)
         _between("momentum", self.momentum, 0.0, 1.0)
+        _between("fixed_range", self.fixed_range, 0.0, 1e37)
+        for name in ("activation_bits", "weight_bits"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+                raise RecipeError(f"recipe: {name}", expected="an integer from 2 to 8", seen=repr(value))
+
+    def _spell_out_moving_average(self) -> None:
+        """`observer = "moving_average"` means the extremes of samples, averaged."""
+        if self.observer is not Observer.MOVING_AVERAGE:
+            return
+        if self.aggregate not in (Aggregate.POOLED, Aggregate.MOVING_AVERAGE):
+            expected = "no other aggregate than moving_average with the observer of that name"
+            raise RecipeError("recipe: aggregate", expected=expected, seen=repr(self.aggregate.value))
+        object.__setattr__(self, "observer", Observer.MIN_MAX)
+        object.__setattr__(self, "aggregate", Aggregate.MOVING_AVERAGE)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:
@@ -128,6 +189,16 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {path}", expected="a TOML file", seen=str(error)) from error
         return cls.from_dict(data)
+
+    @classmethod
+    def from_qconfig(cls, **fields: Any) -> Recipe:
+        """The recipe that means what `relay.quantize.qconfig(**fields)` meant; see `qconfig.meanings`.
+
+        Raises RecipeError for an unknown field, and for a value that has no meaning here.
+        """
+        from tvmq import qconfig
+
+        return cls(**qconfig.recipe_fields(fields))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -142,7 +213,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and TOML."""
         data = dataclasses.asdict(self)
-        for name in ("precision", "observer", "sparse"):
+        for name in ("precision", "observer", "aggregate", "power_of_two", "sparse"):
             data[name] = getattr(self, name).value
         data["kinds"] = list(self.kinds)
         data["rules"] = [{"match": rule.match, "precision": rule.precision.value} for rule in self.rules]

@@ -3,7 +3,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from tvmq import ir
+from tvmq import ir, ops
 from tvmq.quantize import numerics
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.numerics import QParams
@@ -123,3 +123,14 @@ def test_per_channel_is_nearer_than_per_tensor(model_of):
 
 def test_the_graph_and_its_names_are_deterministic(any_case):
     assert annotate(any_case.module, any_case.plan(), INT8).script() == any_case.qdq().script()
+
+
+def test_tensors_of_fewer_bits_are_limited_by_the_kernel_that_makes_them(model_of):
+    case = model_of("residual")
+    realized = case.realized(Recipe(precision="int8", activation_bits=4, weight_bits=4))
+    ours = [call for _, call in ir.calls(realized) if ir.op_name(call).startswith(ops.PREFIX)]
+    assert not [call for _, call in ir.calls(realized) if ir.is_call(call, "clip")]
+    ranges = [(s.qmin, s.qmax) for call in ours for s in ops.epilogue_of(call) if isinstance(s, ops.Quantize)]
+    assert ranges and all(-8 <= low <= high <= 7 for low, high in ranges)
+    weights = [np.abs(ir.to_numpy(call.args[1])).max() for call in ours if ir.is_call(call, "tvmq.conv2d")]
+    assert weights == [7] * len(weights)

@@ -475,3 +475,24 @@ def test_sqnr():
     assert numerics.sqnr_db(f32(1, 2), f32(1, 2)) == float("inf")
     assert numerics.sqnr_db(f32(10, 0), f32(9, 0)) == pytest.approx(20.0)
     assert numerics.sqnr_db(f32(0, 0), f32(1, 0)) < -1000
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fewer_bits_use_fewer_integers(bits: int, symmetric: bool):
+    p = numerics.choose_qparams(-1.0, 3.0, symmetric=symmetric, bits=bits)
+    assert (p.qmin, p.qmax) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    ends = numerics.quantize(np.array([-1.0, 3.0], F32), p.scale, p.zero_point)
+    assert (ends >= p.qmin).all() and (ends <= p.qmax).all() and ends[1] == p.qmax
+    assert (p.limits is None) == (bits == 8)
+
+
+@pytest.mark.parametrize("high", [0.9, 1.0, 3.0, 1e-20, 1e20])
+def test_power_of_two_scales_are_the_next_above(high: float):
+    exact = numerics.choose_qparams(0.0, high)
+    rounded = numerics.choose_qparams(0.0, high, power_of_two=True)
+    assert np.log2(rounded.scale) == round(np.log2(rounded.scale)) and 1 <= rounded.scale / exact.scale < 2
+    weight = np.array([[high, -high / 3]], F32)
+    exact_w, rounded_w = (numerics.weight_scales(weight, 0, power_of_two=p) for p in (False, True))
+    assert np.log2(rounded_w) == np.rint(np.log2(rounded_w)) and 1 <= rounded_w / exact_w < 2
+    assert numerics.choose_qparams(0.0, 0.0, power_of_two=True).scale == 1.0

@@ -2,24 +2,63 @@ import numpy as np
 import pytest
 
 from tvmq.quantize import observers
-from tvmq.quantize.observers import MinMax, MovingAverage, Percentile
-from tvmq.recipe import Recipe
+from tvmq.quantize.histogram import Histogram
+from tvmq.quantize.observers import Aggregated, Fixed, MinMax, Pooled
+from tvmq.recipe import Aggregate, Observer, Recipe
 
 F32 = np.float32
+CUTTING = ("percentile", "entropy", "mse", "octav", "aciq")
+
+
+def MovingAverage(momentum: float) -> observers.RangeObserver:
+    return observers.make(Recipe(observer="moving_average", momentum=momentum))
+
+
+def Percentile(percent: float) -> Pooled:
+    return observers.make(Recipe(observer="percentile", percentile=percent))
 
 
 def _see(observer, *samples):
     for sample in samples:
-        observer.see(np.asarray(sample, F32))
+        array = np.asarray(sample, F32)
+        observer.see(array, float(array.min()), float(array.max()))
     return observer.range()
 
 
 def test_the_recipe_names_the_observer():
     assert isinstance(observers.make(Recipe()), MinMax)
-    average = observers.make(Recipe(observer="moving_average", momentum=0.25))
-    assert isinstance(average, MovingAverage) and average.momentum == 0.25
-    percentile = observers.make(Recipe(observer="percentile", percentile=99.0))
-    assert isinstance(percentile, Percentile) and percentile.percent == 99.0
+    average = MovingAverage(0.25)
+    assert isinstance(average, Aggregated) and average.momentum == 0.25
+    assert average.aggregate is Aggregate.MOVING_AVERAGE
+    assert isinstance(Percentile(99.0), Pooled)
+    assert isinstance(observers.make(Recipe(observer="fixed", fixed_range=3.0)), Fixed)
+
+
+@pytest.mark.parametrize("statistic", list(Observer))
+@pytest.mark.parametrize("aggregate", list(Aggregate))
+def test_every_statistic_goes_with_every_aggregate(statistic: Observer, aggregate: Aggregate):
+    if statistic is Observer.MOVING_AVERAGE:  # is an aggregate itself
+        return
+    data = np.random.default_rng(0).standard_normal((4, 4000)).astype(F32)
+    low, high = _see(observers.make(Recipe(observer=statistic, aggregate=aggregate, fixed_range=4.0)), *data)
+    assert 1 < high <= 4 * (1 + 1e-6) + data.max() and low == pytest.approx(-high, rel=0.3)
+
+
+def test_aggregates_of_samples():
+    samples = [[-1.0, 1.0], [-3.0, 2.0], [0.0, 9.0]]
+    for aggregate, expected in (("pooled", (-3, 9)), ("widest", (-3, 9)), ("mean", (-4 / 3, 4))):
+        assert _see(observers.make(Recipe(aggregate=aggregate)), *samples) == pytest.approx(expected)
+
+
+def test_the_mean_of_percentiles_damps_an_outlier_that_pooling_takes():
+    rng = np.random.default_rng(0)
+    samples = [*rng.standard_normal((9, 1000)), 100 * rng.standard_normal(1000)]
+    make = {a: observers.make(Recipe(observer="percentile", percentile=99.0, aggregate=a)) for a in ("widest", "mean")}
+    assert _see(make["mean"], *samples)[1] < 0.2 * _see(make["widest"], *samples)[1]
+
+
+def test_fixed_ranges_do_not_depend_on_data():
+    assert _see(observers.make(Recipe(observer="fixed", fixed_range=3.0)), [1.0, 99.0]) == (-3.0, 3.0)
 
 
 def test_min_max_is_exact():
@@ -52,7 +91,7 @@ def test_percentile_agrees_with_numpy_to_a_bin(percent: float, size: int):
     data = rng.laplace(size=size).astype(F32)
     observer = Percentile(percent)
     low, high = _see(observer, *np.array_split(data, 7))
-    width = 2 * observer.bound / observer.BINS
+    width = observer.histogram.width
     ordered = np.sort(data)
     # NumPy interpolates between two elements where the histogram takes one of them: a bin and a gap apart at most.
     for got, want in zip((low, high), _percentiles(data, percent), strict=True):
@@ -77,42 +116,49 @@ def test_one_sided_tensors_are_cut_at_their_far_end_only():
     observer = Percentile(99.0)
     low, high = _see(observer, data)
     assert low == float(data.min())
-    assert high == pytest.approx(np.percentile(data, 99.0), abs=2 * observer.bound / observer.BINS)
+    assert high == pytest.approx(np.percentile(data, 99.0), abs=observer.histogram.width)
     low, high = _see(Percentile(99.0), -data)
     assert high == float(-data.min())
-    assert low == pytest.approx(np.percentile(-data, 1.0), abs=2 * observer.bound / observer.BINS)
+    assert low == pytest.approx(np.percentile(-data, 1.0), abs=observer.histogram.width)
 
 
 def test_an_outlier_is_cut():
     data = np.concatenate([np.linspace(0, 1, 99_999), [1000.0]])
     low, high = _see(Percentile(99.9), data)
-    assert low == 0.0 and high < 1.0 + 2000 / Percentile.BINS
+    assert low == 0.0 and high < 1.0 + 2000 / Histogram.BINS
 
 
 def test_the_range_doubles_and_the_memory_does_not_grow():
-    observer = Percentile(99.0)
+    seen = Histogram()
     counted = 0
     for exponent in range(-30, 31):
         sample = np.linspace(-(10.0**exponent), 10.0**exponent, 17, dtype=F32)
-        observer.see(sample)
+        seen.see(sample, float(sample.min()), float(sample.max()))
         counted += sample.size
-        assert observer.counts.shape == (Percentile.BINS,)
-        assert observer.counts.sum() == counted
-        assert observer.bound >= np.abs(sample).max()
-    assert observer.bound < 4e30
+        assert seen.counts.shape == (Histogram.BINS,)
+        assert seen.total == counted
+        assert seen.bound >= np.abs(sample).max()
+    assert seen.bound < 4e30
 
 
 def test_doubling_keeps_each_element_in_its_bin():
     data = np.random.default_rng(0).uniform(-1, 1, 10_000).astype(F32)
     doubled, direct = Percentile(98.0), Percentile(98.0)
-    for part in (data[np.abs(data) < 0.1], data[np.abs(data) >= 0.1]):
-        doubled.see(part)
-    direct.see(data)
-    for a, b in zip(doubled.range(), direct.range(), strict=True):
-        assert a == pytest.approx(b, abs=2 * 2 * doubled.bound / doubled.BINS)
+    parts = data[np.abs(data) < 0.1], data[np.abs(data) >= 0.1]
+    for a, b in zip(_see(doubled, *parts), _see(direct, data), strict=True):
+        assert a == pytest.approx(b, abs=2 * doubled.histogram.width)
 
 
-@pytest.mark.parametrize("make", [MinMax, lambda: MovingAverage(0.1), lambda: Percentile(99.0)])
+def test_the_largest_element_is_counted():
+    for size in (1.0, 3.0, 0.1, 1e-30, 3.4e38):
+        sample = np.array([-size, size, 0.0], F32)
+        assert Histogram.of(sample).total == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [MinMax, lambda: MovingAverage(0.1), *(lambda name=n: observers.make(Recipe(observer=name)) for n in CUTTING)],
+)
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0, 1e30, -1e30, 1e-30, 3.4e38, 1e-42])
 def test_constant_tensors(make, value: float):
     expected = float(F32(value))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
 from tvmq.cli.command import Command, add_model
@@ -17,6 +17,9 @@ from tvmq.cli.parser import Parser
 from tvmq.cli.progress import progress
 from tvmq.errors import OutputError
 from tvmq.recipe import Precision, Recipe
+
+if TYPE_CHECKING:
+    from tvmq.quantize.sufficiency import Sufficiency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +90,21 @@ class Compile(Command):
             "target": target.name,
             "recipe": recipe.to_dict(),
             "operators": done.operators,
+            "unused_rules": list(done.unused_rules),
         }
         counts = ", ".join(f"{count} {precision}" for precision, count in sorted(precisions.items()))
         size = render.kilobytes(done.size)
-        out.result(
-            document, f"{done.path}: {size} for {target.name}, operators: {counts}; see tvmq explain {done.path}"
-        )
+        summary = f"{done.path}: {size} for {target.name}, operators: {counts}; see tvmq explain {done.path}"
+        out.result(document, summary, *(f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules))
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Command):
-    """Measure the range of each tensor over calibration data, and write them as a table to read, edit and reuse."""
+    """Measure the range of each tensor over calibration data, and write them as a table to read, edit and reuse.
+
+    Says how many samples the ranges need, how much they depend on which were taken, and which samples set extremes.
+    """
 
     name: ClassVar[str] = "calibrate"
     examples: ClassVar[tuple[str, ...]] = (
@@ -130,14 +136,41 @@ class Calibrate(Command):
             report("loading TVM", 0)
             import tvmq
             from tvmq import pipeline
+            from tvmq.quantize import sufficiency
 
             report("import", 0)
             model = tvmq.import_model(self.model)
-            table = pipeline.calibrate(model, recipe, batches, lambda n: report("inference", n))
+            extremes = sufficiency.Extremes()
+            table = pipeline.calibrate(model, recipe, batches, lambda n: report("inference", n), extremes=extremes)
         table.save(self.out)
-        document = {"table": self.out, "model": model.name, "samples": table.samples, "tensors": len(table.tensors)}
-        out.result(document, f"{self.out}: {len(table.tensors)} tensors over {table.samples} inferences")
+        found = sufficiency.judge(extremes)
+        document = {
+            "table": self.out,
+            "model": model.name,
+            "samples": table.samples,
+            "tensors": len(table.tensors),
+            "sufficiency": found.to_dict(),
+        }
+        summary = f"{self.out}: {len(table.tensors)} tensors over {table.samples} inferences"
+        out.result(document, summary, *_sufficiency_lines(found))
         return 0
+
+
+def _sufficiency_lines(found: Sufficiency) -> list[Any]:
+    """What `tvmq calibrate` says about its samples: enough or not, the least certain tensors, who sets extremes."""
+    if not found.tensors:
+        return []
+    enough = f"95 % of the ranges need {found.needed} inferences" if found.needed else "more inferences may widen them"
+    setters = ", ".join(f"{sample} ({count})" for sample, count in list(found.setters.items())[:5])
+    columns = ("least certain", "spread of its width", "inferences needed", "extremes set by")
+    rows = [
+        (t.tensor, f"{100 * t.spread:.1f} %", t.needed or "more", f"{t.low_sample}, {t.high_sample}")
+        for t in found.tensors[:5]
+    ]
+    return [
+        f"{enough}; most extremes are set by inferences {setters or 'none'}",
+        render.table(columns, rows, right=columns[1:3]),
+    ]
 
 
 def read_recipe(path: str | None, precision: str | None) -> Recipe:

@@ -32,6 +32,7 @@ from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
 from tvmq.quantize import numerics
+from tvmq.quantize.partition import Conversions
 from tvmq.quantize.plan import Decision
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
@@ -48,7 +49,10 @@ BF16_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Product:
-    """Everything that a bundle is made of, before it is compiled. `lowered.module` is scheduled."""
+    """Everything that a bundle is made of, before it is compiled. `lowered.module` is scheduled.
+
+    conversions: between floats and int8 inputs and outputs; None for a bundle that takes and gives what the model does.
+    """
 
     model: Model
     target: Target
@@ -57,6 +61,7 @@ class Product:
     decisions: tuple[Decision, ...]
     realized: tvm.IRModule
     lowered: Lowered
+    conversions: Conversions | None = None
 
     @functools.cached_property
     def steps(self) -> list[Step]:
@@ -157,6 +162,7 @@ def _manifest(product: Product) -> dict[str, Any]:
             "inputs": [dataclasses.asdict(spec) for spec in model.signature.inputs],
             "outputs": [dataclasses.asdict(spec) for spec in model.signature.outputs],
         },
+        "conversions": product.conversions.to_dict() if product.conversions is not None else None,
         "recipe": product.recipe.to_dict(),
         "calibration_sha256": product.table.sha256() if product.table else None,
         "versions": {name: _version(name) for name in ("tvmq", "apache-tvm", "apache-tvm-ffi", "torch", "numpy")},

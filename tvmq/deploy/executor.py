@@ -17,6 +17,7 @@ from tvmq.deploy.permission import allow_tiles
 from tvmq.deploy.session import Session, connect
 from tvmq.errors import SignatureError
 from tvmq.model import Signature, as_array
+from tvmq.quantize.partition import Conversions
 
 Array = npt.NDArray[Any]
 
@@ -117,6 +118,17 @@ class Executor:
             self._inputs[spec.name] = self.session.tensor(array)
         self.run()
         return tuple(self.get_output(i) for i in range(len(self.signature.outputs)))
+
+    def quantize(self, *inputs: object) -> tuple[Array, ...]:
+        """The int8 inputs of a bundle compiled with `integer_io`, from the model's float ones; else the inputs."""
+        return self._conversions().quantize(tuple(as_array(value) for value in inputs))
+
+    def dequantize(self, *outputs: Array) -> tuple[Array, ...]:
+        """The model's float outputs, from the int8 ones of a bundle compiled with `integer_io`; else the outputs."""
+        return self._conversions().dequantize(outputs)
+
+    def _conversions(self) -> Conversions:
+        return Conversions.from_dict(self.bundle.manifest.get("conversions") or {"inputs": {}, "outputs": {}})
 
     def benchmark(self, repeat: int = 10, number: int = 1, min_repeat_ms: int = 50, warmup: int = 3) -> Latency:
         """Latency over `repeat` measurements of at least `number` inferences and `min_repeat_ms`, after `warmup` runs.

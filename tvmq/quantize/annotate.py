@@ -26,7 +26,7 @@ from tvmq.graph.fusion import AddBias, Chain
 from tvmq.quantize import groups, numerics
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.plan import Plan
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import PowerOfTwo, Precision, Recipe
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
@@ -47,6 +47,8 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
         if old not in pairs:
             params, name = plan.qparams[old], str(old.name)
             scale, zero_point = _constants(params)
+            if params.limits is not None:
+                new = state.emit(relax.op.clip(new, *params.limits), f"{name}_limited")
             q = state.emit(relax.op.quantize(new, scale, zero_point, axis=-1, out_dtype="int8"), f"{name}_q")
             pairs[old] = state.emit(relax.op.dequantize(q, scale, zero_point, axis=-1), f"{name}_dq")
         return pairs[old]
@@ -66,7 +68,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
             new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_bfloat16))
         chain = weights.get(old)
         if chain is not None and chain.end in plan.integer:
-            weight = _chain_weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe.per_channel)
+            weight = _chain_weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe)
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
@@ -106,7 +108,7 @@ def _linear(state: ir.Rewrite, name: str, call: Any, precision: Precision, recip
     """The matmul `call` with dynamic or weight-only precision; `rows` keeps the twins of what it reads."""
     x, weight = call.args[0], ir.to_numpy(call.args[1])
     if precision is Precision.INT8_DYNAMIC:
-        twin = _weight(weight, 1, 0.0, recipe.per_channel)
+        twin = _weight(weight, 1, 0.0, recipe)
         if x not in rows:
             rows[x] = _through_rows(state, x)
         x = rows[x]
@@ -125,17 +127,18 @@ def _through_rows(state: ir.Rewrite, x: Any) -> Any:
     return state.emit(ops.dequantize_rows(*parts), f"{name}_dq")
 
 
-def _chain_weight(constant: Any, chain: Chain, x_scale: float, per_channel: bool) -> Any:
+def _chain_weight(constant: Any, chain: Chain, x_scale: float, recipe: Recipe) -> Any:
     """dequantize(int8 weight, scales, 0), with scales that the chain's bias can be expressed in."""
     bias = chain.followers[0].value if chain.followers and isinstance(chain.followers[0], AddBias) else np.zeros(1)
     floor = numerics.bias_floor(bias, x_scale)
-    return _weight(ir.to_numpy(constant), CHANNEL_AXIS[chain.kind], floor, per_channel)
+    return _weight(ir.to_numpy(constant), CHANNEL_AXIS[chain.kind], floor, recipe)
 
 
-def _weight(weight: Array, axis: int, floor: Array | float, per_channel: bool) -> Any:
+def _weight(weight: Array, axis: int, floor: Array | float, recipe: Recipe) -> Any:
     """dequantize(int8 weight, scales, 0), no scale below `floor`."""
-    scales = numerics.weight_scales(weight, axis, floor)
-    if not per_channel:
+    power_of_two = recipe.power_of_two in (PowerOfTwo.WEIGHTS, PowerOfTwo.ALL)
+    scales = numerics.weight_scales(weight, axis, floor, bits=recipe.weight_bits, power_of_two=power_of_two)
+    if not recipe.per_channel:
         scales = np.full_like(scales, scales.max())
     quantized = numerics.quantize_weight(weight, scales, axis)
     zero_points = np.zeros(scales.shape, np.int8)

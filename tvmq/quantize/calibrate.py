@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax
@@ -18,8 +17,9 @@ from tvmq.model import Signature
 from tvmq.quantize import observers
 from tvmq.quantize.data import inferences
 from tvmq.quantize.numerics import choose_qparams
+from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable, Entry
-from tvmq.recipe import Recipe
+from tvmq.recipe import Aggregate, Observer, PowerOfTwo, Recipe
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int], None]
@@ -33,34 +33,49 @@ def calibrate(
     *,
     name: str = "",
     progress: Progress | None = None,
+    extremes: Extremes | None = None,
 ) -> CalibrationTable:
     """The calibration table of `module` over `batches`, streamed. `progress(n)` is called after the n-th inference.
 
+    extremes: told the range of each tensor in each inference. Fixed ranges need no data.
     Raises CalibrationError for data that is empty, not finite or of the wrong shape, and for a tensor that overflows.
     """
     watched = {tensor: observers.make(recipe) for tensor in _tensors(module)}
 
     def watch(tensor: str, value: Array) -> None:
-        if tensor in watched:
-            if not np.isfinite([value.min(), value.max()]).all():
-                seen = "NaN or infinity"
-                raise CalibrationError(f"calibration: tensor {tensor!r}", expected="finite numbers", seen=seen)
-            watched[tensor].see(value)
+        low, high = float(value.min()), float(value.max())
+        if not math.isfinite(low) or not math.isfinite(high):
+            seen = "NaN or infinity"
+            raise CalibrationError(f"calibration: tensor {tensor!r}", expected="finite numbers", seen=seen)
+        watched[tensor].see(value, low, high)
+        if extremes is not None:
+            extremes.see(tensor, low, high)
 
-    program = interpret.Program(module)
+    program = interpret.Program(module, frozenset(watched))
     samples = 0
     for inputs in inferences(batches, signature):
         program.run(inputs, watch)
         samples += 1
+        if extremes is not None:
+            extremes.next_sample()
         if progress:
             progress(samples)
-    if samples == 0:
+    if samples == 0 and recipe.observer is not Observer.FIXED:
         raise CalibrationError("calibration data", expected="at least one batch", seen="none")
-    entries = {}
-    for tensor, observer in watched.items():
-        low, high = observer.range()
-        entries[tensor] = Entry(float(low), float(high), choose_qparams(low, high, symmetric=recipe.symmetric))
-    return CalibrationTable(name, recipe.observer.value, samples, entries)
+    entries = {tensor: _entry(*observer.range(), recipe) for tensor, observer in watched.items()}
+    return CalibrationTable(name, _described(recipe), samples, entries)
+
+
+def _entry(low: float, high: float, recipe: Recipe) -> Entry:
+    power_of_two = recipe.power_of_two in (PowerOfTwo.ACTIVATIONS, PowerOfTwo.ALL)
+    bits, symmetric = recipe.activation_bits, recipe.symmetric
+    qparams = choose_qparams(low, high, symmetric=symmetric, bits=bits, power_of_two=power_of_two)
+    return Entry(float(low), float(high), qparams)
+
+
+def _described(recipe: Recipe) -> str:
+    pooled = recipe.aggregate is Aggregate.POOLED
+    return recipe.observer.value if pooled else f"{recipe.observer.value}, {recipe.aggregate.value}"
 
 
 def _tensors(module: tvm.IRModule) -> list[str]:

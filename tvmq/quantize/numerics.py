@@ -34,28 +34,39 @@ TINY_SCALE = 1e-30
 
 @dataclass(frozen=True)
 class QParams:
-    """How a tensor is quantized: `value = float32(q - zero_point) * scale`, q in int8.
+    """How a tensor is quantized: `value = float32(q - zero_point) * scale`, q in [qmin, qmax], stored as int8.
 
-    Invariants: scale is a positive, normal float32; -128 <= zero_point <= 127.
+    Invariants: scale is a positive, normal float32; -128 <= qmin <= zero_point <= qmax <= 127.
     """
 
     scale: float
     zero_point: int
+    qmin: int = -128
+    qmax: int = 127
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """What values are limited to because not all integers are used; None where all are."""
+        if (self.qmin, self.qmax) == (-128, 127):
+            return None
+        return ((self.qmin - self.zero_point) * self.scale, (self.qmax - self.zero_point) * self.scale)
 
 
-def choose_qparams(low: float, high: float, *, symmetric: bool = False) -> QParams:
-    """The int8 parameters for values in [low, high]; zero is always representable.
+def choose_qparams(
+    low: float, high: float, *, symmetric: bool = False, bits: int = 8, power_of_two: bool = False
+) -> QParams:
+    """The parameters for values in [low, high] with integers of `bits` bits; zero is always representable.
 
-    Symmetric: zero_point 0, scale = max(|low|, |high|) / 127. Asymmetric: scale = (high - low) / 255
-    with the zero point rounded to an integer. A range of zero width gets scale 1.
+    Symmetric: zero_point 0, scale = max(|low|, |high|) / (2**(bits - 1) - 1). Asymmetric: scale = (high - low) /
+    (2**bits - 1), with the zero point rounded to an integer. power_of_two: the scale is rounded up to one. A range of
+    zero width gets scale 1.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
-    if symmetric:
-        bound = max(-low, high)
-        return QParams(_sound_scale(bound / 127.0), 0)
-    scale = _sound_scale((high - low) / 255.0)
-    zero_point = int(np.clip(np.rint(-128.0 - low / scale), -128, 127))
-    return QParams(scale, zero_point)
+    top = 2 ** (bits - 1) - 1
+    scale = max(-low, high) / top if symmetric else (high - low) / (2 * top + 1)
+    scale = _sound_scale(2.0 ** np.ceil(np.log2(scale)) if power_of_two and scale > TINY_SCALE else scale)
+    zero_point = 0 if symmetric else int(np.clip(np.rint(-(top + 1) - low / scale), -(top + 1), top))
+    return QParams(scale, zero_point, -(top + 1), top)
 
 
 def _sound_scale(scale: float) -> float:
@@ -64,14 +75,18 @@ def _sound_scale(scale: float) -> float:
     return rounded if rounded > TINY_SCALE else 1.0
 
 
-def weight_scales(weight: Array, axis: int, floor: Array | float = 0.0) -> Array:
-    """Symmetric per-channel scales of a weight: max |w| / 127 along all axes but `axis`; float32 [channels].
+def weight_scales(
+    weight: Array, axis: int, floor: Array | float = 0.0, *, bits: int = 8, power_of_two: bool = False
+) -> Array:
+    """Symmetric scales of a weight: max |w| / (2**(bits - 1) - 1) along all axes but `axis`; float32 [channels].
 
-    floor: what no scale falls below, [channels] or one number; see `bias_floor`.
+    floor: what no scale falls below, [channels] or one number; see `bias_floor`. power_of_two: rounded up to one.
     """
     others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     bound = np.abs(weight).max(axis=others) if weight.size else np.zeros(weight.shape[axis])
-    scales = np.maximum(bound.ravel().astype(np.float64) / 127.0, floor)
+    scales = np.maximum(bound.ravel().astype(np.float64) / (2 ** (bits - 1) - 1), floor)
+    if power_of_two:
+        scales = np.where(scales > TINY_SCALE, 2.0 ** np.ceil(np.log2(np.maximum(scales, TINY_SCALE))), scales)
     return np.array([_sound_scale(float(scale)) for scale in scales], F32)
 
 

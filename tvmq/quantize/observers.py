@@ -1,34 +1,71 @@
-"""Observers: the range of a tensor from a stream of samples, in memory that does not grow with their number."""
+"""Observers: the range of a tensor from a stream of samples: a statistic of samples, and how they are aggregated.
+
+`pooled` takes the statistic of the elements of all samples together; the others take the range of each sample by
+itself, and keep the widest, the mean, or a moving average of these. Memory does not grow with the number of samples.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tvmq.recipe import Observer, Recipe
+from tvmq.quantize import ranges
+from tvmq.quantize.histogram import Histogram
+from tvmq.quantize.ranges import Range
+from tvmq.recipe import Aggregate, Observer, Recipe
 
 Array = npt.NDArray[Any]
+Rule = Callable[[Histogram], Range]
 
 
 class RangeObserver(Protocol):
     """Sees samples of one tensor, and estimates its range."""
 
-    def see(self, sample: Array) -> None:
-        """Take one sample: any shape, float, finite, not empty."""
+    def see(self, sample: Array, low: float, high: float) -> None:
+        """Take one sample (any shape, float, finite, not empty), whose smallest and largest elements are given."""
 
-    def range(self) -> tuple[float, float]:
+    def range(self) -> Range:
         """(low, high) of what was seen."""
 
 
 def make(recipe: Recipe) -> RangeObserver:
     """The observer that the recipe names."""
-    if recipe.observer is Observer.MIN_MAX:
-        return MinMax()
-    if recipe.observer is Observer.MOVING_AVERAGE:
-        return MovingAverage(recipe.momentum)
-    return Percentile(recipe.percentile)
+    if recipe.observer is Observer.FIXED:
+        return Fixed(recipe.fixed_range)
+    rule = rule_of(recipe)
+    if recipe.aggregate is Aggregate.POOLED:
+        return MinMax() if rule is None else Pooled(rule)
+    return Aggregated(rule, recipe.aggregate, recipe.momentum)
+
+
+def rule_of(recipe: Recipe) -> Rule | None:
+    """From a histogram to a range, as the recipe asks; None for the extremes, which need no histogram."""
+    bits = recipe.activation_bits
+    rules: dict[Observer, Rule] = {
+        Observer.PERCENTILE: lambda seen: ranges.percentile(seen, recipe.percentile),
+        Observer.ENTROPY: lambda seen: ranges.entropy(seen, bits),
+        Observer.MSE: lambda seen: ranges.mse(seen, bits, symmetric=recipe.symmetric),
+        Observer.OCTAV: lambda seen: ranges.octav(seen, bits),
+        Observer.ACIQ: lambda seen: ranges.aciq(seen, bits),
+    }
+    return rules.get(recipe.observer)
+
+
+class Fixed:
+    """[-bound, bound], whatever is seen."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def see(self, sample: Array, low: float, high: float) -> None:
+        """Nothing to learn."""
+
+    def range(self) -> Range:
+        """What was given."""
+        return -self.bound, self.bound
 
 
 class MinMax:
@@ -37,84 +74,56 @@ class MinMax:
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
 
-    def see(self, sample: Array) -> None:
+    def see(self, sample: Array, low: float, high: float) -> None:
         """Widen the range to hold `sample`."""
-        self.low = min(self.low, float(sample.min()))
-        self.high = max(self.high, float(sample.max()))
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
-    def range(self) -> tuple[float, float]:
+    def range(self) -> Range:
         """(smallest, largest)."""
         return self.low, self.high
 
 
-class MovingAverage:
-    """An exponential moving average of each sample's smallest and largest element; the first sample starts it."""
+class Pooled:
+    """A rule on the histogram of all elements."""
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
-        self.low = self.high = np.nan
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.histogram = rule, Histogram()
 
-    def see(self, sample: Array) -> None:
-        """`range += momentum * (range of sample - range)`."""
-        low, high = float(sample.min()), float(sample.max())
-        if np.isnan(self.low):
-            self.low, self.high = low, high
-        self.low += self.momentum * (low - self.low)
-        self.high += self.momentum * (high - self.high)
+    def see(self, sample: Array, low: float, high: float) -> None:
+        """Count the elements of `sample`."""
+        self.histogram.see(sample, low, high)
 
-    def range(self) -> tuple[float, float]:
-        """The averages."""
-        return self.low, self.high
+    def range(self) -> Range:
+        """What the rule says."""
+        return self.rule(self.histogram)
 
 
-class Percentile:
-    """The range that holds `percent` of all elements, cutting (100 - percent) / 2 % at either end.
+class Aggregated:
+    """The range of each sample by itself (by `rule`; None: its extremes), aggregated.
 
-    Elements are counted in a histogram that doubles its range when a sample falls outside, merging bins two by two;
-    the estimate is exact to one bin. A one-sided tensor (all elements >= 0 or <= 0) is cut at its far end only.
+    widest: the smallest low and the largest high. mean: of lows, and of highs. moving_average:
+    `range += momentum * (range of sample - range)`; the first sample starts it.
     """
 
-    BINS = 8192
-    # Narrower ranges get no scale of their own (`numerics.choose_qparams`), and their reciprocal would overflow.
-    NARROWEST = 1e-30
+    def __init__(self, rule: Rule | None, aggregate: Aggregate, momentum: float) -> None:
+        self.rule, self.aggregate, self.momentum = rule, aggregate, momentum
+        self.low = self.high = np.nan
+        self.count = 0
 
-    def __init__(self, percent: float) -> None:
-        self.percent = percent
-        self.counts = np.zeros(self.BINS, np.int64)
-        self.bound: float = 0.0
-        self.low, self.high = np.inf, -np.inf
+    def see(self, sample: Array, low: float, high: float) -> None:
+        """Take the range of `sample` into the aggregate."""
+        if self.rule is not None:
+            low, high = self.rule(Histogram.of(sample))
+        self.count += 1
+        if self.count == 1:
+            self.low, self.high = low, high
+        elif self.aggregate is Aggregate.WIDEST:
+            self.low, self.high = min(self.low, low), max(self.high, high)
+        else:
+            share = self.momentum if self.aggregate is Aggregate.MOVING_AVERAGE else 1.0 / self.count
+            self.low += share * (low - self.low)
+            self.high += share * (high - self.high)
 
-    def see(self, sample: Array) -> None:
-        """Count the elements of `sample`."""
-        low, high = float(sample.min()), float(sample.max())
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        reach = max(-low, high)
-        if self.bound == 0.0:
-            self.bound = max(reach, self.NARROWEST)
-        while reach > self.bound:
-            self._double()
-        # Scaled to bins before the shift: `sample + bound` may overflow where either alone does not.
-        scaled = sample.ravel() * (self.BINS / (2.0 * self.bound)) + self.BINS / 2
-        self.counts += np.bincount(np.clip(scaled.astype(np.int64), 0, self.BINS - 1), minlength=self.BINS)
-
-    def range(self) -> tuple[float, float]:
-        """The cut range, never wider than what was seen."""
-        total = int(self.counts.sum())
-        if total == 0 or self.low == self.high:
-            return self.low, self.high
-        tail = (100.0 - self.percent) / 100.0 * total
-        one_sided = self.low >= 0.0 or self.high <= 0.0
-        cut = tail if one_sided else tail / 2.0
-        cumulative = np.cumsum(self.counts)
-        edges = np.linspace(-self.bound, self.bound, self.BINS + 1)
-        first = int(np.searchsorted(cumulative, cut, side="right"))
-        last = int(np.searchsorted(cumulative, total - cut, side="left"))
-        low = self.low if self.low >= 0.0 else max(self.low, float(edges[first]))
-        high = self.high if self.high <= 0.0 else min(self.high, float(edges[min(last, self.BINS - 1) + 1]))
-        return low, high
-
-    def _double(self) -> None:
-        half = self.counts.reshape(-1, 2).sum(axis=1)
-        quarter = self.BINS // 4
-        self.counts = np.concatenate([np.zeros(quarter, np.int64), half, np.zeros(quarter, np.int64)])
-        self.bound *= 2.0
+    def range(self) -> Range:
+        """The aggregate."""
+        return self.low, self.high

@@ -44,7 +44,7 @@ class Plan:
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
     `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16. `linear`: anchors of linear
-    layers with dynamic or weight-only precision.
+    layers with dynamic or weight-only precision. `unused`: the patterns of rules that name no operator.
     """
 
     chains: tuple[Chain, ...]
@@ -55,6 +55,7 @@ class Plan:
     stored: frozenset[Any]
     linear: Mapping[Any, Precision]
     decisions: tuple[Decision, ...]
+    unused: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -92,6 +93,8 @@ class _Planner:
         self.asked: set[Any] = set()  # for bfloat16
         self.linear: dict[Any, Precision] = {}
         self.decisions: dict[Any, Decision] = {}
+        self.counts: dict[str, int] = {}  # operators of each kind so far
+        self.names: set[str] = set()  # of everything that rules may name
 
     def plan(self) -> Plan:
         for var, call in ir.calls(self.module):
@@ -109,7 +112,8 @@ class _Planner:
         produced = frozenset(var for var in self.wanted if var in self.integer)
         integer, decisions = frozenset(self.integer), tuple(self.decisions.values())
         narrow_sets = narrowed.computed, narrowed.stored
-        return Plan(tuple(self.chains), qparams, integer, produced, *narrow_sets, self.linear, decisions)
+        unused = tuple(rule.match for rule in self.recipe.rules if not rule.matches(*self.names))
+        return Plan(tuple(self.chains), qparams, integer, produced, *narrow_sets, self.linear, decisions, unused)
 
     def _decide(self, var: Any, call: Any) -> None:
         chain = self.chain_of_end.get(var)
@@ -154,15 +158,23 @@ class _Planner:
 
     def _recipe_precision(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         if chain is not None:
-            names = {str(member.name) for member in chain.members}
-            return self.recipe.precision_of(chain.kind, *names, *(self.paths.get(name, name) for name in names))
+            members = [str(member.name) for member in chain.members]
+            shape = ir.shape_of(chain.call.args[1] if chain.kind in ("conv2d", "matmul") else chain.call)
+            return self._recipe_precision_of(chain.kind, shape, members)
         kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call))
         if has_attention_kernel(call):
             kind = "attention"
         if kind is None:
             return None, ""
-        name = str(var.name)
-        return self.recipe.precision_of(kind, name, self.paths.get(name, name))
+        return self._recipe_precision_of(kind, ir.shape_of(call), [str(var.name)])
+
+    def _recipe_precision_of(self, kind: str, shape: tuple[int, ...], variables: list[str]) -> tuple[Precision, str]:
+        index = self.counts.get(kind, 0)
+        self.counts[kind] = index + 1
+        paths = [self.paths.get(name, name) for name in variables]
+        names = [*variables, *paths, f"{kind}#{index}", f"{kind}:{'x'.join(map(str, shape))}"]
+        self.names.update((kind, *names))
+        return self.recipe.precision_of(kind, *names)
 
     def _decide_linear(self, chain: Chain, precision: Precision) -> None:
         """A linear layer with dynamic or weight-only precision: float where its weight has no whole groups."""

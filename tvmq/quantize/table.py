@@ -53,6 +53,7 @@ class CalibrationTable:
                 "max": entry.high,
                 "scale": entry.qparams.scale,
                 "zero_point": entry.qparams.zero_point,
+                **({} if entry.qparams.limits is None else {"qmin": entry.qparams.qmin, "qmax": entry.qparams.qmax}),
                 **({"keep_float": True} if entry.keep_float else {}),
             }
             for name, entry in self.tensors.items()
@@ -106,7 +107,8 @@ class CalibrationTable:
 
 
 _DOCUMENT = ("schema", "about", "model", "observer", "samples", "tensors")
-_KEYS = ("min", "max", "scale", "zero_point", "keep_float")
+_KEYS = ("min", "max", "scale", "zero_point", "qmin", "qmax", "keep_float")
+_FULL = (("qmin", -128), ("qmax", 127))
 # Between these a scale and its reciprocal are normal float32 numbers.
 _SCALE_MIN, _SCALE_MAX = 1e-30, 1e37
 
@@ -127,14 +129,19 @@ def _entry(table: str, tensor: str, value: Any) -> Entry:
     if not _SCALE_MIN < scale < _SCALE_MAX:
         expected = f"a number between {_SCALE_MIN:g} and {_SCALE_MAX:g}"
         raise CalibrationError(f"{where}: scale", expected=expected, seen=scale)
-    zero_point = value.get("zero_point")
-    if isinstance(zero_point, bool) or not isinstance(zero_point, int) or not -128 <= zero_point <= 127:
-        raise CalibrationError(f"{where}: zero_point", expected="an integer from -128 to 127", seen=repr(zero_point))
+    qmin, qmax = (_integer(where, key, value.get(key, default), -128, 127) for key, default in _FULL)
+    zero_point = _integer(where, "zero_point", value.get("zero_point"), qmin, qmax)
     keep_float = value.get("keep_float", False)
     if not isinstance(keep_float, bool):
         raise CalibrationError(f"{where}: keep_float", expected="true or false", seen=repr(keep_float))
     low, high = (_number(where, key, value.get(key, 0.0)) for key in ("min", "max"))
-    return Entry(low, high, QParams(float(np.float32(scale)), zero_point), keep_float)
+    return Entry(low, high, QParams(float(np.float32(scale)), zero_point, qmin, qmax), keep_float)
+
+
+def _integer(where: str, key: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise CalibrationError(f"{where}: {key}", expected=f"an integer from {low} to {high}", seen=_short(value))
+    return value
 
 
 def _number(where: str, key: str, value: Any) -> float:
