@@ -32,7 +32,7 @@ class TensorSpec:
         if str(value.dtype) != self.dtype:
             hint = f"convert it with .astype({self.dtype!r})"
             raise SignatureError(f"input {self.name!r}", expected=f"dtype {self.dtype}", seen=value.dtype, hint=hint)
-        return np.ascontiguousarray(value)
+        return np.asarray(value, order="C")  # `ascontiguousarray` gives a scalar an axis
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Model:
 
     `module`: one function `main` in inference form, parameters bound as constants, batch norms and constants folded.
     `paths`: variable name -> path of the layer in the source model. `example`: inputs that fit the signature.
-    `reference`: what the source model computes on them. `converters`: operator -> "tvm" or "tvmq".
+    `reference`: what the source model computes on them. `converters`: operator -> "tvm" or "tvmq", which
+    converted it, or "decomposed" into others.
     """
 
     module: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import fx
 from tvm import relax
 
 from tvmq import ir
+from tvmq.importer import pool_indices
 from tvmq.importer.arguments import arguments
 
 Converter = Callable[[fx.Node, Any], Any]
@@ -21,23 +21,28 @@ def table() -> dict[str, Converter]:
     """The converters of this file, by operator name with overload."""
     return {
         "avg_pool2d.default": _avg_pool2d,
-        "max_pool2d_with_indices.default": _max_pool2d,
-        "adaptive_max_pool2d.default": _adaptive_max_pool2d,
+        "max_pool2d_with_indices.default": _max_pool,
+        "max_pool3d_with_indices.default": _max_pool,
+        "adaptive_max_pool2d.default": _adaptive_max_pool,
+        "adaptive_max_pool3d.default": _adaptive_max_pool,
     }
 
 
-def _max_pool2d(node: fx.Node, importer: Any) -> Any:
+def _max_pool(node: fx.Node, importer: Any) -> Any:
     """`max_pool2d`, whose stride is the kernel's size where it is empty: TVM's passes an empty stride on.
 
-    TVM's converter returns zeros for the indices: here a model that reads them is refused.
+    TVM's converter returns zeros for the indices; a model that reads them gets them from the taps of the windows.
     """
-    _refuse_indices(node)
     a = arguments(node)
-    kernel = a["kernel_size"]
+    dims = 3 if "3d" in str(node.target) else 2
+    kernel, padding, dilation = (_each(a[name], dims) for name in ("kernel_size", "padding", "dilation"))
+    stride = _each(a["stride"] or kernel, dims)
+    if dims == 3 or pool_indices.are_read(node):
+        outputs = tuple(node.meta["val"][0].shape[-dims:])
+        return pool_indices.max_pool(importer, importer.env[a["self"]], outputs, kernel, stride, padding, dilation)
 
     def pool(x: Any) -> Any:
-        stride, sides = a["stride"] or kernel, _sides(a["padding"])
-        return _op.nn.max_pool2d(x, kernel, stride, sides, a["dilation"], a["ceil_mode"])
+        return _op.nn.max_pool2d(x, kernel, stride, _sides(padding), dilation, a["ceil_mode"])
 
     return relax.Tuple([_on_batch(importer, a["self"], pool)])
 
@@ -65,13 +70,14 @@ def _avg_pool2d(node: fx.Node, importer: Any) -> Any:
     return _on_batch(importer, a["self"], pool)
 
 
-def _adaptive_max_pool2d(node: fx.Node, importer: Any) -> Any:
+def _adaptive_max_pool(node: fx.Node, importer: Any) -> Any:
     """The maximum of each of a grid of windows, from floor(i * n / m) to ceil((i + 1) * n / m). TVM has no converter.
 
     Windows of one size are a max pool; others are cut out, first along the rows, then along the columns.
     """
-    _refuse_indices(node)
     a = arguments(node)
+    if pool_indices.are_read(node) or "3d" in str(node.target):
+        return pool_indices.adaptive_max_pool(importer, importer.env[a["self"]], a["output_size"])
 
     def pool(x: Any) -> Any:
         extents, outputs = ir.shape_of(x)[2:], a["output_size"]
@@ -87,11 +93,6 @@ def _adaptive_max_pool2d(node: fx.Node, importer: Any) -> Any:
     return relax.Tuple([_on_batch(importer, a["self"], pool)])
 
 
-def _refuse_indices(node: fx.Node) -> None:
-    if any(user.target is operator.getitem and user.args[1] == 1 for user in node.users):
-        raise NotImplementedError("the indices of a max pool are not supported")
-
-
 def _on_batch(importer: Any, name: Any, pool: Callable[[Any], Any]) -> Any:
     """`pool` of a batch of images, or of one image without the batch's axis."""
     x = importer.env[name]
@@ -99,6 +100,11 @@ def _on_batch(importer: Any, name: Any, pool: Callable[[Any], Any]) -> Any:
         return importer.block_builder.emit(pool(x))
     batch = importer.block_builder.emit(_op.expand_dims(x, 0))
     return importer.block_builder.emit(_op.squeeze(importer.block_builder.emit(pool(batch)), [0]))
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = [value] if isinstance(value, int) else [int(v) for v in value]
+    return tuple(values * dims if len(values) == 1 else values)
 
 
 def _pair(value: Any) -> tuple[int, int]:

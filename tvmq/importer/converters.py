@@ -36,7 +36,13 @@ def table() -> dict[str, Converter]:
         "native_group_norm.default": _group_norm,
         "amax.default": _extremum(_op.max),
         "amin.default": _extremum(_op.min),
-        "min.dim": _min_dim,
+        "min.dim": _extremum_along(_op.min, _op.argmin),
+        "max.dim": _extremum_along(_op.max, _op.argmax),
+        "scatter.src": _scatter,
+        "scatter_reduce.two": _scatter,
+        "getitem": _getitem,
+        "native_layer_norm.default": _layer_norm,
+        **dict.fromkeys(_CONSTANTS, _constant),
         "prod.dim_int": _prod,
         "any.default": _any,
         "any.dim": _any,
@@ -103,13 +109,80 @@ def _extremum(reduce: Callable[..., Any]) -> Converter:
     return convert
 
 
-def _min_dim(node: fx.Node, importer: Any) -> Any:
-    """`x.min(dim)`: values and the indices of the first of them. TVM has no converter."""
+def _extremum_along(reduce: Callable[..., Any], locate: Callable[..., Any]) -> Converter:
+    """`x.min(dim)` and `x.max(dim)`: values, and the indices of the first of them. TVM has no converter of the one."""
+
+    def convert(node: fx.Node, importer: Any) -> Any:
+        a = arguments(node)
+        x = importer.env[a["self"]]
+        values = importer.block_builder.emit(reduce(x, axis=[a["dim"]], keepdims=a["keepdim"]))
+        indices = importer.block_builder.emit(locate(x, axis=a["dim"], keepdims=a["keepdim"]))
+        return importer.block_builder.emit(relax.Tuple([values, indices]))
+
+    return convert
+
+
+_REDUCTIONS = {None: "update", "sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
+
+
+def _scatter(node: fx.Node, importer: Any) -> Any:
+    """`scatter` and `scatter_reduce` of equal extents (see `decompose_indexing.py`). TVM's knows one of them."""
     a = arguments(node)
-    x = importer.env[a["self"]]
-    values = importer.block_builder.emit(_op.min(x, axis=[a["dim"]], keepdims=a["keepdim"]))
-    indices = importer.block_builder.emit(_op.argmin(x, axis=a["dim"], keepdims=a["keepdim"]))
-    return importer.block_builder.emit(relax.Tuple([values, indices]))
+    if not a.get("include_self", True):
+        raise NotImplementedError("scatter_reduce without what was there before")
+    x, index, source = (importer.env[a[name]] for name in ("self", "index", "src"))
+    axis = a["dim"] % len(ir.shape_of(x))
+    return importer.block_builder.emit(_op.scatter_elements(x, index, source, axis, _REDUCTIONS[a.get("reduce")]))
+
+
+def _getitem(node: fx.Node, importer: Any) -> Any:
+    """One result of an operator that has several. TVM's takes the first where its converter made only that."""
+    value = importer.env[node.args[0]]
+    index: Any = node.args[1]
+    if isinstance(value, relax.Tuple | list | tuple):
+        return value[index]
+    if isinstance(value.ty, relax.TupleType):
+        return importer.block_builder.emit(relax.TupleGetItem(value, index))
+    if index != 0:
+        raise NotImplementedError(f"only the first result is supported, not result {index}")
+    return value
+
+
+def _layer_norm(node: fx.Node, importer: Any) -> Any:
+    """`native_layer_norm`: the normalized tensor; its statistics are for training. TVM's says that they are it too."""
+    a = arguments(node)
+    x, shape = importer.env[a["input"]], a["normalized_shape"]
+    dtype = ir.dtype_of(x)
+    gamma = ir.constant(np.ones(shape, dtype)) if a["weight"] is None else importer.env[a["weight"]]
+    beta = ir.constant(np.zeros(shape, dtype)) if a["bias"] is None else importer.env[a["bias"]]
+    axes = list(range(-len(shape), 0))
+    return relax.Tuple([importer.block_builder.emit(_op.nn.layer_norm(x, gamma, beta, axes, a["eps"]))])
+
+
+# Operators without tensors: what PyTorch computes is a constant.
+_CONSTANTS = (
+    "arange.default",
+    "arange.start",
+    "arange.start_step",
+    "eye.default",
+    "eye.m",
+    "full.default",
+    "linspace.default",
+    "logspace.default",
+    "ones.default",
+    "scalar_tensor.default",
+    "tril_indices.default",
+    "triu_indices.default",
+    "zeros.default",
+)
+
+
+def _constant(node: fx.Node, importer: Any) -> Any:
+    """An operator of numbers only, computed by PyTorch. TVM's `arange` of fractions has another length."""
+    del importer
+    kwargs = {name: value for name, value in node.kwargs.items() if name not in ("device", "pin_memory", "layout")}
+    value: Any = node.target(*node.args, **kwargs)  # type: ignore[operator]
+    return ir.constant(value.numpy())
 
 
 def _prod(node: fx.Node, importer: Any) -> Any:

@@ -13,16 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tvmq.importer import decompose_indexing, decompose_layers, decompose_reductions
+
 aten = torch.ops.aten
 
 
 # Operators that stay whole: taken apart, a linear layer hides its bias and activation behind reshapes.
 KEPT = (aten.linear.default, aten.silu.default)
+# Operators that PyTorch can take apart, but keeps whole by default, and TVM lacks or gets wrong.
+TAKEN_APART = (
+    aten.addmv.default,
+    aten.ldexp.Tensor,
+)
 
 
 def table() -> Any:
     """PyTorch's default decompositions into core ATen operators, and ours."""
     decompositions = torch.export.default_decompositions()
+    decompositions.update(torch._decomp.get_decompositions(TAKEN_APART))  # type: ignore[no-untyped-call]
     for operator, function in OURS.items():
         decompositions[operator] = function
     for operator in KEPT:
@@ -122,6 +130,8 @@ def _im2col(
 
 def _unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
     """Windows of `size` every `step` along one dimension, their elements last (Tensor.unfold). TVM has no converter."""
+    if x.ndim == 0:
+        return x.reshape(1).narrow(0, 0, size)
     windows = (x.shape[dimension] - size) // step + 1
     return torch.stack([_strided(x, dimension, offset, step, windows) for offset in range(size)], -1)
 
@@ -159,11 +169,96 @@ def _orthogonal(indices: Sequence[Tensor]) -> bool:
     )
 
 
+def _mul(x: Any, y: Any) -> Any:
+    """The product of two booleans is their conjunction, which TVM cannot compile as a product."""
+    if all(isinstance(value, Tensor) and value.dtype == torch.bool for value in (x, y)):
+        return torch.logical_and(x, y)
+    return _promoted(aten.mul.Tensor)(x, y)
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """`log(exp(x) + exp(y))` without overflow (torch.logaddexp)."""
+    larger = torch.maximum(x, y)
+    return torch.where(x == y, larger + math.log(2), larger + torch.log1p(torch.exp(-torch.abs(x - y))))
+
+
+def _log1p(x: Tensor) -> Tensor:
+    """`log(1 + x)`, exact for small x (torch.log1p): the rounding of 1 + x is divided out. TVM's rounds 1 + x."""
+    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    one = 1 + x
+    return torch.where(one == 1, x, torch.log(one) * (x / (one - 1)))
+
+
+def _signbit(x: Tensor) -> Tensor:
+    """Whether the sign is set, of zero too: 1 / -0 is -infinity (torch.signbit)."""
+    return (x < 0) | ((x == 0) & (torch.reciprocal(x) < 0)) if x.is_floating_point() else x < 0
+
+
+def _erfc(x: Tensor) -> Tensor:
+    """`1 - erf(x)` (torch.erfc)."""
+    return 1 - torch.erf(x)
+
+
+def _ignoring_nan(operator: Any) -> Callable[..., Any]:
+    """`fmax` and `fmin`: of a number and NaN the number (torch.fmax)."""
+
+    def decompose(x: Tensor, y: Tensor) -> Any:
+        return operator(torch.where(torch.isnan(x), y, x), torch.where(torch.isnan(y), x, y))
+
+    return decompose
+
+
+def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Any:
+    """`clamp` of integers, or by tensors, which broadcast (torch.clamp). TVM's compares integers with infinity."""
+    limits = [limit for limit in (low, high) if limit is not None]
+    if x.is_floating_point() and not any(isinstance(limit, Tensor) for limit in limits):
+        return NotImplemented
+    if any(isinstance(limit, float) for limit in limits):
+        return torch.clamp(x.to(torch.get_default_dtype()), low, high)
+    tensors = [
+        limit if isinstance(limit, Tensor) or limit is None else torch.full((), limit, dtype=x.dtype)
+        for limit in (low, high)
+    ]
+    x = x if tensors[0] is None else torch.maximum(x, tensors[0])
+    return x if tensors[1] is None else torch.minimum(x, tensors[1])
+
+
+def _addbmm(x: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`beta * x + alpha * sum(batch1 @ batch2)` (torch.addbmm)."""
+    product = torch.bmm(batch1, batch2).sum(0)
+    return (x if beta == 1 else x * beta) + (product if alpha == 1 else product * alpha)
+
+
+def _trilinear(
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: list[int],
+    expand2: list[int],
+    expand3: list[int],
+    sumdim: list[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """The sum over `sumdim` of a product of three, each with new axes of extent 1 (torch.nn.Bilinear)."""
+    del unroll_dim
+    total = len(expand1) + i1.ndim
+    parts = [_with_axes(x, axes, total) for x, axes in ((i1, expand1), (i2, expand2), (i3, expand3))]
+    product = parts[0] * parts[1] * parts[2]
+    return product.sum(sumdim) if sumdim else product
+
+
+def _with_axes(x: Tensor, axes: list[int], total: int) -> Tensor:
+    new = {axis % total for axis in axes}
+    extents = iter(x.shape)
+    return x.reshape([1 if axis in new else next(extents) for axis in range(total)])
+
+
 _COMPARISONS = [getattr(aten, name).Scalar for name in ("lt", "le", "gt", "ge", "eq", "ne")]
 OURS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: _scaled(aten.add.Tensor),
     aten.sub.Tensor: _scaled(aten.sub.Tensor),
-    **{operator: _promoted(operator) for operator in (aten.mul.Tensor, *_COMPARISONS)},
+    **{operator: _promoted(operator) for operator in _COMPARISONS},
+    aten.mul.Tensor: _mul,
     aten.div.Tensor: _div,
     aten.scaled_dot_product_attention.default: _attention,
     aten.exp2.default: _exp2,
@@ -171,4 +266,17 @@ OURS: dict[Any, Callable[..., Any]] = {
     aten.im2col.default: _im2col,
     aten.unfold.default: _unfold,
     aten.index.Tensor: _index,
+    aten.logaddexp.default: _logaddexp,
+    aten.log1p.default: _log1p,
+    aten.signbit.default: _signbit,
+    aten.erfc.default: _erfc,
+    aten.fmax.default: _ignoring_nan(torch.maximum),
+    aten.fmin.default: _ignoring_nan(torch.minimum),
+    aten.clamp.default: _clamp,
+    aten.clamp.Tensor: _clamp,
+    aten.addbmm.default: _addbmm,
+    aten._trilinear.default: _trilinear,
+    **decompose_indexing.table(),
+    **decompose_layers.table(),
+    **decompose_reductions.table(),
 }

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tvmq import ir
 from tvmq.errors import ModelError
+from tvmq.importer.arguments import arguments
 from tvmq.model import Array, TensorSpec, as_array
 
 # What dropout and batch norm leave in a decomposed graph when the module was exported in training mode.
@@ -51,15 +52,20 @@ def check_interface(program: ExportedProgram, name: str) -> None:
 
 
 def check_inference(program: ExportedProgram) -> None:
-    """Raise ModelError where a decomposed program trains, or writes to its own state."""
+    """Raise ModelError where a program trains, or writes to its own state: first as exported, then decomposed."""
     for node in program.graph.nodes:
-        if node.op == "call_function" and (layer := _TRAINING.get(node.target.__name__)):
+        layer = _TRAINING.get(node.target.__name__) if node.op == "call_function" else None
+        if layer or _drops_attention(node):
             hint = "call module.eval() before torch.export.export"
-            raise ModelError(f"the program was exported in training mode ({layer} is active)", hint=hint)
+            raise ModelError(f"the program was exported in training mode ({layer or 'dropout'} is active)", hint=hint)
     for spec in program.graph_signature.output_specs:
         if spec.kind in _MUTATIONS:
             hint = "take the old value as an input and return the new one"
             raise ModelError(f"the model writes to {spec.target!r}", expected="a model without state", hint=hint)
+
+
+def _drops_attention(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.scaled_dot_product_attention.default and bool(arguments(node)["dropout_p"])
 
 
 def input_names(program: ExportedProgram) -> list[str]:

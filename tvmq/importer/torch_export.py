@@ -16,7 +16,7 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvmq import ir
-from tvmq.errors import ModelError, UnsupportedOpError, nearest
+from tvmq.errors import ImportMismatchError, ModelError, UnsupportedOpError, nearest
 from tvmq.importer import converters, decompositions, graph_rewrites
 from tvmq.importer import program as programs
 
@@ -34,7 +34,7 @@ _PYTHON_ERRORS = (
 )
 WAYS_OUT = (
     "rewrite that layer, or pass import_model(..., converters={'op.overload': function}); "
-    "tvmq/importer/converters.py shows how a converter looks"
+    "docs/operators.md shows how a converter looks"
 )
 # TVM knows these, but a module with branches or run-time checks is no single dataflow block.
 _NOT_DATAFLOW = {"cond", "_assert_async.default", "_assert_async.msg"}
@@ -45,7 +45,8 @@ class Translation:
     """The result of translating an exported program, before any folding.
 
     `module`: Relax as TVM's importer emits it. `variables`: fx node name -> Relax variable name, for tensors.
-    `paths`: Relax variable name -> layer path. `converters`: operator -> who converted it ("tvm" or "tvmq").
+    `paths`: Relax variable name -> layer path. `converters`: operator -> "tvm" or "tvmq", which converted it, or
+    "decomposed".
     """
 
     module: tvm.IRModule
@@ -84,9 +85,9 @@ def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = 
     importer fails on an operator, where the program was exported in training mode or keeps state, and for a converter
     without an overload in its name.
     """
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = program.run_decompositions(decompositions.table())
+    programs.check_inference(program)
+    exported = _operators(program)
+    program = _decomposed(program)
     programs.check_inference(program)
     graph_rewrites.rewrite(program)
     _check_names(program, extra or {})
@@ -104,7 +105,25 @@ def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = 
         )
     except _PYTHON_ERRORS as error:
         raise _failed(importer.current, error) from error
-    return _named(module, importer, program, own)
+    _check_types(importer)
+    who = {name: "decomposed" for name in exported - _operators(program)}
+    who |= {name: "tvmq" if name in own else "tvm" for name in _operators(program)}
+    return _named(module, importer, program, dict(sorted(who.items())))
+
+
+def _operators(program: ExportedProgram) -> set[str]:
+    return {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result: ExportedProgram = program.run_decompositions(decompositions.table())
+            return result
+    except (*_PYTHON_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
+        hint = "keep shapes and indices free of values that only inputs decide"
+        raise ModelError("PyTorch cannot take the program apart", seen=_first_line(error), hint=hint) from error
 
 
 class _Importer(ExportedProgramImporter):  # type: ignore[misc]
@@ -132,7 +151,7 @@ class _Importer(ExportedProgramImporter):  # type: ignore[misc]
 
 def _check_names(program: ExportedProgram, extra: Mapping[str, Converter]) -> None:
     """Raise ModelError for a converter whose name lacks the overload: it would never be asked."""
-    names = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
+    names = _operators(program)
     for name in extra:
         if name not in names and "." not in name:
             expected = "an operator with its overload, as 'relu.default'"
@@ -158,14 +177,27 @@ def _failed(node: fx.Node | None, error: Exception) -> ModelError:
     return ModelError(f"the importer fails on {where}", seen=_first_line(error), hint=WAYS_OUT)
 
 
+def _check_types(importer: _Importer) -> None:
+    """Raise ImportMismatchError where a tensor has another shape or dtype than in PyTorch: its converter is wrong."""
+    for node, value in importer.env.items():
+        expected = node.meta.get("val")
+        if not isinstance(expected, torch.Tensor) or not ir.is_static(value):
+            continue
+        shape, dtype = list(expected.shape), str(expected.dtype).removeprefix("torch.")
+        if (list(ir.shape_of(value)), ir.dtype_of(value)) != (shape, dtype):
+            raise ImportMismatchError(
+                f"{where_is(node)} computes something else than PyTorch",
+                seen=f"{ir.dtype_of(value)}{list(ir.shape_of(value))} where PyTorch has {dtype}{shape}",
+                hint=WAYS_OUT,
+            )
+
+
 def where_is(node: fx.Node) -> str:
     """The operator of `node` and the layer it was traced in, for a message."""
     return f"{getattr(node.target, '__name__', node.target)} in {layer_path(node) or 'the model itself'}"
 
 
-def _named(
-    module: tvm.IRModule, importer: _Importer, program: ExportedProgram, own: Mapping[str, Converter]
-) -> Translation:
+def _named(module: tvm.IRModule, importer: _Importer, program: ExportedProgram, who: Mapping[str, str]) -> Translation:
     """Rename each variable after the layer its node came from."""
     names, paths = _names(module, importer)
     final: dict[Any, Any] = {param: param for param in ir.main(module).params}
@@ -184,8 +216,6 @@ def _named(
         for node, value in importer.env.items()
         if isinstance(value, relax.Var) and isinstance(final.get(value), relax.Var)
     }
-    used = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
-    who = {name: "tvmq" if name in own else "tvm" for name in sorted(used)}
     return Translation(renamed, program, variables, paths, who)
 
 
