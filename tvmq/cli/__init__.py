@@ -16,11 +16,12 @@ from tvmq.cli.demo import Demo
 from tvmq.cli.execute import Run
 from tvmq.cli.output import Output, stdout_to_stderr
 from tvmq.cli.parser import Parser, UsageError
+from tvmq.cli.sparse import Sparse
 from tvmq.cli.targets import Targets
 from tvmq.errors import TvmqError, nearest
 
 COMMANDS: dict[str, type[Command]] = {
-    command.name: command for command in (Compile, Calibrate, Run, Bench, Verify, Explain, Targets, Demo)
+    command.name: command for command in (Compile, Calibrate, Run, Bench, Verify, Explain, Sparse, Targets, Demo)
 }
 INTERRUPTED = 130
 # What a shell reports for a program that ended because nobody read its output (128 + SIGPIPE).

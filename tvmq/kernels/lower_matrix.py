@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise, gemm, lower_sparse, lower_winograd, tile_blocking
+from tvmq.kernels import builder, depthwise, gemm, lower_sparse, lower_winograd, sparse_blocking, tile_blocking
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_panels import SparsePanels
@@ -31,18 +31,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
         return _depthwise(lowering, state, name, call, kernel)
     m = lowering.micro(str(kernel.dtype))
-    padding = list(a["padding"])
-    whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
-    run = kernel.shape[3] * (kernel.shape[2] if a["groups"] == 1 and a["dilation"][1] == 1 and not whole else 1)
-    # A run's last step reads past its end, against zero weights: into more channels, or into more rows. Of bfloat16, an
-    # infinity there makes a NaN; the sums that it belongs to are not finite either.
-    past = -run % m.kr
-    if not whole:
-        padding[2] += -(-past // (channels * (ir.shape_of(x)[2] + padding[1] + padding[3])))
-    wide = channels + past if whole else channels
-    n, height, width, _ = ir.shape_of(x)
-    shape, out = (n, height + padding[0] + padding[2], width + padding[1] + padding[3], wide), ir.shape_of(call)
-    geometry = gemm.conv_geometry(shape, kernel.shape, out, a["strides"], a["dilation"], a["groups"])
+    geometry, padding, wide = conv_geometry(m, call, kernel)
     sparse = _sparse(lowering, name, call, kernel, geometry)
     transformed = lower_winograd.conv2d(lowering, state, name, call) if sparse is None else None
     if transformed is not None:
@@ -51,41 +40,74 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     return _gemm(lowering, state, name, call, padded, kernel, geometry, operands, sparse)
 
 
+def conv_geometry(m: Micro, call: Any, kernel: Array) -> tuple[gemm.Geometry, list[int], int]:
+    """The geometry of a `tvmq.conv2d` for `m`, and the padding and channels of the image that it reads."""
+    a, (n, height, width, channels) = ops.attributes(call), ir.shape_of(call.args[0])
+    padding = list(a["padding"])
+    whole = kernel.shape[1:3] == (1, 1) and a["strides"] == (1, 1)
+    run = kernel.shape[3] * (kernel.shape[2] if a["groups"] == 1 and a["dilation"][1] == 1 and not whole else 1)
+    # A run's last step reads past its end, against zero weights: into more channels, or into more rows. Of bfloat16, an
+    # infinity there makes a NaN; the sums that it belongs to are not finite either.
+    past = -run % m.kr
+    if not whole:
+        padding[2] += -(-past // (channels * (width + padding[1] + padding[3])))
+    wide = channels + past if whole else channels
+    shape = (n, height + padding[0] + padding[2], width + padding[1] + padding[3], wide)
+    geometry = gemm.conv_geometry(shape, kernel.shape, ir.shape_of(call), a["strides"], a["dilation"], a["groups"])
+    return geometry, padding, wide
+
+
 def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.matmul` with a constant weight."""
     x, weight, *operands = call.args
-    depth = ir.shape_of(x)[-1]
     m = lowering.micro(ir.dtype_of(weight))
-    rows = math.prod(ir.shape_of(x)[:-1])
-    wide = -(-depth // m.kr) * m.kr
+    kernel = matmul_kernel(call)
+    geometry = matmul_geometry(m, call)
+    rows, depth, wide = geometry.width, ir.shape_of(x)[-1], geometry.sx
     if wide != depth or dtype_of(x) != m.a_dtype:
         image = state.emit(relax.op.reshape(x, (1, 1, rows, depth)), f"{name}_rows")
         x = lowering.pad(state, name, image, (0, 0, 0, 0), wide, ops.attributes(call)["x_zero_point"], m.a_dtype)
-    kernel = np.ascontiguousarray(ir.to_numpy(weight).T).reshape(-1, 1, 1, depth)
-    cout = kernel.shape[0]
-    geometry = gemm.conv_geometry((1, 1, rows, wide), kernel.shape, (1, 1, rows, cout), (1, 1), (1, 1), 1)
     sparse = _sparse(lowering, name, call, kernel, geometry)
     return _gemm(lowering, state, name, call, x, kernel, geometry, operands, sparse)
+
+
+def matmul_kernel(call: Any) -> Array:
+    """The weight of a `tvmq.matmul` as that of a 1x1 convolution: [N, 1, 1, K]."""
+    weight = ir.to_numpy(call.args[1])
+    return np.ascontiguousarray(weight.T).reshape(weight.shape[1], 1, 1, weight.shape[0])
+
+
+def matmul_geometry(m: Micro, call: Any) -> gemm.Geometry:
+    """The geometry of a `tvmq.matmul` for `m`: rows are padded to whole steps."""
+    depth, channels = ir.shape_of(call.args[1])
+    rows, wide = math.prod(ir.shape_of(call.args[0])[:-1]), -(-depth // m.kr) * m.kr
+    out = (1, 1, rows, channels)
+    return gemm.conv_geometry((1, 1, rows, wide), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
 
 
 def _sparse(
     lowering: Lowering, name: str, call: Any, kernel: Array, geometry: gemm.Geometry
 ) -> lower_sparse.Choice | None:
     """The sparse product of `call`, None where a dense one is the better choice."""
-    m, target = lowering.micro(str(kernel.dtype)), lowering.target
     if not lower_sparse.considers(lowering, kernel):
         return None
-    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
-    dense = gemm.cost(geometry, m, blocking.tile) * geometry.groups / target.cores
+    m, dense = lowering.micro(str(kernel.dtype)), dense_slots(lowering, call, kernel, geometry)
+    return lower_sparse.choose(lowering, name, m, kernel, geometry, dense)
+
+
+def dense_slots(lowering: Lowering, call: Any, kernel: Array, geometry: gemm.Geometry) -> float:
+    """What the best dense kernel of `call` with the weight `kernel` is estimated to take on all cores, in slots."""
+    m, target = lowering.micro(str(kernel.dtype)), lowering.target
+    l1, l2 = target.l1d_kib * 1024, target.l2_kib * 1024
+    blocking = gemm.choose(geometry, m, target.cores, l2)
+    slots = gemm.cost(geometry, m, blocking.tile) * geometry.groups
     dot = lowering.tile_dot(m)
     if dot is not None:
-        l1, l2 = target.l1d_kib * 1024, target.l2_kib * 1024
-        dense = min(
-            dense, tile_blocking.choose(geometry, dot, target.cores, l1, l2)[1] * tile_blocking.SLOTS / target.cores
-        )
-    if ir.is_call(call, "tvmq.conv2d"):
-        dense = min(dense, lower_winograd.cycles(lowering, call))
-    return lower_sparse.choose(lowering, name, m, kernel, geometry, dense)
+        slots = min(slots, tile_blocking.choose(geometry, dot, target.cores, l1, l2)[1] * tile_blocking.SLOTS)
+    slots = max(slots / target.cores, sparse_blocking.stream(m, kernel.size))
+    if ir.is_call(call, "tvmq.conv2d") and kernel.dtype != np.int8:
+        slots = min(slots, lower_winograd.cycles(lowering, call))
+    return slots
 
 
 def _gemm(

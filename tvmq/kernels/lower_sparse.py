@@ -21,6 +21,7 @@ from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_panels import SparsePanels
 from tvmq.kernels.sparse_stream import SparsePacking, layout_of, to_words, union, word_dtype
 from tvmq.recipe import Sparse
+from tvmq.target import Target
 
 Array = npt.NDArray[Any]
 # Fewer zeros than this are an accident, and never worth a word.
@@ -61,11 +62,8 @@ def choose(
     if geometry.groups != 1:
         lowering.note(name, f"dense: {share}, but products in groups have no sparse kernel")
         return None
-    mask = to_words(kernel, len(geometry.taps), m.product.kr, word_dtype(m)) != 0
-    target = lowering.target
-    machine = sparse_blocking.Machine(target.cores, target.l1d_kib * 1024, target.l2_kib * 1024)
-    plan = sparse_blocking.choose(geometry, m, mask, machine)
-    dense_slots = max(dense_slots, sparse_blocking.stream(m, kernel.size))
+    made = plan_of(lowering.target, m, kernel, geometry)
+    plan = made.plan
     gain = dense_slots / plan.slots
     taken = lowering.sparse is Sparse.FORCE or plan.slots < WORTH * dense_slots
     what = "sparse" if taken else "dense"
@@ -73,7 +71,14 @@ def choose(
     lowering.note(
         name, f"{what}: {share}, density {plan.density:.2f} in blocks of {panel}, estimated {gain:.2f} times as fast"
     )
-    return Choice(plan, mask) if taken else None
+    return made if taken else None
+
+
+def plan_of(target: Target, m: Micro, kernel: Array, geometry: Geometry) -> Choice:
+    """The best sparse product with the zeros that `kernel` has, whether it pays or not."""
+    mask = to_words(kernel, len(geometry.taps), m.product.kr, word_dtype(m)) != 0
+    machine = sparse_blocking.Machine(target.cores, target.l1d_kib * 1024, target.l2_kib * 1024)
+    return Choice(sparse_blocking.choose(geometry, m, mask, machine), mask)
 
 
 def template(

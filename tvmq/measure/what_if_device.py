@@ -1,0 +1,94 @@
+"""What-if, beyond estimates: the whole model compiled and run at each density, and the chart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from tvmq.deploy.executor import load
+from tvmq.errors import InputError
+from tvmq.files import atomic_path, scratch_folder
+from tvmq.measure import chart
+from tvmq.measure.benchmark import interleaved
+from tvmq.measure.what_if import WhatIf
+from tvmq.model import Model
+from tvmq.pipeline import compile_model
+from tvmq.recipe import Precision, Recipe
+from tvmq.sparse import masks
+from tvmq.sparse.layers import layers, with_matrices
+from tvmq.sparse.masks import Block
+from tvmq.target import Target
+
+_ROUNDS, _LEAST_MS = 7, 50
+
+
+def measure(
+    model: Model,
+    target: Target,
+    found: WhatIf,
+    device: str = "host",
+    threads: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[float, float]:
+    """Density -> median milliseconds of the model on `device`, each layer in its best block; 1 is dense.
+
+    int8 is calibrated on the model's example: its latency, not its accuracy, is asked for. Raises DeviceError.
+    """
+    show = progress or (lambda _text: None)
+    calibration = [model.example] if found.precision == "int8" else None
+    recipe = Recipe(precision=Precision(found.precision))
+    densities = [1.0, *(density for density in found.densities if density < 1)]
+    with scratch_folder() as folder:
+        executors = []
+        for density in densities:
+            show(f"compiling at density {density:g}")
+            path = folder / f"{density}.tvmq"
+            compile_model(_masked(model, found, density), target, recipe, calibration, path)
+            executors.append(load(path, device, threads=threads))
+        show("measuring")
+        latencies = interleaved(executors, _ROUNDS, 1, _LEAST_MS)
+    return {density: latency.median_ms for density, latency in zip(densities, latencies, strict=True)}
+
+
+def _masked(model: Model, found: WhatIf, density: float) -> Model:
+    """The model with the largest blocks of each layer alone, in its best block shape at `density`."""
+    if density == 1:
+        return model
+    index = found.densities.index(density)
+    blocks = {row.name: Block.parse(row.options[index].block) for row in found.layers}
+    matrices = {
+        layer.name: layer.matrix * masks.by_block(layer.matrix, density, blocks[layer.name])
+        for layer in layers(model.module, model.paths)
+        if layer.name in blocks
+    }
+    return dataclasses.replace(model, module=with_matrices(model.module, matrices))
+
+
+def check_plot(path: str) -> None:
+    """Raise InputError where no chart can be drawn: before the work, not after it."""
+    if not chart.available():
+        raise InputError(f"cannot draw {path}", hint=chart.NOT_INSTALLED)
+
+
+def draw(found: WhatIf, path: Path) -> None:
+    """Write the chart as PNG: how many times as fast all products are at each density. Raises OutputError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for layer in found.layers:
+        axes.plot(found.densities, [layer.dense_ms / o.ms for o in layer.options], color="#c3ccd5", linewidth=1)
+    totals = [found.dense_ms / found.total_ms(i) for i in range(len(found.densities))]
+    axes.plot(found.densities, totals, color="#d1495b", linewidth=2.5, marker="o", label="all products")
+    if found.measured:
+        base = found.measured[1.0]
+        axes.plot(list(found.measured), [base / ms for ms in found.measured.values()], "s--", label="model, measured")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="density", ylabel="times as fast as dense", xscale="log", yscale="log")
+    axes.set_title(f"{found.model} for {found.target}, {found.precision} (grey: single layers)", fontsize=10)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
