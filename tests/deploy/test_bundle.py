@@ -214,6 +214,33 @@ def test_parameters_are_aligned_and_come_back() -> None:
         np.testing.assert_array_equal(back[name], array)
 
 
+def sparse_parameters() -> dict[str, np.ndarray]:
+    """Nine of ten elements are zero, in each dtype that weights have; an odd count; and a negative zero."""
+    rng = np.random.default_rng(0)
+    kept = rng.random(333) < 0.1
+    arrays = {str(np.dtype(d)): (rng.integers(1, 99, 333) * kept).astype(d) for d in ("f4", "i1", "u2", "i4")}
+    arrays["float32"][np.flatnonzero(~kept)[0]] = -0.0
+    return {"dense": rng.standard_normal(100).astype(np.float32), **arrays, "zeros": np.zeros((3, 50), np.float32)}
+
+
+def test_parameters_with_many_zeros_are_stored_without_them() -> None:
+    arrays = sparse_parameters()
+    block, index = pack_parameters(arrays)
+    bundle = Bundle({"parameters": index}, {bundles.PARAMETERS: block})
+    for name, array in bundle.parameters().items():
+        assert array.dtype == arrays[name].dtype and array.tobytes() == arrays[name].tobytes()
+    assert [entry["name"] for entry in index if "nonzero" not in entry] == ["dense"]
+    assert len(block) < 0.4 * sum(array.nbytes for array in arrays.values())
+
+
+@pytest.mark.parametrize("nonzero", [-1, 7, 10**9])
+def test_a_wrong_count_of_elements_is_refused(nonzero: int) -> None:
+    block, index = pack_parameters({"w": np.eye(16, dtype=np.float32)})
+    bundle = Bundle({"parameters": [{**index[0], "nonzero": nonzero}]}, {bundles.PARAMETERS: block})
+    with pytest.raises(BundleError, match="parameter 'w'"):
+        bundle.parameters()
+
+
 def test_the_golden_pair_comes_back() -> None:
     inputs = (np.zeros((2, 3), np.float32), np.arange(4))
     outputs = (np.array(True), np.array(1.5, np.float32), np.zeros((0,), np.int8))

@@ -2,7 +2,8 @@
 
     manifest.json     schema, target, signature, recipe, versions, steps, sha256 and size of every other member
     lib.so            the compiled module
-    params.bin        the parameters, each at a multiple of 64 bytes
+    params.bin        the parameters, each at a multiple of 64 bytes; one with many zeros as a bit for each element that
+                      says whether it is there, and those that are: it becomes dense when it is read
     golden.npz        example inputs, and the outputs that the model must give
     oracle.json       the realized graph in Relax, its packed weights named, for op by op verification
     calibration.json  the calibration table (integer bundles)
@@ -44,6 +45,8 @@ _MEMBERS = {LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION}
 _ALIGNMENT = 64
 # No manifest comes near this; a larger one is an attack or an accident.
 _MANIFEST_LIMIT = 64 << 20
+# What fraction of a parameter's bytes it must take without its zeros to be stored so: loading it costs a pass.
+_WORTH = 0.8
 # Deflate shrinks code a lot and weights little: parameters are stored at its fastest level.
 _LEVELS = {PARAMETERS: 1}
 
@@ -72,14 +75,16 @@ class Bundle:
         arrays = {}
         for entry in self.manifest["parameters"]:
             dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), int(entry["offset"])
-            count = int(np.prod(shape, dtype=np.int64))
-            if offset < 0 or offset + count * dtype.itemsize > len(data):
-                raise BundleError(
-                    f"{self.where}: parameter {entry['name']!r}",
-                    expected="inside params.bin",
-                    seen=f"offset {offset}",
-                )
-            arrays[entry["name"]] = np.frombuffer(data, dtype, count, offset).reshape(shape)
+            count, kept = int(np.prod(shape, dtype=np.int64)), entry.get("nonzero")
+            size = count * dtype.itemsize if kept is None else -(-count // 8) + int(kept) * dtype.itemsize
+            where = f"{self.where}: parameter {entry['name']!r}"
+            if offset < 0 or offset + size > len(data) or (kept is not None and int(kept) < 0):
+                raise BundleError(where, expected="inside params.bin", seen=f"offset {offset}")
+            if kept is None:
+                array = np.frombuffer(data, dtype, count, offset)
+            else:
+                array = _spread(data, dtype, count, offset, int(kept), where)
+            arrays[entry["name"]] = array.reshape(shape)
         return arrays
 
     def golden(self) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -95,13 +100,33 @@ class Bundle:
 
 
 def pack_parameters(parameters: Mapping[str, Array]) -> tuple[bytes, list[dict[str, Any]]]:
-    """All parameters in one block, and where each is."""
+    """All parameters in one block, and where each is; `nonzero` counts the elements of those stored without zeros."""
     block, index = bytearray(), []
     for name, array in parameters.items():
         block.extend(b"\0" * (-len(block) % _ALIGNMENT))
-        index.append({"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "offset": len(block)})
-        block.extend(np.ascontiguousarray(array).tobytes())
+        entry = {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "offset": len(block)}
+        flat = np.ascontiguousarray(array).ravel()
+        # Bits, so that a negative zero stays one.
+        there = flat.view(f"u{flat.itemsize}") != 0 if flat.dtype.kind in "iuf" else np.ones(flat.size, bool)
+        kept = int(there.sum())
+        if -(-flat.size // 8) + kept * flat.itemsize < _WORTH * flat.nbytes:
+            block.extend(np.packbits(there).tobytes() + flat[there].tobytes())
+            entry["nonzero"] = kept
+        else:
+            block.extend(flat.tobytes())
+        index.append(entry)
     return bytes(block), index
+
+
+def _spread(data: bytes, dtype: np.dtype[Any], count: int, offset: int, kept: int, where: str) -> Array:
+    """The dense array of one stored without zeros. Raises BundleError."""
+    bits = np.frombuffer(data, np.uint8, -(-count // 8), offset)
+    there = np.unpackbits(bits, count=count).astype(bool)
+    if int(there.sum()) != kept:
+        raise BundleError(where, expected=f"{kept} elements", seen=f"bits for {int(there.sum())}")
+    array = np.zeros(count, dtype)
+    array[there] = np.frombuffer(data, dtype, kept, offset + bits.size)
+    return array
 
 
 def pack_golden(inputs: tuple[Array, ...], outputs: tuple[Array, ...]) -> bytes:
