@@ -19,6 +19,7 @@ WORDS = {
     "bench": "bench {bundle} --repeat 1 --min-repeat-ms 1",
     "verify": "verify {bundle}",
     "explain": "explain {bundle} --profile",
+    "sparse": "sparse inspect {model}",
     "targets": "targets",
     "demo": "demo -o {folder}/demo",
 }
