@@ -22,6 +22,7 @@ from tvmq import interpret, ir
 from tvmq.errors import CalibrationError, InputError, nearest
 from tvmq.graph.layout import to_nhwc
 from tvmq.model import Model
+from tvmq.quantize.data import inferences
 from tvmq.sparse import masks, obs
 from tvmq.sparse.layers import Layer, layers, with_matrices
 from tvmq.sparse.masks import SINGLE, Block, Mask
@@ -125,15 +126,14 @@ def _masks(scores: Sequence[Array], pruning: Pruning) -> list[Mask]:
 
 
 def _grams(module: tvm.IRModule, model: Model, chosen: Sequence[Layer], calibration: Iterable[Any]) -> list[Array]:
-    """X^T X of the inputs of each layer, over all batches. Raises CalibrationError, SignatureError."""
+    """X^T X of the inputs of each layer, over all batches. Raises CalibrationError."""
     names = {layer.name for layer in chosen}
     calls = {str(var.name): call for var, call in ir.calls(module) if str(var.name) in names}
+    program = interpret.Program(module, frozenset(str(call.args[0].name) for call in calls.values()))
     sums: dict[str, Array] = {}
-    for batch in calibration:
-        tensors: dict[str, Array] = {}
-        inputs = model.signature.arrays(batch)
-        tensors.update({spec.name: array for spec, array in zip(model.signature.inputs, inputs, strict=True)})
-        interpret.run(module, inputs, lambda name, array: tensors.update({name: array}))  # noqa: B023
+    for inputs in inferences(calibration, model.signature):
+        tensors = {spec.name: array for spec, array in zip(model.signature.inputs, inputs, strict=True)}
+        program.run(inputs, tensors.__setitem__)
         for name, call in calls.items():
             sums[name] = sums.get(name, 0.0) + obs.gram(_rows(call, tensors[str(call.args[0].name)]))
     if chosen and not sums:
