@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tvmq import zoo
-from tvmq.measure import chart, compile_cost, efficiency, matvec
+from tvmq.measure import chart, compile_cost, efficiency, matvec, sparse_bench
 from tvmq.measure.benchmark import rounds
 
 
@@ -89,7 +89,7 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected bundles, or one of --suite, --kernels, --matvec, --compile"),
+        ([], "expected bundles, or one of --suite, --kernels, --matvec, --sparse, --compile"),
         (["--suite", "m.tvmq"], "saw bundles, --suite"),
         (["--suite", "--kernels"], "saw --suite, --kernels"),
         (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
@@ -122,7 +122,9 @@ def test_kernels_layers_and_compile_write_their_tables(tvmq, tmp_path, monkeypat
     monkeypatch.setattr(compile_cost, "run", lambda models, precisions, target, progress: cost)
     linear = matvec.Matvec("a processor", 2, 2, (64, 32), 20.0, [])
     monkeypatch.setattr(matvec, "run", lambda threads, repeat, progress: linear)
-    for name, report in (("kernels", found), ("compile", cost), ("matvec", linear)):
+    layers = sparse_bench.SparseBench("a processor", 2, 2, 128, [])
+    monkeypatch.setattr(sparse_bench, "run", lambda threads, repeat, progress: layers)
+    for name, report in (("kernels", found), ("compile", cost), ("matvec", linear), ("sparse", layers)):
         outcome = tvmq("bench", f"--{name}", "-o", tmp_path, "--json")
         assert outcome.code == 0
         assert set(outcome.document) == {"schema", "command", name, "files"}

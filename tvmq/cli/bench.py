@@ -26,6 +26,7 @@ BENCHMARKS = {
     "suite": "tvmq's model zoo on tvmq, PyTorch, ONNX Runtime and OpenVINO",
     "kernels": "each micro-kernel beside the measured peak of its instruction, on one thread",
     "matvec": "linear layers of 4096 x 4096 in each precision beside PyTorch's float32, weights from memory",
+    "sparse": "linear layers with sparse weights beside dense ones, SciPy's and PyTorch's sparse products",
     "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
 }
 # Which of them an option belongs to; the options that are not here are of several.
@@ -53,6 +54,7 @@ class Bench(Command):
         "tvmq bench --suite --no-peers --per-op",
         "tvmq bench --kernels",
         "tvmq bench --matvec --threads 1",
+        "tvmq bench --sparse",
         "tvmq bench --compile --models resnet18 resnet50",
     )
 
@@ -60,6 +62,7 @@ class Bench(Command):
     suite: bool = False
     kernels: bool = False
     matvec: bool = False
+    sparse: bool = False
     compile: bool = False
     models: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
@@ -119,6 +122,7 @@ class Bench(Command):
                 "suite": self._suite,
                 "kernels": self._kernels,
                 "matvec": self._matvec,
+                "sparse": self._sparse,
                 "compile": self._compile,
             }
             self._benchmark(out, name, measures[name])
@@ -191,6 +195,12 @@ class Bench(Command):
         from tvmq.measure import matvec
 
         return matvec.run(threads=self.threads, repeat=self.repeat, progress=show), [], []
+
+    def _sparse(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """Linear layers with zeros in blocks."""
+        from tvmq.measure import sparse_bench
+
+        return sparse_bench.run(threads=self.threads, repeat=self.repeat, progress=show), [], []
 
     def _compile(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
         """Compiling, one model after another."""
