@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvmq import ops
-from tvmq.kernels import depthwise
+from tvmq.kernels import depthwise, depthwise_rows
 
-LEVELS = ("sse2", "avx2", "avx512-vnni")
+LEVELS = ("sse2", "avx2", "avx512-pairs", "avx512-vnni", "avx-vnni")
 levels = pytest.mark.parametrize("name", LEVELS)
 
 
@@ -59,9 +59,19 @@ def test_integers_are_the_oracle(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
+@pytest.mark.parametrize("name", ["avx2", "avx512-vnni", "host"])
 def test_floats_are_the_oracle(name: str, dtype: str) -> None:
     check(cases_of(dtype), runnable(name))
+
+
+@levels
+def test_channels_around_vectors_and_unusual_geometry(name: str) -> None:
+    target = runnable(name)
+    dtype = target.isa.activation_dtype
+    cases = [a_depthwise(dtype, 1, 3, 3, c, (3, 3), padding=(1, 1, 1, 1)) for c in (1, 64, 65, 96, 100)]
+    cases += [a_depthwise(dtype, 1, 6, w, 20, (3, 1), padding=(1, 0, 1, 0), strides=(1, w % 3 + 1)) for w in (1, 2, 15)]
+    cases += [a_depthwise(dtype, 1, 7, 9, 33, (k, k), padding=(k // 2,) * 4) for k in (5, 7)]
+    check(cases, target)
 
 
 @levels
@@ -140,3 +150,21 @@ def test_packing_is_undone(c: int, kh: int, kw: int, lanes: int) -> None:
     packed = depthwise.pack(weight, lanes)
     np.testing.assert_array_equal(depthwise.unpack(packed, weight.shape, lanes), weight)
     assert packed.size % (lanes * kh * kw) == 0
+
+
+@given(
+    c=st.integers(8, 150), kh=st.integers(1, 9), kw=st.integers(1, 5), rows=st.sampled_from([2, 4]), least=st.just(4)
+)
+@settings(max_examples=60, deadline=None)
+def test_packing_of_rows_is_undone(c: int, kh: int, kw: int, rows: int, least: int) -> None:
+    weight = weights((max(c, least * rows), kh, kw, 1), seed=c)
+    for most in (8, 16):
+        packed = depthwise_rows.pack(weight, rows, most, least)
+        np.testing.assert_array_equal(depthwise_rows.unpack(packed, weight.shape, rows, most, least), weight)
+
+
+def test_blocks_reach_every_channel() -> None:
+    assert depthwise_rows.blocks(144, 4, (16, 8, 4)) == [(0, 16), (64, 16), (128, 4)]
+    assert depthwise_rows.blocks(100, 4, (16, 8, 4)) == [(0, 16), (36, 16)]
+    assert depthwise_rows.blocks(15, 4, (16, 8, 4)) == []
+    assert depthwise_rows.blocks(96, 4, (16,)) == [(0, 16), (32, 16)]

@@ -10,6 +10,7 @@ from test_lower import kernels_of
 
 from tvmq.kernels import gemm, tile_blocking
 from tvmq.kernels.depthwise import Depthwise
+from tvmq.kernels.depthwise_rows import RowDepthwise
 from tvmq.kernels.gemm import Gemm
 from tvmq.kernels.micro import int8_micro
 from tvmq.kernels.tile_gemm import TileGemm
@@ -113,4 +114,4 @@ def test_the_template_is_in_the_name_of_the_kernel() -> None:
     image = integers((1, 9, 9, 32), "uint8")
     assert kinds(matmul("m", wide, weights((384, 384)))) == [TileGemm]
     assert kinds(matmul("m", one, weights((512, 1000)))) == [Gemm]
-    assert kinds(conv("c", image, weights((32, 3, 3, 1)), groups=32)) == [Depthwise]
+    assert kinds(conv("c", image, weights((32, 3, 3, 1)), groups=32)) == [RowDepthwise]

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tvm
@@ -55,14 +55,26 @@ class Flat:
 
     def store(self, value: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements from `index`."""
-        if self.dtype == BF16:
-            rounds = self.rounding and lanes == _ROUNDING_LANES
-            value = external(f"uint16x{lanes}", self.rounding, value) if rounds else narrow(value, lanes)
-        self.store_bits(value, index, lanes)
+        self.store_bits(self.encoded(value, lanes), index, lanes)
+
+    def encoded(self, value: Expr, lanes: int = 1) -> Expr:
+        """`lanes` elements as they are stored."""
+        if self.dtype != BF16:
+            return value
+        if self.rounding and lanes == _ROUNDING_LANES:
+            return external(f"uint16x{lanes}", self.rounding, value)
+        return narrow(value, lanes)
 
     def store_bits(self, bits: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements as `bits` of another buffer of this dtype gives them."""
         T.buffer_store(self.buffer, bits, [T.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+class Readable(Protocol):
+    """What gives the operand of an epilogue step: a Flat, or one that reads in another order."""
+
+    def load(self, index: Expr, lanes: int = 1) -> Expr:
+        """The `lanes` elements that belong to `index`."""
 
 
 # TVM puts arrays of 1 KiB or more on the heap, and any of the scope "local": LLVM keeps such ones in registers only
@@ -274,7 +286,7 @@ class Place:
     row: Expr = None
 
 
-def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequence[Flat], place: Place) -> Expr:
+def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequence[Readable], place: Place) -> Expr:
     """The steps of an epilogue on a vector of results of `dtype`; the meaning is `numerics.epilogue`."""
     remaining = iter(operands)
     for step in steps:
@@ -283,7 +295,7 @@ def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequenc
     return value
 
 
-def _step(value: Expr, dtype: str, step: ops.Step, operand: Flat | None, place: Place) -> tuple[Expr, str]:
+def _step(value: Expr, dtype: str, step: ops.Step, operand: Readable | None, place: Place) -> tuple[Expr, str]:
     lanes = place.lanes
     match step:
         case ops.Bias():

@@ -10,7 +10,17 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise, gemm, lower_sparse, lower_winograd, sparse_blocking, tile_blocking
+from tvmq.kernels import (
+    builder,
+    depthwise,
+    depthwise_rows,
+    gemm,
+    interleave,
+    lower_sparse,
+    lower_winograd,
+    sparse_blocking,
+    tile_blocking,
+)
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_panels import SparsePanels
@@ -176,31 +186,40 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
     if kernel.dtype == np.int8:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
 
+    dot = interleave.row_dot(lowering.target.isa, dtype_of(x))
+    if dot is not None and not depthwise_rows.blocks(kernel.shape[0], dot.rows, dot.widths):
+        dot = None
+
     def spec_of(x: Any, padding: tuple[int, int]) -> depthwise.Depthwise:
-        return depthwise.Depthwise(
-            ir.shape_of(x),  # type: ignore[arg-type]
+        common = (
+            ir.shape_of(x),
             dtype_of(x),
             kernel.shape[1:3],
             a["strides"],
             a["dilation"],
             padding,
             a["x_zero_point"],
-            ir.shape_of(call),  # type: ignore[arg-type]
+            ir.shape_of(call),
             a["out_dtype"],
             epilogue,
             declared(operands),
-            m.lanes,
-            m.registers,
-            builder.rounding_llvm(lowering.target.isa),
         )
+        rounding = builder.rounding_llvm(lowering.target.isa)
+        if dot is None:
+            return depthwise.Depthwise(*common, m.lanes, m.registers, rounding)  # type: ignore[arg-type]
+        return depthwise_rows.RowDepthwise(*common, dot.widths[0], dot.registers, rounding, dot)  # type: ignore[arg-type]
 
     spec = spec_of(x, a["padding"][:2])
     if spec.code_size > _DEPTHWISE_TAPS:
         x = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], dtype_of(x))
         spec = spec_of(x, (0, 0))
-    title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{spec.columns}x{m.lanes}-{m.name}"
-    lowering.names[name] = title
+    tile = f"{spec.columns}x{m.lanes}-{m.name}"
     packing = Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1)
+    if dot is not None:
+        tile = f"{spec.columns}x{dot.channels(dot.widths[0])}-{dot.name}"
+        packing = Packing("rows", kernel.shape, dot.widths[-1], 1, dot.widths[0], dot.rows)
+    title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{tile}"
+    lowering.names[name] = title
     args = [x, *lowering.pack(state, name, [(kernel, packing)]), *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 

@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise, gemm, grouped, micro, tile_gemm, tiles, winograd
+from tvmq.kernels import builder, depthwise, depthwise_rows, gemm, grouped, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
 from tvmq.kernels.elementwise import Map
 from tvmq.kernels.entry import MOST_CHANNELS, Entry
@@ -29,8 +29,8 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8", "uint8": "u8", "int
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes) and winograd
-    (taps: m), and `pack_words` in grouped.
+    """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes), depthwise_rows
+    (nr, taps: its most and least lanes; kr: its rows) and winograd (taps: m), and `pack_words` in grouped.
     """
 
     kind: str
@@ -44,6 +44,8 @@ class Packing:
         """The weight as its kernel reads it."""
         if self.kind == "depthwise":
             return depthwise.pack(weight, self.nr)
+        if self.kind == "rows":
+            return depthwise_rows.pack(weight, self.kr, self.nr, self.taps)
         if self.kind == "winograd":
             return winograd.pack(weight, self.taps, self.nr)
         pack = {"tiles": tile_gemm.pack, "words": grouped.pack_words}.get(self.kind, gemm.pack)
@@ -53,6 +55,8 @@ class Packing:
         """The weight as it was."""
         if self.kind == "depthwise":
             return depthwise.unpack(packed, self.shape, self.nr)
+        if self.kind == "rows":
+            return depthwise_rows.unpack(packed, self.shape, self.kr, self.nr, self.taps)
         if self.kind == "winograd":
             return winograd.unpack(packed, self.shape, self.taps, self.nr)
         unpack = {"tiles": tile_gemm.unpack, "words": grouped.unpack_words}.get(self.kind, gemm.unpack)
