@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tvmq import ops
 from tvmq.kernels import depthwise, depthwise_rows
 
-LEVELS = ("sse2", "avx2", "avx512-pairs", "avx512-vnni", "avx-vnni")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sse2", "avx512-pairs", "avx-vnni")]
+LEVELS = ["avx2", "avx512-vnni", *OTHERS]
 levels = pytest.mark.parametrize("name", LEVELS)
 
 
@@ -59,7 +60,7 @@ def test_integers_are_the_oracle(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["avx2", "avx512-vnni", "host"])
+@pytest.mark.parametrize("name", ["avx2", pytest.param("avx512-vnni", marks=pytest.mark.slow), "host"])
 def test_floats_are_the_oracle(name: str, dtype: str) -> None:
     check(cases_of(dtype), runnable(name))
 

@@ -141,6 +141,19 @@ class RowDepthwise(Depthwise):
         return -(-width // -(-width // most))
 
     @property
+    def _inner_rows(self) -> tuple[int, int]:
+        """From which output row to before which one all taps lie in the image."""
+        inner = [y for y in range(self.out_shape[1]) if all(self._taps_inside(0, y))]
+        return (inner[0], inner[-1] + 1) if inner else (0, 0)
+
+    @property
+    def code_size(self) -> int:
+        """As of other kernels, but there are two kinds of rows at most."""
+        start, stop = self._inner_rows
+        kinds = (stop > start) + (stop - start < self.out_shape[1])
+        return kinds * len(runs(self._pieces())) * self.kernel[0] * self.kernel[1]
+
+    @property
     def _weights_of_lane(self) -> int:
         """Elements of packed weights for a lane of a block of the widest vectors."""
         rows = self.product.rows
@@ -164,9 +177,15 @@ class RowDepthwise(Depthwise):
         with builder.parallel(n * oh * len(every)) as index:
             row, block = tirx.floordiv(index, len(every)), tirx.floormod(index, len(every))
             image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
-            for start, stop, inside in runs([self._taps_inside(0, i) for i in range(oh)]):
-                with builder.when(tirx.all(y >= start, y < stop)):
-                    self._blocks(f, buffers, every, (image, y, block), inside)
+            start, stop = self._inner_rows
+            within = tirx.all(y >= start, y < stop)
+            builder.either(
+                within,
+                stop - start,
+                oh - (stop - start),
+                lambda: self._blocks(f, buffers, every, (image, y, block), inner=True),
+                lambda: self._blocks(f, buffers, every, (image, y, block), inner=False),
+            )
 
     def _blocks(
         self,
@@ -174,7 +193,8 @@ class RowDepthwise(Depthwise):
         buffers: _Buffers,
         every: Sequence[tuple[int, int]],
         place: tuple[Expr, Expr, Expr],
-        inside: Inside,
+        *,
+        inner: bool,
     ) -> None:
         """The code of each kind of block: those of vectors of a width."""
         image, y, block = place
@@ -187,7 +207,7 @@ class RowDepthwise(Depthwise):
                 held = self._held(buffers, span)
 
                 def piece(column: Expr, across: tuple[Inside, ...], span: _Span = span, held: Any = held) -> None:
-                    _Piece(self, f, buffers, span, held, column, inside, across).emit()
+                    _Piece(self, f, buffers, span, held, column, across, inner=inner).emit()
 
                 self._row(piece)
             weights += (stop - start) * step
@@ -209,8 +229,8 @@ class RowDepthwise(Depthwise):
 class _Piece:
     """Output pixels of one row from `column` on, for one block of channels.
 
-    held: the operands of the epilogue for each vector. rows, across: which rows of taps, and for each pixel which
-    columns of taps, lie in the image.
+    held: the operands of the epilogue for each vector. across: for each pixel which columns of taps lie in the image.
+    inner: whether all rows of taps do; which do is asked when running otherwise.
     """
 
     def __init__(
@@ -221,15 +241,16 @@ class _Piece:
         span: _Span,
         held: Sequence[Sequence[Operand]],
         column: Expr,
-        rows: Inside,
         across: tuple[Inside, ...],
+        *,
+        inner: bool,
     ) -> None:
         self.k, self.buffers, self.span, self.operands, self.column = kernel, buffers, span, held, column
-        self.rows, self.across, self.dot = rows, across, kernel.product
+        self.inner, self.across, self.dot = inner, across, kernel.product
         _, height, width, c = kernel.x_shape
-        top = span.y * kernel.strides[0] - kernel.padding[0]
+        self.top = span.y * kernel.strides[0] - kernel.padding[0]
         left = column * kernel.strides[1] - kernel.padding[1]
-        self.base = ((span.image * height + top) * width + left) * c + span.first
+        self.base = (span.image * (height * width) + left) * c + span.first
         self.bias = bool(kernel.epilogue) and isinstance(kernel.epilogue[0], ops.Bias)
         self.acc = f.registers(len(across) * self.dot.channels(span.lanes), kernel.acc_dtype)
 
@@ -267,7 +288,7 @@ class _Piece:
         """The products of one group of rows of the column at `position` with the taps of its readers."""
         k, lanes = self.k, self.span.lanes
         taps = range(group * self.dot.rows, min((group + 1) * self.dot.rows, k.kernel[0]))
-        if k.zero_point == 0 and not (exists and any(self.rows[ky] for ky in taps)):
+        if k.zero_point == 0 and not exists:
             return
         for v, vector in enumerate(self._vectors(taps, position, exists)):
             parts = self.dot.a_split(vector, len(taps), lanes)
@@ -287,13 +308,19 @@ class _Piece:
     def _vectors(self, taps: range, position: int, exists: bool) -> list[Expr]:
         """The rows of taps of a column, interleaved: the zero point where there is no image, zeros without taps."""
         k, lanes = self.k, self.span.lanes
-        _, _, width, c = k.x_shape
+        _, height, width, c = k.x_shape
         wide = self.dot.channels(lanes)
+        padding = builder.number(k.zero_point, builder.stored_dtype(k.x_dtype), wide)
 
         def row(ky: int) -> Expr:
-            if exists and self.rows[ky]:
-                return T.Bind(self.buffers.x.bits(self.base + (ky * k.dilation[0] * width + position) * c, wide))
-            return builder.number(k.zero_point, builder.stored_dtype(k.x_dtype), wide)
+            if not exists:
+                return padding
+            y = self.top + ky * k.dilation[0]
+            if self.inner:
+                return T.Bind(self.buffers.x.bits(self.base + (y * width + position) * c, wide))
+            near = tirx.max(tirx.min(y, tirx.const(height - 1, "int32")), tirx.const(0, "int32"))
+            elements = self.buffers.x.bits(self.base + (near * width + position) * c, wide)
+            return T.Bind(T.Select(tirx.all(y >= 0, y < height), elements, padding))
 
         zeros = builder.number(0, builder.stored_dtype(k.x_dtype), wide)
         made = [row(ky) for ky in taps] + [zeros] * (self.dot.rows - len(taps))
