@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tvmq.deploy.bundle import Bundle, read
+from tvmq.deploy.bundle import Bundle, pack_parameters, read
 from tvmq.errors import SignatureError
 from tvmq.measure.verify import verify
 
@@ -59,11 +59,9 @@ def test_other_inputs_than_the_golden_ones(bundle_of: Callable[..., Path]) -> No
 
 def with_negated(bundle: Bundle, name: str) -> Bundle:
     """The bundle with the sign of a parameter turned."""
-    block = bytearray(bundle.members["params.bin"])
-    entry = next(entry for entry in bundle.manifest["parameters"] if entry["name"] == name)
-    values = bundle.parameters()[name]
-    block[entry["offset"] : entry["offset"] + values.nbytes] = (-values).tobytes()
-    return Bundle(bundle.manifest, {**bundle.members, "params.bin": bytes(block)})
+    parameters = bundle.parameters()
+    block, entries = pack_parameters({**parameters, name: -parameters[name]})
+    return Bundle({**bundle.manifest, "parameters": entries}, {**bundle.members, "params.bin": block})
 
 
 def test_the_first_operator_that_differs_is_named(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
