@@ -60,13 +60,17 @@ class Math(Protocol):
         """a * 2**exponent, exponent a whole float, the result a normal number."""
 
 
+# log2 e: powers of e as powers of two.
+LOG2_E = 1.44269504088896341
+
+
 def exp(m: Math, x: Value) -> Value:
     """e**x within 2 ulp; x is limited to [-87, 88.3], so that the result is a normal number.
 
     Range reduction by Cody and Waite, x = n ln 2 + r, and the polynomial of the Cephes library (expf).
     """
     x = m.minimum(m.maximum(x, m.number(-87.0)), m.number(88.3))
-    n = m.rint(m.mul(x, m.number(1.44269504088896341)))
+    n = m.rint(m.mul(x, m.number(LOG2_E)))
     r = m.fma(n, m.number(-0.693359375), x)
     r = m.fma(n, m.number(2.12194440e-4), r)
     p = _polynomial(
@@ -74,6 +78,22 @@ def exp(m: Math, x: Value) -> Value:
     )
     p = m.add(m.fma(p, m.mul(r, r), r), m.number(1.0))
     return m.scale(p, n)
+
+
+def power_of_two(m: Math, x: Value) -> Value:
+    """2**x for x <= 0 within 1e-7 of its value; x is limited to -126, so that the result is a normal number.
+
+    x = n + r with n whole, and for 2**r a polynomial of least relative error on [-1/2, 1/2], exact at 0.
+    """
+    x = m.maximum(x, m.number(-126.0))
+    n = m.rint(x)
+    coefficients = (1.326472731e-3, 9.671512991e-3, 5.550733581e-2, 2.402224243e-1, 6.931470037e-1, 1.0)
+    return m.scale(_polynomial(m, m.sub(x, n), coefficients), n)
+
+
+def decay(m: Math, x: Value, largest: Value, scale: float = 1.0) -> Value:
+    """e**(scale * (x - largest)) within 2e-7, absolute, where that is at most 1: the powers of a softmax."""
+    return power_of_two(m, m.mul(m.sub(x, largest), m.number(scale * LOG2_E)))
 
 
 def sigmoid(m: Math, x: Value) -> Value:
@@ -244,7 +264,7 @@ def row_sum(x: Array) -> Array:
 def softmax(x: Array) -> Array:
     """e**(x - max) times 1 / their sum, over the last axis of float32 x."""
     m = NumPyMath()
-    powers = exp(m, x - x.max(axis=-1, keepdims=True))
+    powers = decay(m, x, x.max(axis=-1, keepdims=True))
     return np.asarray(m.mul(powers, m.div(F32(1.0), row_sum(powers))))
 
 

@@ -259,10 +259,17 @@ def _softmax(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(functions.softmax(args[0]), args[1:], ops.epilogue_of(call))
 
 
-def _attention(call: Any, args: list[Array]) -> Array:
+def _attention(call: Any, args: list[Array]) -> Value:
     query, key, value = (np.swapaxes(arg, 1, 2) for arg in args)
-    scores = np.matmul(query, np.swapaxes(key, 2, 3)) * np.float32(ops.attributes(call)["scale"])
-    return np.ascontiguousarray(np.swapaxes(np.matmul(functions.softmax(scores), value), 1, 2))
+    scores, scale = np.matmul(query, np.swapaxes(key, 2, 3)), ops.attributes(call)["scale"]
+    extreme = scores.max(axis=-1, keepdims=True) if scale >= 0 else scores.min(axis=-1, keepdims=True)
+    powers = functions.decay(functions.NumPyMath(), scores, extreme, scale)
+    total = functions.row_sum(powers)
+    if ir.dtype_of(call.args[0]) == "bfloat16":
+        # Powers are as precise as the values that they multiply; their sum is of those before.
+        powers = numerics.widened(numerics.to_bfloat16(powers))
+    result = np.swapaxes(np.matmul(powers, value) / total, 1, 2)
+    return numerics.epilogue(np.ascontiguousarray(result), (), ops.epilogue_of(call))
 
 
 def _batch_matmul(call: Any, args: list[Array]) -> Array:

@@ -319,10 +319,21 @@ def softmax(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape:
 
 
 def attention(
-    query: Expr, key: Expr, value: Expr, *, scale: float, out_shape: Sequence[int], out_dtype: str = "float32"
+    query: Expr,
+    key: Expr,
+    value: Expr,
+    epilogue: Epilogue = (),
+    *,
+    scale: float,
+    out_shape: Sequence[int],
+    out_dtype: str = "float32",
 ) -> Any:
-    """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, computed in float32."""
-    return _call("attention", [query, key, value], {"scale": scale}, (), out_shape=out_shape, out_dtype=out_dtype)
+    """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, computed in float32.
+
+    On bfloat16, the powers of the softmax are rounded to it before they multiply values; their sum is of those before.
+    The epilogue has no tensor operands.
+    """
+    return _call("attention", [query, key, value], {"scale": scale}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def batch_matmul(x: Expr, y: Expr, *, transposed: bool, out_shape: Sequence[int]) -> Any:

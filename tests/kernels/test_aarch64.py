@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import Case, check, conv, dynamic, floats, grouped, integers, matmul, requantize, rows, target_of, weights
+from test_attention import attention, random
 from test_epilogue import a_map
 
 from tvmq import functions, ops
@@ -44,6 +45,7 @@ def kernels() -> list[Case]:
         *bfloat16(),
         matmul("matmul", integers((2, 3, 13), "int8"), weights((13, 31)), zero_point=100),
         matmul("row", integers((1, 64), "int8"), weights((64, 10)), zero_point=-100),
+        *(attention(*random(*sizes)) for sizes in ((9, 17, 5, 3), (1, 7, 8, 16))),
     ]
     operands, (bias, scale, last) = requantize(17, 45, "int8")
     added = integers((2, 7, 9, 17), "int8", 8)
@@ -61,6 +63,7 @@ def bfloat16() -> list[Case]:
         conv("bf16_grouped", data(1, 5, 5, 15), data(10, 3, 3, 3, seed=3), groups=5),
         conv("bf16_depthwise", data(1, 6, 7, 9), data(9, 3, 3, 1, seed=3), groups=9),
         matmul("bf16_matmul", data(2, 3, 13), data(13, 31, seed=3)),
+        *(attention(*random(*sizes, "bfloat16"), out="bfloat16") for sizes in ((9, 7, 6, 5), (2, 8, 5, 8))),
         a_map("bf16_map", data(3, 41, 33), (ops.Activate("silu"),), out="bfloat16"),
     ]
 

@@ -1,148 +1,270 @@
-"""Scaled dot-product attention of float [N, S, heads, depth] tensors, one head and a few queries at a time.
+"""Scaled dot-product attention of float [N, S, heads, depth] tensors, one head and a few vectors of queries at a time.
 
-The scores of a block of queries stay in the first-level cache: products with the transposed keys, softmax in place,
-products with the values. Nothing of size S x S is stored. Sums run over depth and over keys in order.
+Queries are the lanes: keys and values are read where they are, an element in all lanes, and softmax runs across
+vectors. The scores of a block of queries stay in the cache; nothing of size S x S is stored. Where products are of
+bfloat16 pairs, powers are rounded in pairs of keys, and the rows of values are zipped to match.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
+from tvmq import functions, ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, Expr, Flat, VectorMath
-from tvmq.kernels.rowwise import softmax_row
+from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Place, VectorMath
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.register_tile import RegisterTile
+from tvmq.kernels.shuffles import rounded_pair, transposed, zip_llvm
+
+_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
 class Attention:
-    """`rows`: queries of a block; `vectors`: vectors of keys or depth in a register tile of `lanes` each."""
+    """shape: of the queries. keys: how many; depth_out: of values.
+
+    micro: float32, or bfloat16 where depths are multiples of its `kr`. rows x vectors: the register tile; a block of
+    queries is as wide as it. parts: parallel tasks that share the queries of a head. pair: `shuffles.pair_llvm`;
+    rounding: `builder.rounding_llvm`. epilogue: steps without operands.
+    """
 
     shape: tuple[int, int, int, int]
     keys: int
     depth_out: int
     scale: float
-    lanes: int
-    rows: int
-    vectors: int
     dtype: str
     out_dtype: str
+    epilogue: ops.Epilogue
+    micro: Micro
+    rows: int
+    vectors: int
+    parts: int
+    pair: str
+    rounding: str
 
     def function(self) -> Any:
         """The PrimFunc: (query, key, value, out)."""
-        return builder.function(self._emit)
+        return builder.function(_Emitter(self).emit)
 
-    def _emit(self, f: builder.Function) -> None:
-        n, s, heads, depth = self.shape
-        q, k, v, out = f.arguments(
-            (self.shape, self.dtype),
-            ((n, self.keys, heads, depth), self.dtype),
-            ((n, self.keys, heads, self.depth_out), self.dtype),
-            ((n, s, heads, self.depth_out), self.out_dtype),
+
+class _Emitter:
+    def __init__(self, kernel: Attention) -> None:
+        self.k, self.m, self.lanes, self.kr = kernel, kernel.micro, kernel.micro.lanes, kernel.micro.kr
+        _, self.queries, self.heads, self.depth = kernel.shape
+        self.width = kernel.vectors * self.lanes  # queries of a block, and elements between keys in the scores
+        self.steps = -(-kernel.keys // self.kr)
+        self.math = VectorMath(self.lanes)
+
+    def emit(self, f: builder.Function) -> None:
+        k, n = self.k, self.k.shape[0]
+        self.f = f
+        self.q, self.key, self.v, out = f.arguments(
+            (k.shape, k.dtype),
+            ((n, k.keys, self.heads, self.depth), k.dtype),
+            ((n, k.keys, self.heads, k.depth_out), k.dtype),
+            ((n, self.queries, self.heads, k.depth_out), k.out_dtype),
         )
-        step = self.lanes * self.vectors
-        padded = -(-self.keys // step) * step
-        with builder.parallel(n * heads) as unit:
-            image, head = tirx.floordiv(unit, heads), tirx.floormod(unit, heads)
-            transposed = f.scratch(depth * padded, FLOAT)
-            with builder.serial(padded) as key, builder.serial(depth) as d:
-                with builder.when(key < self.keys):
-                    source = ((image * self.keys + key) * heads + head) * depth + d
-                    transposed.store(k.load(source), d * padded + key)
-                with builder.when(key >= self.keys):
-                    transposed.store(builder.number(0.0, FLOAT), d * padded + key)
-            scores = f.scratch(self.rows * padded, FLOAT)
+        self.out = builder.rounded_by(out, k.rounding)
+        for text in filter(None, (self.m.llvm, k.pair, self.out.rounding and k.rounding, zip_llvm(self.lanes))):
+            f.import_llvm(text)
+        blocks, full = -(-self.queries // self.width), self.queries // self.width
+        share = -(-blocks // k.parts)
+        with builder.parallel(n * self.heads * k.parts) as task:
+            unit, part = tirx.floordiv(task, k.parts), tirx.floormod(task, k.parts)
+            image, head = tirx.floordiv(unit, self.heads), tirx.floormod(unit, self.heads)
+            self._allocate()
+            values = self._values_of(image, head)
+            with builder.span(part * share, tirx.min(tirx.const(share, "int32"), blocks - part * share)) as block:
 
-            def block(first: Expr, rows: int) -> None:
-                base = (image * s + first) * heads + head
-                self._scores(f, q, base, transposed, scores, rows, padded)
-                for row in range(rows):
-                    softmax_row(f, scores, row * padded, scores, row * padded, self.keys)
-                self._values(f, scores, v, image, head, out, base, rows, padded)
+                def run(count: int, block: Expr = block) -> None:
+                    self._block(image, head, block * self.width, count, values)
 
-            if s >= self.rows:
-                with builder.serial(s // self.rows) as index:
-                    block(index * self.rows, self.rows)
-            if s % self.rows:
-                block(tirx.const(s - s % self.rows, "int32"), s % self.rows)
-
-    def _scores(
-        self, f: builder.Function, q: Flat, base: Expr, transposed: Flat, scores: Flat, rows: int, padded: int
-    ) -> None:
-        """scores[r, key] = sum over d of query[r, d] * key[key, d], times the scale."""
-        _, _, heads, depth = self.shape
-        step = self.lanes * self.vectors
-        with builder.serial(padded // step) as column:
-            tile = _Tile(f, rows, self.vectors, self.lanes)
-            with builder.serial(depth) as d:
-                tile.add(
-                    lambda r: q.load((base + r * heads) * depth + d),
-                    lambda v: transposed.load(d * padded + column * step + v * self.lanes, self.lanes),
+                builder.either(
+                    block < full, full, blocks - full, lambda: run(self.width), lambda: run(self.queries % self.width)
                 )
-            factor = VectorMath(self.lanes).number(self.scale)
-            tile.each(
-                lambda r, v, value: scores.store(
-                    value * factor, r * padded + column * step + v * self.lanes, self.lanes
+
+    def _allocate(self) -> None:
+        """The task's memory: queries and sums with queries in lanes, and a score for each key and query."""
+        f, k, width = self.f, self.k, self.width
+        self.packed = f.scratch(self.depth * width, self.m.w_dtype)
+        self.scores = f.scratch(k.keys * width, FLOAT)
+        self.powers = self.scores if self.kr == 1 else f.scratch(self.steps * self.kr * width, BF16)
+        self.sums = f.scratch(k.depth_out * width, FLOAT)
+
+    def _values_of(self, image: Expr, head: Expr) -> tuple[Flat, Expr, int]:
+        """(buffer, first element, elements a step of keys) of a head's values, `kr` keys of each column together."""
+        k, pitch = self.k, self.heads * self.k.depth_out
+        first = (image * k.keys * self.heads + head) * k.depth_out
+        if self.kr == 1:
+            return self.v, first, pitch
+        zipped = self.f.scratch(self.steps * self.kr * k.depth_out, BF16)
+        with builder.serial(self.steps) as step, builder.serial(k.depth_out) as d:
+            at = (step * k.depth_out + d) * self.kr
+            for i in range(self.kr):
+                source = T.Bind(first + (step * self.kr + i) * pitch + d)
+                if k.keys % self.kr == 0 or i == 0:
+                    zipped.store_bits(self.v.bits(source), at + i)
+                    continue
+                with builder.when(step * self.kr + i < k.keys):
+                    zipped.store_bits(self.v.bits(source), at + i)
+                with builder.when(step * self.kr + i >= k.keys):
+                    zipped.store_bits(builder.number(0, "uint16"), at + i)
+        return zipped, tirx.const(0, "int32"), k.depth_out * self.kr
+
+    def _block(self, image: Expr, head: Expr, query: Expr, count: int, values: tuple[Flat, Expr, int]) -> None:
+        """`count` queries from `query` on."""
+        vectors = -(-count // self.lanes)
+        first = T.Bind((image * self.queries + query) * self.heads + head)
+        self._pack_queries(first * self.depth, count)
+        extreme = self._scores((image * self.k.keys * self.heads + head) * self.depth, vectors)
+        inverse = self._powers(extreme, vectors)
+        self._sums(values, inverse, vectors)
+        self._finish(first * self.k.depth_out, head, count)
+
+    def _pack_queries(self, first: Expr, count: int) -> None:
+        """packed[d, query] in words of `kr` elements; lanes past `count` repeat the last query."""
+        lanes, kr, pitch = self.lanes, self.kr, self.heads * self.depth
+        words = self.depth // kr
+
+        def source(query: Expr) -> Expr:
+            if count % lanes:
+                query = tirx.min(query, tirx.const(count - 1, "int32"))
+            return first + query * pitch
+
+        with builder.serial(-(-count // lanes)) as group:
+            if words < lanes:
+                with builder.serial(lanes) as i, builder.serial(words) as d:
+                    query = group * lanes + i
+                    self._store_words(self._words(source(query) + d * kr, 1), d * self.width + query, 1)
+                return
+            with builder.serial(-(-words // lanes)) as tile:
+                # The last square of words overlaps the one before it, where they do not divide.
+                d = T.Bind(tirx.min(tile * lanes, tirx.const(words - lanes, "int32")))
+                rows = [T.Bind(self._words(source(group * lanes + i) + d * kr, lanes)) for i in range(lanes)]
+                for i, column in enumerate(transposed(rows)):
+                    self._store_words(column, (d + i) * self.width + group * lanes, lanes)
+
+    def _words(self, index: Expr, count: int) -> Expr:
+        """`count` words of queries as float32, whose bits may be those of pairs."""
+        if self.kr == 1:
+            return self.q.load(index, count)
+        return T.reinterpret(FLOAT if count == 1 else f"float32x{count}", self.q.bits(index, count * self.kr))
+
+    def _store_words(self, words: Expr, index: Expr, count: int) -> None:
+        if self.kr > 1:
+            words = T.reinterpret(f"uint16x{count * self.kr}", words)
+        self.packed.store_bits(words, index * self.kr, count * self.kr)
+
+    def _scores(self, first: Expr, vectors: int) -> builder.Registers:
+        """scores[key, query], not scaled yet; returns the one of each query that its scale makes the largest."""
+        lanes, k = self.lanes, self.k
+        sign = 1.0 if k.scale >= 0 else -1.0
+        extreme = self.f.registers(vectors * lanes, FLOAT)
+        for v in range(vectors):
+            extreme.store(builder.number(-sign * _LARGEST, FLOAT, lanes), v * lanes, lanes)
+        pitch = self.heads * self.depth
+
+        def tile(key: Expr, rows: int) -> None:
+            acc = RegisterTile(self.f, self.m, rows, vectors)
+            base = T.Bind(first + key * pitch)
+            with builder.serial(self.depth // self.kr) as d:
+                acc.step(
+                    self.key, lambda row: base + row * pitch + d * self.kr, self.packed, d * (self.width * self.kr)
                 )
-            )
+            for row, v, slot in acc.slots():
+                score = T.Bind(acc.load(slot))
+                self.scores.store(score, (key + row) * self.width + v * lanes, lanes)
+                best = (T.max if sign > 0 else T.min)(extreme.load(v * lanes, lanes), score)
+                extreme.store(best, v * lanes, lanes)
 
-    def _values(
-        self,
-        f: builder.Function,
-        scores: Flat,
-        v: Flat,
-        image: Expr,
-        head: Expr,
-        out: Flat,
-        base: Expr,
-        rows: int,
-        padded: int,
-    ) -> None:
-        """out[r, d] = sum over keys of scores[r, key] * value[key, d]."""
-        heads, depth = self.shape[2], self.depth_out
-        start = 0
-        while start < depth:
-            lanes = min(self.lanes, depth - start)
-            vectors = max(1, min(self.vectors, (depth - start) // lanes))
-            tile = _Tile(f, rows, vectors, lanes)
-            with builder.serial(self.keys) as key:
-                source = ((image * self.keys + key) * heads + head) * depth + start
-                tile.add(
-                    lambda r, key=key: scores.load(r * padded + key),  # type: ignore[misc]
-                    lambda i, source=source, lanes=lanes: v.load(source + i * lanes, lanes),  # type: ignore[misc]
+        _tiles(k.keys, k.rows, tile)
+        return extreme
+
+    def _powers(self, extreme: builder.Registers, vectors: int) -> list[Expr]:
+        """powers[key, query] = e**(scale * (score - the largest)); returns 1 / their sum over keys, for each query."""
+        lanes, m, k = self.lanes, self.math, self.k
+        totals = self.f.registers(vectors * lanes, FLOAT)
+        for v in range(vectors):
+            totals.store(builder.number(0.0, FLOAT, lanes), v * lanes, lanes)
+
+        def power(key: Expr, v: int) -> Expr:
+            score = self.scores.load(key * self.width + v * lanes, lanes)
+            value = functions.decay(m, score, extreme.load(v * lanes, lanes), k.scale)
+            totals.store(totals.load(v * lanes, lanes) + value, v * lanes, lanes)
+            return value
+
+        def step(index: Expr, keys: int) -> None:
+            for v in range(vectors):
+                found = [power(index * self.kr + i, v) for i in range(keys)]
+                at = (index * self.width + v * lanes) * self.kr
+                if self.kr == 1:
+                    self.powers.store(self._rounded(found[0]), at, lanes)
+                else:
+                    low, high = found[0], found[1] if keys > 1 else m.number(0.0)
+                    self.powers.store_bits(rounded_pair(low, high, lanes, k.pair), at, 2 * lanes)
+
+        with builder.serial(k.keys // self.kr) as index:
+            step(index, self.kr)
+        if k.keys % self.kr:
+            step(tirx.const(self.steps - 1, "int32"), k.keys % self.kr)
+        return [m.div(m.number(1.0), totals.load(v * lanes, lanes)) for v in range(vectors)]
+
+    def _rounded(self, power: Expr) -> Expr:
+        """A power as it is multiplied with values: powers are as precise as these."""
+        if self.k.dtype != BF16:
+            return power
+        return builder.widen(builder.narrow(power, self.lanes), self.lanes)
+
+    def _sums(self, values: tuple[Flat, Expr, int], inverse: list[Expr], vectors: int) -> None:
+        """sums[d, query] = sum over keys of powers[key, query] * value[key, d], divided by the sum of powers."""
+        buffer, first, pitch = values
+
+        def tile(d: Expr, rows: int) -> None:
+            acc = RegisterTile(self.f, self.m, rows, vectors)
+            base = T.Bind(first + d * self.kr)
+            with builder.serial(self.steps) as step:
+                acc.step(
+                    buffer, lambda row: base + step * pitch + row * self.kr, self.powers, step * (self.width * self.kr)
                 )
-            tile.each(
-                lambda r, i, value, start=start, lanes=lanes: out.store(  # type: ignore[misc]
-                    value, (base + r * heads) * depth + start + i * lanes, lanes
-                )
-            )
-            start += vectors * lanes
+            for row, v, slot in acc.slots():
+                at = (d + row) * self.width + v * self.lanes
+                self.sums.store(self.math.mul(acc.load(slot), inverse[v]), at, self.lanes)
+
+        _tiles(self.k.depth_out, self.k.rows, tile)
+
+    def _finish(self, first: Expr, head: Expr, count: int) -> None:
+        """The sums of `count` queries, through the epilogue."""
+        lanes, depth, pitch = self.lanes, self.k.depth_out, self.heads * self.k.depth_out
+
+        def store(value: Expr, query: Expr, d: Expr, size: int) -> None:
+            place = Place(head * depth + d, first + query * pitch + d, size)
+            self.out.store(builder.run_epilogue(value, FLOAT, self.k.epilogue, (), place), place.flat, size)
+
+        def square(group: Expr, queries: int) -> None:
+            with builder.serial(-(-depth // lanes)) as tile:
+                d = T.Bind(tirx.min(tile * lanes, tirx.const(depth - lanes, "int32")))
+                columns = [self.sums.load((d + i) * self.width + group * lanes, lanes) for i in range(lanes)]
+                for i, row in enumerate(transposed([T.Bind(column) for column in columns])[:queries]):
+                    store(row, group * lanes + i, d, lanes)
+
+        if depth < lanes:
+            with builder.serial(count) as query, builder.serial(depth) as d:
+                store(self.sums.load(d * self.width + query), query, d, 1)
+            return
+        with builder.serial(count // lanes) as group:
+            square(group, lanes)
+        if count % lanes:
+            square(tirx.const(count // lanes, "int32"), count % lanes)
 
 
-class _Tile:
-    """rows x vectors accumulators, zero at first."""
-
-    def __init__(self, f: builder.Function, rows: int, vectors: int, lanes: int) -> None:
-        self.rows, self.vectors, self.lanes = rows, vectors, lanes
-        self.acc = f.registers(rows * vectors * lanes, FLOAT)
-        for slot in range(rows * vectors):
-            self.acc.store(builder.number(0.0, FLOAT, lanes), slot * lanes, lanes)
-
-    def add(self, scalar: Callable[[int], Expr], vector: Callable[[int], Expr]) -> None:
-        """acc[r, v] += scalar(r) * vector(v)."""
-        for r in range(self.rows):
-            for v in range(self.vectors):
-                slot = (r * self.vectors + v) * self.lanes
-                product = builder.fma(
-                    builder.splat(scalar(r), self.lanes), vector(v), self.acc.load(slot, self.lanes), self.lanes
-                )
-                self.acc.store(product, slot, self.lanes)
-
-    def each(self, run: Callable[[int, int, Expr], None]) -> None:
-        """`run(row, vector, value)` for each accumulator."""
-        for r in range(self.rows):
-            for v in range(self.vectors):
-                run(r, v, self.acc.load((r * self.vectors + v) * self.lanes, self.lanes))
+def _tiles(extent: int, most: int, run: Any) -> None:
+    """`run(first, rows)` for parts of 0 ... extent - 1, as equal as can be, of at most `most` rows."""
+    rows = -(-extent // -(-extent // most))
+    with builder.serial(extent // rows) as tile:
+        run(tile * rows, rows)
+    if extent % rows:
+        run(tirx.const(extent - extent % rows, "int32"), extent % rows)

@@ -14,6 +14,7 @@ from tvm import tirx
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr, Flat, Place
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.results import Results
 
 
@@ -90,16 +91,11 @@ class _Emitter:
 
     def _tile(self, packed: Flat, batch: Expr, row: Expr, panel: Expr, rows: int) -> None:
         s, lanes = self.s, self.lanes
-        slots = [(i, v, (i * s.vectors + v) * lanes) for i in range(rows) for v in range(s.vectors)]
-        acc = self.f.registers(rows * self.nr, FLOAT)
-        for _, _, slot in slots:
-            acc.store(builder.number(0.0, FLOAT, lanes), slot, lanes)
+        acc = RegisterTile(self.f, s.micro, rows, s.vectors)
         base = ((0 if s.shared else batch * s.m) + row) * s.k
         with builder.serial(s.k) as k:
-            for i, v, slot in slots:
-                value = acc.load(slot, lanes)
-                acc.store(s.micro.step(value, self.x, base + i * s.k + k, packed, k * self.nr + v * lanes), slot, lanes)
-        for i, v, slot in slots:
+            acc.step(self.x, lambda i: base + i * s.k + k, packed, k * self.nr)
+        for i, v, slot in acc.slots():
             first = panel * self.nr + v * lanes
             place = Place(first, (batch * s.m + row + i) * s.n + first, lanes)
-            self.results.finish(acc, slot, place, first, (), ())
+            self.results.finish(acc.acc, slot, place, first, (), ())

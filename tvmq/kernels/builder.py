@@ -150,7 +150,7 @@ class Function:
 
     def scratch(self, size: int, dtype: str) -> Flat:
         """A local array in memory, from the thread's own pool: for indices that are not constants."""
-        return Flat(T.alloc_buffer((size,), dtype, scope="global"), dtype)
+        return Flat(T.alloc_buffer((size,), stored_dtype(dtype), scope="global"), dtype)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import Expr, Flat, Place, Registers
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.results import Results
 
 Array = npt.NDArray[Any]
@@ -320,20 +321,13 @@ class Emitter:
         group, index = tirx.floordiv(panel, self.panels), tirx.floormod(panel, self.panels)
         base = image * self.g.sn + row * self.g.sy + column * self.g.sx + group * self.g.sg
         pixels = [(y, x) for y in range(rows) for x in range(columns)]
-        acc = self.f.registers(len(pixels) * self.tile.vectors * lanes, m.acc_dtype)
-        slots = [
-            (i, v, (i * self.tile.vectors + v) * lanes) for i in range(len(pixels)) for v in range(self.tile.vectors)
-        ]
         steps = self.k.epilogue
         activates = any(isinstance(step, ops.Activate) for step in steps)
         starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands()
         channel = group * self.g.channels + index * self.nr
-        for _, v, slot in slots:
-            initial = builder.number(0, m.acc_dtype, lanes)
-            if starts_with_bias:
-                initial = self.operands[0].load(channel + v * lanes, lanes)
-            acc.store(initial, slot, lanes)
-        self.products(panel, column, base, pixels, acc)
+        first_sums = (lambda v: self.operands[0].load(channel + v * lanes, lanes)) if starts_with_bias else None
+        tile = RegisterTile(self.f, m, len(pixels), self.tile.vectors, first_sums)
+        self.products(panel, column, base, pixels, tile)
         rest = steps[1:] if starts_with_bias else steps
         operands = self.operands[1:] if starts_with_bias else self.operands
 
@@ -345,30 +339,27 @@ class Emitter:
             self.results.finish(values, slot, place, first, rest, operands)
 
         if not activates:
-            for i, v, slot in slots:
-                finish(acc, *pixels[i], v, slot)
+            for i, v, slot in tile.slots():
+                finish(tile.acc, *pixels[i], v, slot)
             return
         # A float function is a page of code: a loop over the results, from memory, instead of a copy for each.
-        results = self.f.scratch(len(slots) * lanes, m.acc_dtype)
-        for _, _, slot in slots:
-            results.store(acc.load(slot, lanes), slot, lanes)
+        results = self.f.scratch(len(pixels) * self.tile.vectors * lanes, m.acc_dtype)
+        for _, _, slot in tile.slots():
+            results.store(tile.load(slot), slot, lanes)
         with builder.serial(rows) as y, builder.serial(columns) as x, builder.serial(self.tile.vectors) as v:
             finish(results, y, x, v, ((y * columns + x) * self.tile.vectors + v) * lanes)
 
     def products(
-        self, panel: Expr, column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], acc: Registers
+        self, panel: Expr, column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], tile: RegisterTile
     ) -> None:
-        """Add all products of the pixels, which lie (row, column) from `base`, with a panel."""
-        m, lanes, vectors = self.m, self.m.lanes, self.tile.vectors
+        """Add all products of the pixels, which lie (row, column) from `base`, with a panel: a row of `tile` each."""
+        offsets = [y * self.g.sy + x * self.g.sx for y, x in pixels]
         with self._taps() as (tap, offset), builder.serial(self.steps) as step:
-            w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * m.kr)
-            if self.k.prefetch and len(pixels) * vectors >= _PREFETCHING_SLOTS:
+            w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * self.m.kr)
+            if self.k.prefetch and tile.rows * tile.vectors >= _PREFETCHING_SLOTS:
                 self._prefetch(panel, column, tap * self.steps + step)
-            for i, v in itertools.product(range(len(pixels)), range(vectors)):
-                slot, (y, x) = (i * vectors + v) * lanes, pixels[i]
-                a = base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx)
-                product = m.step(acc.load(slot, lanes), self.x, a, self.w, w + v * lanes * m.kr)
-                acc.store(product, slot, lanes)
+            first = base + offset + step * self.m.kr
+            tile.step(self.x, lambda i: first + offsets[i], self.w, w)
 
     def _prefetch(self, panel: Expr, column: Expr, step: Expr) -> None:
         """Bring a line of the next panel near: over the first tiles of a panel, all of them."""

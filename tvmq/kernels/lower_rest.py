@@ -8,12 +8,15 @@ from typing import Any
 from tvm import relax
 
 from tvmq import ir, ops
+from tvmq.kernels import builder
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.batch_matmul import BatchMatmul
+from tvmq.kernels.builder import BF16
 from tvmq.kernels.elementwise import Concat, Map
 from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
 from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
 from tvmq.kernels.rowwise import Rowwise
+from tvmq.kernels.shuffles import pair_llvm
 
 
 def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -100,24 +103,44 @@ def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
 def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.attention`."""
     query, key, value = call.args
-    m, dtype, out_dtype = lowering.float, dtype_of(query), ir.dtype_of(call)
-    # Two vectors of keys a tile row leave most registers to queries, which share the loads of keys and values.
-    vectors = 2
-    rows = min(ir.shape_of(query)[1], (m.registers - vectors - 1) // vectors, 12)
+    target, dtype, out_dtype = lowering.target, dtype_of(query), ir.dtype_of(call)
+    batch, queries, heads, depth = ir.shape_of(query)
+    m = lowering.float
+    if dtype == BF16 and lowering.bf16.products == 1 and depth % lowering.bf16.kr == 0:
+        m = lowering.bf16
+    # Two vectors of queries leave most registers to keys, and to columns of values, which share their loads.
+    vectors = min(2, -(-queries // m.lanes))
+    rows = (m.registers - vectors - 1) // vectors
+    blocks = -(-queries // (vectors * m.lanes))
     spec = Attention(
-        ir.shape_of(query),  # type: ignore[arg-type]
+        (batch, queries, heads, depth),
         ir.shape_of(key)[1],
         ir.shape_of(value)[3],
         ops.attributes(call)["scale"],
-        m.lanes,
-        rows,
-        vectors,
         dtype,
         out_dtype,
+        ops.epilogue_of(call),
+        m,
+        rows,
+        vectors,
+        _parts(batch * heads, blocks, target.cores),
+        pair_llvm(target.isa) if m.kr > 1 else "",
+        builder.rounding_llvm(target.isa),
     )
     title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
     lowering.names[name] = title
     return lowering.call(spec, title, [query, key, value], ir.shape_of(call), out_dtype)
+
+
+def _parts(units: int, blocks: int, cores: int) -> int:
+    """Into how many parts to divide the `blocks` of each unit: the fewest that keep the cores nine tenths busy."""
+
+    def busy(parts: int) -> float:
+        share = -(-blocks // parts)
+        return units * blocks / (-(-units * parts // cores) * cores * share)
+
+    best = max(busy(parts) for parts in range(1, blocks + 1))
+    return next(parts for parts in range(1, blocks + 1) if busy(parts) >= min(best, 0.9))
 
 
 def batch_matmul(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:

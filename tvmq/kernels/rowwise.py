@@ -140,7 +140,7 @@ def softmax_row(f: builder.Function, x: Flat, start: Expr, out: Flat, target: Ex
     largest = hold(f, _row_max(f, n, lambda at, lanes: x.load(start + at, lanes)))
 
     def power(at: Expr, lanes: int) -> Expr:
-        value = functions.exp(VectorMath(lanes), x.load(start + at, lanes) - builder.splat(largest, lanes))
+        value = functions.decay(VectorMath(lanes), x.load(start + at, lanes), builder.splat(largest, lanes))
         out.store(value, target + at, lanes)
         return out.load(target + at, lanes)
 

@@ -9,7 +9,6 @@ patterns of 16 x 1 blocks and the like (with four int8 to a word, 16 x 4) cost n
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.kernels import builder, gemm
-from tvmq.kernels.builder import Expr, Flat, Registers
+from tvmq.kernels.builder import Expr, Flat
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.sparse_stream import Layout
 
 
@@ -57,18 +57,18 @@ class _Emitter(gemm.Emitter):
                 run(panel, block * per_task + turn)
 
     def products(
-        self, panel: Expr, _column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], acc: Registers
+        self, panel: Expr, _column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], tile: RegisterTile
     ) -> None:
-        m, lanes, vectors, layout = self.m, self.m.lanes, self.tile.vectors, self.layout
+        m, lanes, layout = self.m, self.m.lanes, self.layout
         first = T.Bind(self.w.load(layout.starts + panel))
         with builder.span(first, self.w.load(layout.starts + panel + 1) - first) as entry:
             place = T.Bind(base + self.w.load(layout.places + entry))
             values = layout.values + entry * self.nr
-            for (i, (y, x)), v in itertools.product(enumerate(pixels), range(vectors)):
-                slot = (i * vectors + v) * lanes
+            for i, v, slot in tile.slots():
+                y, x = pixels[i]
                 factor = splat_word(m, self.x, place + (y * self.g.sy + x * self.g.sx))
                 weights = T.reinterpret(m.product.dtype, self.w.load(values + v * lanes, lanes))
-                acc.store(m.product.emit(acc.load(slot, lanes), factor, weights), slot, lanes)
+                tile.acc.store(m.product.emit(tile.load(slot), factor, weights), slot, lanes)
 
 
 def splat_word(m: Micro, x: Flat, i: Expr) -> Expr:

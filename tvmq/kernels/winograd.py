@@ -24,6 +24,7 @@ from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr, Flat, Place
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.register_tile import RegisterTile
 
 Array = npt.NDArray[Any]
 
@@ -219,19 +220,14 @@ class _Emitter:
     def _products(self, panel: Expr, inputs: Flat, results: Flat) -> None:
         """results[component, tile, nr] = inputs @ panel, a register tile at a time."""
         b, m, channels, lanes = self.b, self.k.micro, self.s.channels, self.lanes
-        slots = [(i, v, (i * b.vectors + v) * lanes) for i in range(b.rows) for v in range(b.vectors)]
         with builder.serial(b.components) as component, builder.serial(b.groups) as group:
             rows = component * b.tiles + group * b.rows
-            acc = self.f.registers(b.rows * self.nr, FLOAT)
-            for _, _, slot in slots:
-                acc.store(builder.number(0.0, FLOAT, lanes), slot, lanes)
+            acc = RegisterTile(self.f, m, b.rows, b.vectors)
             with builder.serial(channels) as k:
                 w = ((panel * b.components + component) * channels + k) * self.nr
-                for i, v, slot in slots:
-                    value = m.step(acc.load(slot, lanes), inputs, (rows + i) * channels + k, self.w, w + v * lanes)
-                    acc.store(value, slot, lanes)
-            for i, v, slot in slots:
-                results.store(acc.load(slot, lanes), (rows + i) * self.nr + v * lanes, lanes)
+                acc.step(inputs, lambda i: (rows + i) * channels + k, self.w, w)
+            for i, v, slot in acc.slots():
+                results.store(acc.load(slot), (rows + i) * self.nr + v * lanes, lanes)
 
     # --- A^T y A, and the epilogue ---
 

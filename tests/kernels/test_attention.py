@@ -1,0 +1,125 @@
+"""Attention against the oracle and against float64, at sizes around the vectors and with scores of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import Array, Case, check, compiled, floats, module_of, run, runnable, target_of
+
+from tvmq import interpret, ops
+from tvmq.deploy.build import agrees
+from tvmq.kernels.lower import lower
+from tvmq.quantize import numerics
+
+LEVELS = ("sse2", "avx2", "host")
+
+
+def attention(
+    q: Array, k: Array, v: Array, scale: float = 0.2, out: str = "float32", epilogue: ops.Epilogue = ()
+) -> Case:
+    """[N, S, heads, depth] each."""
+    shape = (*q.shape[:3], v.shape[3])
+
+    def emit(*args: Any) -> Any:
+        return ops.attention(*args, epilogue, scale=scale, out_shape=shape, out_dtype=out)
+
+    return Case(f"{q.shape}_{k.shape}_{v.shape}_{q.dtype}", emit, (q, k, v))
+
+
+def random(queries: int, keys: int, depth: int, depth_out: int, dtype: str = "float32", heads: int = 2) -> list[Array]:
+    shapes = ((2, queries, heads, depth), (2, keys, heads, depth), (2, keys, heads, depth_out))
+    return [floats(shape, i, dtype) for i, shape in enumerate(shapes)]
+
+
+def exactly(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """In float64."""
+    q, k, v = (np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (q, k, v))
+    scores = q @ np.swapaxes(k, 2, 3) * scale
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.swapaxes(powers / powers.sum(axis=-1, keepdims=True) @ v, 1, 2)
+
+
+def results(cases: list[Case], name: str) -> list[Array]:
+    return run(module_of(cases), [numerics.widened(x) for case in cases for x in case.inputs], runnable(name))
+
+
+# Every length as queries and as keys, every depth of keys and of values.
+SIZES = [
+    (1, 130, 8, 31),
+    (7, 1, 1, 80),
+    (16, 7, 31, 1),
+    (17, 16, 64, 8),
+    (33, 17, 80, 32),
+    (128, 33, 16, 64),
+    (130, 128, 32, 16),
+]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_sizes_around_the_vectors(name: str) -> None:
+    check([attention(*random(*sizes)) for sizes in SIZES], runnable(name))
+
+
+@pytest.mark.parametrize("name", ["avx2", "host"])
+def test_bfloat16_is_the_oracle_but_for_powers_that_round_otherwise(name: str) -> None:
+    """A power in the middle of two bfloat16 goes either way: such a result may be off by a place of one summand."""
+    cases = [attention(*random(*sizes, "bfloat16"), out="bfloat16") for sizes in SIZES]
+    module = module_of(cases)
+    inputs = [numerics.widened(x) for case in cases for x in case.inputs]
+    for want, bits in zip(interpret.run(module, inputs), run(module, inputs, runnable(name)), strict=True):
+        got = bits.view(numerics.BF16)
+        assert agrees(want, got, False)
+        assert np.mean(want != got) < 0.02
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_large_scores_do_not_overflow(name: str) -> None:
+    """Scores of +-1e4, exact in float32; one key dominates, several share, all are the same."""
+    q = np.zeros((1, 20, 1, 4), np.float32)
+    k = np.zeros((1, 37, 1, 4), np.float32)
+    q[..., 0], k[0, :, 0, 0] = 100.0, np.linspace(-100, 100, 37).round()
+    q[0, 1::3, 0, 0] = -100.0
+    q[0, 2::3, 0, 0] = 0.0
+    v = floats((1, 37, 1, 5))
+    cases = [attention(q, k, v, scale) for scale in (1.0, -1.0)]
+    for case, got, scale in zip(cases, results(cases, name), (1.0, -1.0), strict=True):
+        np.testing.assert_allclose(got, exactly(*case.inputs, scale), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_float32_is_as_precise_as_its_sums(name: str) -> None:
+    cases = [attention(*(4 * x for x in random(s, s, 32, 32))) for s in (17, 130)]
+    for case, got in zip(cases, results(cases, name), strict=True):
+        want = exactly(*case.inputs, 0.2)
+        assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+def test_results_are_quantized_where_they_are_made() -> None:
+    steps = (ops.Multiply(40.0), ops.Quantize(131, 0, 255, "uint8"))
+    case = attention(*random(19, 33, 8, 24), out="uint8", epilogue=steps)
+    (got,) = results([case], "avx512-vnni")
+    want = np.clip(np.rint(exactly(*case.inputs, 0.2) * 40.0) + 131, 0, 255)
+    assert np.abs(got - want).max() <= 1
+    assert (got != want).mean() < 1e-3
+
+
+@pytest.mark.parametrize(("heads", "tasks"), [(12, 12), (2, 2), (3, 6), (1, 2)])
+def test_few_heads_are_divided(heads: int, tasks: int) -> None:
+    x = floats((1, 128, heads, 32))
+    lowered = lower(module_of([attention(x, x, x)]), target_of("sse2"))
+    (function,) = (f for var, f in lowered.module.functions.items() if "attention" in var.name_hint)
+    assert f"T.parallel({tasks})" in function.script()
+
+
+def test_bfloat16_products_are_pairs_where_depths_are_even() -> None:
+    def title(depth: int) -> str:
+        case = attention(*random(3, 3, depth, 5, "bfloat16"), out="bfloat16")
+        return next(iter(k for k in compiled(module_of([case]), runnable("host"))[0].kernels.values() if "attent" in k))
+
+    isa = runnable("host").isa
+    if "avx512bf16" not in isa.required_features:
+        pytest.skip("this machine has no bfloat16 products")
+    assert title(8).endswith("avx512bf16")
+    assert title(7).endswith("avx512")
