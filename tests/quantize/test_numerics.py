@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from torch.nn import functional
 
-from tvmq import ops
+from tvmq import functions, ops
 from tvmq.quantize import numerics
 from tvmq.quantize.numerics import F32, QParams
 
@@ -469,6 +469,23 @@ def test_activations_agree_with_pytorch(function: str):
     got = numerics.activation(x, function)
     assert got.dtype == F32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_erf_is_precise_everywhere():
+    x = np.linspace(-6, 6, 20001).astype(F32)
+    expected = torch.special.erf(torch.from_numpy(x.astype(np.float64))).numpy()
+    assert np.abs(functions.erf(functions.NumPyMath(), x) - expected).max() < 3e-7
+    assert functions.erf(functions.NumPyMath(), np.array([-1e30, -4, 4, np.inf], F32)).tolist() == [-1, -1, 1, 1]
+
+
+def test_powers_of_a_softmax():
+    x = np.concatenate([np.linspace(-126, 0, 20001), [-1e4, -3e38]]).astype(F32)
+    powers = functions.power_of_two(functions.NumPyMath(), x)
+    np.testing.assert_allclose(powers[:-2], np.exp2(x[:-2].astype(np.float64)), rtol=2e-7)
+    assert (powers[-2:] == F32(2.0**-126)).all()
+    assert powers[-3] == 1.0
+    decay = functions.decay(functions.NumPyMath(), x, F32(0.0), 0.7)
+    np.testing.assert_allclose(decay, np.exp(0.7 * x.astype(np.float64)), rtol=0, atol=2e-7)
 
 
 def test_sqnr():
