@@ -10,7 +10,6 @@ Weights are packed when compiling: [group, panel, tap, length / kr, nr, kr], zer
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
