@@ -264,11 +264,13 @@ def _attention(call: Any, args: list[Array]) -> Value:
     scores, scale = np.matmul(query, np.swapaxes(key, 2, 3)), ops.attributes(call)["scale"]
     extreme = scores.max(axis=-1, keepdims=True) if scale >= 0 else scores.min(axis=-1, keepdims=True)
     powers = functions.decay(functions.NumPyMath(), scores, extreme, scale)
-    total = functions.row_sum(powers)
+    # Keys one after the other, and a product with the reciprocal, as the kernels do it: in an int8 model, a last place
+    # that differs here turns a rounding there.
+    inverse = np.float32(1.0) / np.cumsum(powers, axis=-1, dtype=np.float32)[..., -1:]
     if ir.dtype_of(call.args[0]) == "bfloat16":
         # Powers are as precise as the values that they multiply; their sum is of those before.
         powers = numerics.widened(numerics.to_bfloat16(powers))
-    result = np.swapaxes(np.matmul(powers, value) / total, 1, 2)
+    result = np.swapaxes(np.matmul(powers, value) * inverse, 1, 2)
     return numerics.epilogue(np.ascontiguousarray(result), (), ops.epilogue_of(call))
 
 
