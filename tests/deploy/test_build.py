@@ -14,7 +14,7 @@ from tvmq import interpret
 from tvmq.deploy import build
 from tvmq.deploy.build import agrees, runs_here
 from tvmq.deploy.bundle import read
-from tvmq.deploy.exact import is_exact_graph
+from tvmq.deploy.exact import is_exact_graph, rounds_inexact
 from tvmq.errors import CheckFailed, OutputError
 from tvmq.target import load_target
 
@@ -94,6 +94,30 @@ def test_a_graph_that_only_moves_is_exact() -> None:
             y = builder.emit_output(relax.Tuple([builder.emit(relax.op.add(integers, integers))]))
         builder.emit_func_output(y)
     assert is_exact_graph(builder.get())
+
+
+def test_where_floats_that_differ_a_little_are_rounded() -> None:
+    """A sum in another order becomes another integer, or another bfloat16; exact results and float32 do not."""
+    from tvm import relax
+
+    def graph(*steps: Callable) -> tvm.IRModule:
+        builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType([2, 6], "float32"))
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                value = x
+                for step in steps:
+                    value = builder.emit(step(value))
+                y = builder.emit_output(relax.Tuple([value]))
+            builder.emit_func_output(y)
+        return builder.get()
+
+    def as_int8(x: relax.Expr) -> relax.Expr:
+        return relax.op.astype(x, "int8")
+
+    assert rounds_inexact(graph(relax.op.exp, as_int8))
+    assert rounds_inexact(graph(relax.op.exp, relax.op.negative, lambda x: relax.op.astype(x, "bfloat16")))
+    assert not rounds_inexact(graph(as_int8, lambda x: relax.op.astype(x, "float32"), relax.op.exp))
+    assert not rounds_inexact(graph(relax.op.exp))
 
 
 # --- the check ------------------------------------------------------------------------------------------------------

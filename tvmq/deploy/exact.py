@@ -70,6 +70,7 @@ _MOVES = [
     "sort",
     "argsort",
 ]
+_NARROW = ("bfloat16", "int8", "uint8")
 _OURS = ("tvmq.map", "tvmq.max_pool2d", "tvmq.concat", "tvmq.layer_norm", "tvmq.softmax")
 
 
@@ -91,3 +92,15 @@ def _is_float(expr: Any) -> bool:
 def is_exact_graph(module: tvm.IRModule) -> bool:
     """Whether every output of a realized module follows from its inputs bit for bit."""
     return all(is_exact(call) for _, call in ir.calls(module))
+
+
+def rounds_inexact(module: tvm.IRModule) -> bool:
+    """Whether floats that may differ a little are rounded to bfloat16 or 8 bits: later ones may differ by a step."""
+    inexact: set[Any] = set()
+    for var, value in ir.bindings(module):
+        if (ir.is_call(value) and not is_exact(value)) or any(operand in inexact for operand in ir.operands(value)):
+            inexact.add(var)
+            parts = var.ty.fields if isinstance(var.ty, relax.TupleType) else [var.ty]
+            if any(isinstance(part, relax.TensorType) and str(part.dtype) in _NARROW for part in parts):
+                return True
+    return False
