@@ -23,7 +23,7 @@ from tvmq.quantize import groups, numerics
 
 Array = npt.NDArray[Any]
 Value = Any  # an array, or a tuple of values
-Watch = Callable[[str, Array], None]
+Watch = Callable[[str, Array], Array | None]
 Fetch = Callable[[Mapping[Any, Value]], Value]
 
 
@@ -49,7 +49,10 @@ class Program:
         ]
 
     def run(self, inputs: Sequence[Array], watch: Watch | None = None) -> tuple[Array, ...]:
-        """Compute the outputs; `watch(name, array)` sees the inputs and each tensor that a variable is bound to."""
+        """Compute the outputs; `watch(name, array)` sees the inputs and each tensor that a variable is bound to.
+
+        What it returns, unless None, goes on in place of a tensor that was computed.
+        """
         env: dict[Any, Value] = dict(zip(self.params, inputs, strict=True))
         watched = self.watched
         if watch:
@@ -62,7 +65,8 @@ class Program:
             env[step.var] = result
             seen = watch is not None and (watched is None or step.name in watched)
             if watch and seen and isinstance(result, np.ndarray) and not isinstance(step.value, relax.Var):
-                watch(step.name, result)
+                other = watch(step.name, result)
+                env[step.var] = result if other is None else other
             for var in step.dead:
                 env.pop(var, None)
         outputs = _fetcher(self.result)(env)

@@ -14,11 +14,12 @@ bundle      one file                                                          de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import tvm
 
@@ -36,13 +37,15 @@ from tvmq.model import Model
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
+from tvmq.quantize.data import inferences
 from tvmq.quantize.partition import quantize_outputs, take_integers
 from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan
 from tvmq.quantize.realize import realize
+from tvmq.quantize.refine import Samples, products_of, reshaped, with_corrected_biases
 from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Observer, Precision, Recipe
+from tvmq.recipe import WITH_DATA, Observer, Precision, Recipe
 from tvmq.target import Target, load_target
 
 Array = npt.NDArray[Any]
@@ -141,7 +144,9 @@ def quantize(
     """
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
-    module = stages("layout", channels_last(model.module))
+    calibration = _again(calibration, recipe)
+    samples = _samples(model, calibration)
+    module = stages("layout", prepared(model, recipe, calibration))
     if wanted_precisions(recipe) == {Precision.FP32}:
         return Quantized(module, module, None, float_decisions(module, "the recipe asks for float"))
     table = None
@@ -150,8 +155,37 @@ def quantize(
         table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
     report("plan", 0)
     plan = make_plan(module, table, recipe, model.paths, rates)
+    products = products_of(module, plan, recipe, samples)
+    better = with_corrected_biases(module, plan, recipe, products, samples)
+    if better is not module:
+        module, plan = better, make_plan(better, table, recipe, model.paths, rates)
     report("annotate", 0)
-    return Quantized(module, stages("annotate", annotate(module, plan, recipe)), table, plan.decisions, plan.unused)
+    annotated = stages("annotate", annotate(module, plan, recipe, products))
+    return Quantized(module, annotated, table, plan.decisions, plan.unused)
+
+
+def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> tvm.IRModule:
+    """The float module that is calibrated and planned: channels-last, and rescaled as the recipe's algorithms ask."""
+    return reshaped(channels_last(model.module), recipe, _samples(model, calibration))
+
+
+def _again(
+    calibration: Iterable[Any] | CalibrationTable | None, recipe: Recipe
+) -> Iterable[Any] | CalibrationTable | None:
+    """Calibration data that can be read several times, where an algorithm needs that. Raises CalibrationError."""
+    wanted = [algorithm.value for algorithm in recipe.algorithms if algorithm in WITH_DATA]
+    if not wanted:
+        return calibration
+    if calibration is None or isinstance(calibration, CalibrationTable):
+        seen = "none" if calibration is None else "a finished table"
+        raise CalibrationError(f"calibration data for {wanted[0]}", expected="batches", seen=seen)
+    return calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
+
+
+def _samples(model: Model, calibration: Iterable[Any] | CalibrationTable | None) -> Samples:
+    """A function that begins calibration data anew."""
+    batches: Iterable[Any] = () if calibration is None or isinstance(calibration, CalibrationTable) else calibration
+    return lambda: inferences(batches, model.signature)
 
 
 def calibrate(
@@ -166,7 +200,9 @@ def calibrate(
 
     extremes: learns the range of each tensor in each inference, for `quantize.sufficiency.judge`.
     """
-    module = module if module is not None else channels_last(model.module)
+    if module is None:
+        calibration = _again(calibration, recipe)
+        module = prepared(model, recipe, calibration)
     if isinstance(calibration, CalibrationTable):
         known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
         unknown = sorted(set(calibration.tensors) - known)

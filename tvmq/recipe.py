@@ -77,6 +77,29 @@ class Aggregate(str, enum.Enum):
     MOVING_AVERAGE = "moving_average"
 
 
+class Algorithm(str, enum.Enum):
+    """What may be done so that quantization costs less accuracy."""
+
+    EQUALIZE = "equalize"
+    """Cross-layer equalization: like ranges for the channels of a tensor. No data."""
+    SMOOTH = "smooth"
+    """SmoothQuant: outlying channels of activations are moved into weights."""
+    CLIP_WEIGHTS = "clip_weights"
+    """Weight scales of least squared error."""
+    SQUANT = "squant"
+    """Rounding errors of a kernel and of a channel cancel. No data."""
+    GPTQ = "gptq"
+    """Rounding errors are made up for by the inputs that follow."""
+    BIAS_CORRECTION = "bias_correction"
+    """The mean error of each channel, measured, is taken off its bias."""
+    BIAS_CORRECTION_ANALYTIC = "bias_correction_analytic"
+    """The same, computed from the means of inputs."""
+
+
+# Those that look at calibration data before ranges are taken, or again afterwards.
+WITH_DATA = (Algorithm.SMOOTH, Algorithm.GPTQ, Algorithm.BIAS_CORRECTION, Algorithm.BIAS_CORRECTION_ANALYTIC)
+
+
 class PowerOfTwo(str, enum.Enum):
     """Which scales are rounded up to powers of two."""
 
@@ -121,7 +144,8 @@ class Recipe:
     fewer leave integers unused (7: half of the range). power_of_two: scales that are rounded up to one. per_channel: a
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
-    operator kinds that may become integer. integer_io: the bundle takes and returns int8, and the conversions are
+    operator kinds that may become integer. algorithms: what is done for accuracy; smoothing: SmoothQuant's alpha, the
+    share that goes by activations. integer_io: the bundle takes and returns int8, and the conversions are
     apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float.
     winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether
     products leave out weights that are zero. rules: exceptions.
@@ -140,6 +164,8 @@ class Recipe:
     per_channel: bool = True
     group_size: int | None = None
     kinds: tuple[str, ...] = KINDS
+    algorithms: tuple[Algorithm, ...] = ()
+    smoothing: float = 0.5
     integer_io: bool = False
     simulate: bool = False
     winograd: bool = True
@@ -153,6 +179,8 @@ class Recipe:
         object.__setattr__(self, "aggregate", _enum(Aggregate, "aggregate", self.aggregate))
         object.__setattr__(self, "power_of_two", _enum(PowerOfTwo, "power_of_two", self.power_of_two))
         self._spell_out_moving_average()
+        chosen = (_enum(Algorithm, "algorithms", item) for item in _items("algorithms", self.algorithms))
+        object.__setattr__(self, "algorithms", tuple(chosen))
         object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in _items("kinds", self.kinds)))
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in _items("rules", self.rules)))
         for name in ("symmetric", "per_channel", "integer_io", "simulate", "winograd"):
@@ -163,6 +191,7 @@ class Recipe:
             raise RecipeError("recipe: group_size", expected=expected, seen=repr(self.group_size))
         _between("percentile", self.percentile, 50.0, 100.0)
         _between("momentum", self.momentum, 0.0, 1.0)
+        _between("smoothing", self.smoothing, 0.0, 1.0)
         _between("fixed_range", self.fixed_range, 0.0, 1e37)
         for name in ("activation_bits", "weight_bits"):
             value = getattr(self, name)
@@ -216,6 +245,7 @@ class Recipe:
         for name in ("precision", "observer", "aggregate", "power_of_two", "sparse"):
             data[name] = getattr(self, name).value
         data["kinds"] = list(self.kinds)
+        data["algorithms"] = [algorithm.value for algorithm in self.algorithms]
         data["rules"] = [{"match": rule.match, "precision": rule.precision.value} for rule in self.rules]
         return data
 

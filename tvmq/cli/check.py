@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
 from tvmq.cli.command import Command, add_device
+from tvmq.cli.data import read_batches
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
 from tvmq.cli.progress import progress
+from tvmq.errors import CalibrationError, OutputError
 
 if TYPE_CHECKING:
     from tvmq.deploy.bundle import Bundle
     from tvmq.deploy.executor import OpTime
+    from tvmq.measure.sensitivity import AccuracyReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +62,41 @@ class Verify(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Explain(Command):
-    """Print one row an operator: its precision, its kernel, why it stayed float, and its time where it is profiled."""
+    """Print one row an operator: its precision, its kernel, why it stayed float, and its time where it is profiled.
+
+    With --accuracy MODEL and --data DATA, also what quantization costs each operator in SQNR, the worst first.
+    """
 
     name: ClassVar[str] = "explain"
-    examples: ClassVar[tuple[str, ...]] = ("tvmq explain model.tvmq", "tvmq explain model.tvmq --profile")
+    examples: ClassVar[tuple[str, ...]] = (
+        "tvmq explain model.tvmq",
+        "tvmq explain model.tvmq --profile",
+        "tvmq explain model.tvmq --accuracy model.pt2 --data data.npz --plot accuracy.png",
+    )
 
     bundle: str
     profile: bool = False
     device: str = "host"
     threads: int = 0
+    accuracy: str | None = None
+    data: str | None = None
+    samples: int = 32
+    plot: str | None = None
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
         parser.add_argument("bundle", metavar="BUNDLE", help="a .tvmq file")
+        parser.add_argument(
+            "--accuracy", metavar="MODEL", help="compare with this model, which the bundle was made of, op by op"
+        )
+        parser.add_argument(
+            "--data", metavar="DATA", help="for --accuracy: a .npz, a folder of .npy, or package.module:function"
+        )
+        parser.add_argument(
+            "--samples", type=int, default=32, metavar="N", help="for --accuracy: inferences (default 32)"
+        )
+        parser.add_argument("--plot", metavar="FILE.png", help="for --accuracy: also draw a chart")
         parser.add_argument("--profile", action="store_true", help="time each operator on the device")
         add_device(parser)
 
@@ -95,8 +119,45 @@ class Explain(Command):
             total = sum(time.ms for time in times)
             document["total_ms"] = total
             text.append(f"{total:.4f} ms in {len(times)} kernel calls, each timed alone")
+        if self.accuracy is not None:
+            found = self._accuracy(bundle, out)
+            document["accuracy"] = found.to_dict()
+            text += accuracy_text(found)
         out.result(document, *text)
         return 0
+
+    def _accuracy(self, bundle: Bundle, out: Output) -> AccuracyReport:
+        """Import the model again, quantize it as the bundle says, and compare. Raises InputError."""
+        assert self.accuracy is not None
+        if self.data is None:
+            raise CalibrationError("explain --accuracy", expected="--data DATA", seen="none")
+        batches = read_batches(self.data)
+        with progress(out.errors, "explain") as report:
+            report("loading TVM", 0)
+            import tvmq
+            from tvmq import pipeline
+            from tvmq.measure import chart, sensitivity
+            from tvmq.quantize.table import CalibrationTable
+            from tvmq.recipe import WITH_DATA, Recipe
+
+            if self.plot is not None and not chart.available():
+                raise OutputError(f"cannot write {self.plot}", seen=chart.NOT_INSTALLED)
+            report("import", 0)
+            model = tvmq.import_model(self.accuracy)
+            recipe = Recipe.from_dict(bundle.manifest["recipe"])
+            batches = list(batches)
+            calibration: Any = None
+            if set(recipe.algorithms) & set(WITH_DATA):
+                calibration = batches  # these algorithms need data, and a bundle has none
+            elif "calibration.json" in bundle.members:
+                calibration = CalibrationTable.from_json(bundle.members["calibration.json"].decode())
+            report("quantize", 0)
+            quantized = pipeline.quantize(model, recipe, calibration)
+            report("operators", 0)
+            found = sensitivity.analyze(model, quantized, batches, samples=self.samples)
+            if self.plot is not None:
+                sensitivity.draw(found, self.plot)
+            return found
 
     def _profile(self, bundle: Bundle, out: Output) -> list[OpTime]:
         with progress(out.errors, "explain") as report:
@@ -106,6 +167,14 @@ class Explain(Command):
             executor = tvmq.load(bundle, self.device, threads=self.threads)
             report("profiling", 0)
             return executor.profile()
+
+
+def accuracy_text(found: AccuracyReport) -> list[Any]:
+    """What `--accuracy` prints: the outputs' SQNR, and a row an operator, the worst first."""
+    from tvmq.measure.sensitivity import COLUMNS, cells
+
+    summary = f"outputs: {found.output_db:.1f} dB SQNR over {found.samples} samples"
+    return [summary, render.table(COLUMNS, map(cells, found.ops), right=(*COLUMNS[3:6], COLUMNS[8]))]
 
 
 def operator_rows(operators: list[dict[str, Any]], times: list[OpTime] | None) -> list[dict[str, Any]]:

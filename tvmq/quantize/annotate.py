@@ -12,7 +12,7 @@ the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -23,10 +23,10 @@ from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.graph.fusion import AddBias, Chain
-from tvmq.quantize import groups, numerics
+from tvmq.quantize import groups, numerics, rounding, weights
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.plan import Plan
-from tvmq.recipe import PowerOfTwo, Precision, Recipe
+from tvmq.recipe import Precision, Recipe
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
@@ -34,14 +34,20 @@ Pair = Callable[[ir.Rewrite, Any, Any], Any]
 CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 
 
-def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
-    """The module with a QDQ pair on each planned tensor and each planned constant weight."""
+def annotate(
+    module: tvm.IRModule, plan: Plan, recipe: Recipe, products: Mapping[str, Array] | None = None
+) -> tvm.IRModule:
+    """The module with a QDQ pair on each planned tensor and each planned constant weight.
+
+    products: by an anchor's name, what GPTQ wants to know of its inputs.
+    """
+    products = products or {}
     pairs: dict[Any, Any] = {}  # old variable -> its dequantized twin
     rows: dict[Any, Any] = {}  # tensor -> its twin whose rows were quantized and dequantized
     rounded: dict[Any, Any] = {}  # old variable -> its twin that went through bfloat16
     integer = _readers(plan, plan.integer, plan.qparams.keys())
     narrow = _readers(plan, plan.narrow, plan.stored)
-    weights = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
+    weighted = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
 
     def pair(state: ir.Rewrite, old: Any, new: Any) -> Any:
         if old not in pairs:
@@ -66,15 +72,17 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tvm.IRModule:
             new = ir.substitute(value, _twins(state, value, integer[old] - plan.produced, pair))
         elif old in narrow and ir.is_call(value):
             new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_bfloat16))
-        chain = weights.get(old)
+        chain = weighted.get(old)
         if chain is not None and chain.end in plan.integer:
-            weight = _chain_weight(new.args[1], chain, plan.qparams[chain.x].scale, recipe)
+            floor = weight_floor(chain, plan.qparams[chain.x].scale)
+            value_of, seen = ir.to_numpy(new.args[1]), products.get(str(old.name))
+            weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, recipe, seen)
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif old in plan.linear:
-            new = _linear(state, name, new, plan.linear[old], recipe, rows)
+            new = _linear(state, name, new, plan.linear[old], recipe, rows, products.get(str(old.name)))
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
         if old in plan.narrow and old in plan.stored:
@@ -104,18 +112,29 @@ def _twins(state: ir.Rewrite, value: Any, tensors: AbstractSet[Any], pair: Pair)
     return {operand: pair(state, old, operand) for operand, old in origins.items() if old in tensors}
 
 
-def _linear(state: ir.Rewrite, name: str, call: Any, precision: Precision, recipe: Recipe, rows: dict[Any, Any]) -> Any:
+def _linear(
+    state: ir.Rewrite,
+    name: str,
+    call: Any,
+    precision: Precision,
+    recipe: Recipe,
+    rows: dict[Any, Any],
+    products: Array | None,
+) -> Any:
     """The matmul `call` with dynamic or weight-only precision; `rows` keeps the twins of what it reads."""
     x, weight = call.args[0], ir.to_numpy(call.args[1])
     if precision is Precision.INT8_DYNAMIC:
-        twin = _weight(weight, 1, 0.0, recipe)
+        twin = _weight(weight, 1, 0.0, recipe, products)
         if x not in rows:
             rows[x] = _through_rows(state, x)
         x = rows[x]
     else:
         bits = 4 if precision is Precision.INT4_WEIGHT else 8
         scales = groups.group_scales(weight, bits, recipe.weight_group(precision) or weight.shape[0])
-        quantized = groups.quantize_groups(weight, scales, bits)
+        if products is not None:
+            quantized = rounding.gptq(weight, groups.each(scales, weight), products, *groups.RANGE[bits])
+        else:
+            quantized = groups.quantize_groups(weight, scales, bits)
         twin = ops.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
 
@@ -127,20 +146,15 @@ def _through_rows(state: ir.Rewrite, x: Any) -> Any:
     return state.emit(ops.dequantize_rows(*parts), f"{name}_dq")
 
 
-def _chain_weight(constant: Any, chain: Chain, x_scale: float, recipe: Recipe) -> Any:
-    """dequantize(int8 weight, scales, 0), with scales that the chain's bias can be expressed in."""
+def weight_floor(chain: Chain, x_scale: float) -> Array:
+    """What the scales of a chain's weight may not fall below, so that its bias can be expressed in them."""
     bias = chain.followers[0].value if chain.followers and isinstance(chain.followers[0], AddBias) else np.zeros(1)
-    floor = numerics.bias_floor(bias, x_scale)
-    return _weight(ir.to_numpy(constant), CHANNEL_AXIS[chain.kind], floor, recipe)
+    return numerics.bias_floor(bias, x_scale)
 
 
-def _weight(weight: Array, axis: int, floor: Array | float, recipe: Recipe) -> Any:
+def _weight(weight: Array, axis: int, floor: Array | float, recipe: Recipe, products: Array | None = None) -> Any:
     """dequantize(int8 weight, scales, 0), no scale below `floor`."""
-    power_of_two = recipe.power_of_two in (PowerOfTwo.WEIGHTS, PowerOfTwo.ALL)
-    scales = numerics.weight_scales(weight, axis, floor, bits=recipe.weight_bits, power_of_two=power_of_two)
-    if not recipe.per_channel:
-        scales = np.full_like(scales, scales.max())
-    quantized = numerics.quantize_weight(weight, scales, axis)
+    quantized, scales = weights.choose(weight, axis, recipe, floor=floor, products=products)
     zero_points = np.zeros(scales.shape, np.int8)
     return relax.op.dequantize(ir.constant(quantized), ir.constant(scales), ir.constant(zero_points), axis=axis)
 

@@ -44,3 +44,8 @@ def dequantize_groups(q: Array, scales: Array) -> Array:
     """`float32(q) * s`, float32 [K, N]."""
     grouped = q.reshape(scales.shape[0], -1, q.shape[1]).astype(F32)
     return np.asarray(grouped * widened(scales)[:, None], F32).reshape(q.shape)
+
+
+def each(scales: Array, weight: Array) -> Array:
+    """The scale of each element of `weight` [K, N], float32, from those of groups."""
+    return np.asarray(np.repeat(widened(scales), weight.shape[0] // scales.shape[0], axis=0))

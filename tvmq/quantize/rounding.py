@@ -1,0 +1,77 @@
+"""How a weight becomes integers once its scales are known, better than by rounding each element alone: in NumPy.
+
+squant  data-free, a closed form of what AdaRound learns: errors of a kernel and of a channel cancel
+gptq    with the products of a layer's inputs: each input's error is made up for by those that follow
+clipped_scales  scales of least squared error, which may cut a weight's largest elements
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def squant(units: Array, low: int, high: int) -> Array:
+    """int8 [O, I, taps] of a weight in units of its scales, float [O, I, taps].
+
+    Elements are rounded, then as few as needed are rounded the other way, those that cost least, so that the sum of the
+    errors of each kernel (and then of each output channel) is at most a half: C. Guo et al., "SQuant: On-the-Fly
+    Data-Free Quantization via Diagonal Hessian Approximation", ICLR 2022, algorithm 1.
+    """
+    rounded = np.clip(np.rint(units), low, high)
+    rounded = _flipped(rounded, units, low, high)
+    whole = units.reshape(units.shape[0], 1, -1)
+    return np.asarray(_flipped(rounded.reshape(whole.shape), whole, low, high).reshape(units.shape), np.int8)
+
+
+def _flipped(rounded: Array, units: Array, low: int, high: int) -> Array:
+    """`rounded` with elements moved by one, so that errors along the last axis sum to a half at most."""
+    errors = rounded - units
+    total = errors.sum(axis=-1, keepdims=True)
+    direction = np.sign(total)
+    # Only elements that were rounded in the direction of the sum, and so change sign by less than one when moved back.
+    movable = (errors * direction > 0) & (rounded - direction >= low) & (rounded - direction <= high)
+    cost = np.where(movable, -errors * direction, np.inf)
+    rank = cost.argsort(axis=-1, kind="stable").argsort(axis=-1)
+    chosen = movable & (rank < np.rint(np.abs(total)))
+    return np.asarray(np.where(chosen, rounded - direction, rounded))
+
+
+def gptq(weight: Array, scales: Array, products: Array, low: int, high: int, damping: float = 0.01) -> Array:
+    """int8 [K, N] of a weight [K, N] with `scales` (of that shape, or one that broadcasts to it).
+
+    products: the sum of x^T x over inputs x of the layer, [K, K]. Inputs are rounded from the largest on; what each
+    leaves is made up for by those that follow, as the inverse of `products` says: E. Frantar et al., "GPTQ: Accurate
+    Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023, algorithm 1.
+    """
+    size = weight.shape[0]
+    order = np.argsort(-np.diag(products), kind="stable")
+    hessian = products[np.ix_(order, order)].astype(np.float64)
+    dead = np.diag(hessian) <= 0
+    hessian[dead, dead] = 1.0
+    hessian[np.diag_indices(size)] += damping * float(np.diag(hessian).mean())
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    remaining = weight[order].astype(np.float64)
+    steps = np.broadcast_to(scales, weight.shape)[order].astype(np.float64)
+    result = np.empty(weight.shape, np.int8)
+    for k in range(size):
+        q = np.clip(np.rint(remaining[k] / steps[k]), low, high)
+        error = (remaining[k] - q * steps[k]) / upper[k, k]
+        remaining[k + 1 :] -= np.outer(upper[k, k + 1 :], error)
+        result[order[k]] = q
+    return result
+
+
+def clipped_scales(weight: Array, scales: Array, low: int, high: int, least: float = 0.5) -> Array:
+    """`scales` [N] of a weight [K, N], each shrunk to the share in [least, 1] of least squared error."""
+    best, found = np.full(scales.shape, np.inf), scales.astype(np.float64)
+    for share in np.linspace(1.0, least, 26):
+        tried = scales.astype(np.float64) * share
+        error = np.square(np.clip(np.rint(weight / tried), low, high) * tried - weight).sum(axis=0)
+        found = np.where(error < best, tried, found)
+        best = np.minimum(error, best)
+    return np.asarray(found, np.float32)
