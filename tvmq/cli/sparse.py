@@ -59,6 +59,7 @@ class Sparse(Command):
         "tvmq sparse what-if model.pt2 --precision int8 --densities 0.3 0.1 --blocks 16x4",
         "tvmq sparse what-if model.pt2 --measure",
         "tvmq sparse prune model.pt2 --density 0.2 --block 16x1 -o pruned.tvmq",
+        "tvmq sparse prune model.pt2 --method channels --density 0.5 -o smaller.tvmq",
         "tvmq sparse prune model.pt2 --method n:m --n-of-m 2:4 --update --calibrate data.npz -o pruned.tvmq",
     )
 
@@ -102,7 +103,7 @@ class Sparse(Command):
         parser.add_argument("--plot", metavar="FILE.png", help="what-if: draw the estimates (needs matplotlib)")
         add_device(parser)
         parser.add_argument(
-            "--method", default="layer", metavar="M", help="prune: layer (default), global, threshold, n:m"
+            "--method", default="layer", metavar="M", help="prune: layer (default), global, threshold, n:m, channels"
         )
         parser.add_argument(
             "--density", type=float, default=0.2, metavar="D", help="prune: kept fraction (default 0.2)"

@@ -20,10 +20,11 @@ import tvm
 
 from tvmq import interpret, ir
 from tvmq.errors import CalibrationError, InputError, nearest
-from tvmq.graph.layout import to_nhwc
+from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.importer.canonical import fold_constants
 from tvmq.model import Model
 from tvmq.quantize.data import inferences
-from tvmq.sparse import masks, obs
+from tvmq.sparse import channels, masks, obs
 from tvmq.sparse.layers import Layer, layers, with_matrices
 from tvmq.sparse.masks import SINGLE, Block, Mask
 
@@ -41,6 +42,8 @@ class Method(str, enum.Enum):
     """Weights of at least `alpha` times the largest one of their layer."""
     N_OF_M = "n:m"
     """The N largest of every M inputs of an output channel."""
+    CHANNELS = "channels"
+    """The strongest output channels: the others are removed for real (see `channels`)."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ class Pruning:
             raise InputError("pruning method", expected=f"one of {', '.join(words)}", seen=repr(self.method), hint=hint)
         object.__setattr__(self, "method", Method(self.method))
         masks.check_density(self.density)
-        if self.method in (Method.THRESHOLD, Method.N_OF_M) and self.block != SINGLE:
+        if self.method in (Method.THRESHOLD, Method.N_OF_M, Method.CHANNELS) and self.block != SINGLE:
             raise InputError("block", expected=f"1x1 with {self.method.value}", seen=self.block)
+        if self.method is Method.CHANNELS and self.update:
+            raise InputError("update", expected="a method that masks weights", seen=self.method.value)
 
     def takes(self, layer: Layer) -> bool:
         """Whether `layer` is pruned."""
@@ -78,21 +83,17 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The model, and for each layer that was pruned its path and the density that it has now."""
+    """The model; the density that each pruned layer has now, by path; the kept fraction of their weights together."""
 
     model: Model
     densities: Mapping[str, float]
-
-    @property
-    def density(self) -> float:
-        """The kept fraction of all weights of pruned layers."""
-        kept = {layer.path: layer.matrix for layer in layers(self.model.module, self.model.paths)}
-        sizes = {path: kept[path].size for path in self.densities}
-        return sum(self.densities[path] * size for path, size in sizes.items()) / max(sum(sizes.values()), 1)
+    density: float
 
 
 def prune(model: Model, pruning: Pruning, calibration: Iterable[Any] | None = None) -> Pruned:
     """`model` with weights pruned. calibration: batches, for `update`. Raises InputError, CalibrationError."""
+    if pruning.method is Method.CHANNELS:
+        return _without_channels(model, pruning)
     # Channels last, so that a convolution's inputs are read as its matrix is.
     module = to_nhwc(model.module)
     chosen = [layer for layer in layers(module, model.paths) if pruning.takes(layer)]
@@ -109,7 +110,22 @@ def prune(model: Model, pruning: Pruning, calibration: Iterable[Any] | None = No
         new = [obs.update(*three) for three in zip(matrices, kept, inverses, strict=True)]
     named = {layer.name: matrix for layer, matrix in zip(chosen, new, strict=True)}
     densities = {layer.path: float(mask.mean()) for layer, mask in zip(chosen, kept, strict=True)}
-    return Pruned(dataclasses.replace(model, module=with_matrices(module, named)), densities)
+    share = sum(int(mask.sum()) for mask in kept) / max(sum(mask.size for mask in kept), 1)
+    return Pruned(dataclasses.replace(model, module=with_matrices(module, named)), densities, share)
+
+
+def _without_channels(model: Model, pruning: Pruning) -> Pruned:
+    module = fold_constants(drop_transposes(to_nhwc(model.module)))
+    found = {layer.name: layer for layer in layers(module, model.paths)}
+    for layer in found.values():
+        masks.check_finite(layer.matrix, layer.path)
+    smaller, densities = channels.remove(
+        module, pruning.density, lambda name: name not in found or pruning.takes(found[name])
+    )
+    left = sum(layer.matrix.size for layer in layers(smaller, model.paths))
+    share = left / max(sum(layer.matrix.size for layer in found.values()), 1)
+    by_path = {model.paths.get(name, name): density for name, density in densities.items()}
+    return Pruned(dataclasses.replace(model, module=smaller), by_path, share)
 
 
 def _masks(scores: Sequence[Array], pruning: Pruning) -> list[Mask]:
