@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvmq import ir, ops
+from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.errors import ModelError
 from tvmq.kernels.lower import lower
 from tvmq.kernels.micro import bf16_micro, float_micro, int8_micro
@@ -95,6 +97,22 @@ def test_floats_are_the_oracle(name: str, dtype: str) -> None:
     check(cases(dtype), runnable(name), sparse=Sparse.FORCE)
 
 
+# Widening products, sdot, and bfdot: all kinds of words.
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("name", "cpu"), [("raspberry-pi-4b", "cortex-a72"), ("raspberry-pi-5", "cortex-a76"), ("graviton3", "max")]
+)
+def test_aarch64_kernels_are_the_oracle(board_root: Path, name: str, cpu: str) -> None:
+    found = [
+        a_matmul(dtype, 13, 33, 48, (4, 4), density)
+        for dtype in ("int8", "float32", "bfloat16")
+        for density in (0.0, 0.3)
+    ]
+    found += [a_conv(dtype, (1, 7, 9, 8), 17, (3, 3), 0.3, padding=(1, 1, 1, 1)) for dtype in ("int8", "float32")]
+    with EmulatedBoard(board_root).start(cpu=cpu) as board:
+        check(found, target_of(name), board, sparse=Sparse.FORCE)
+
+
 def test_every_kernel_is_sparse_where_it_is_forced() -> None:
     titles = lowered_titles(cases("float32"), target_of("host"), Sparse.FORCE)
     assert all("sparse" in title for title in titles if "pad" not in title)
@@ -120,7 +138,7 @@ def test_epilogues_are_those_of_dense_kernels() -> None:
     check(found, runnable("avx512-vnni"), sparse=Sparse.FORCE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     rows=st.integers(1, 40),
     depth=st.integers(1, 70),
@@ -133,7 +151,7 @@ def test_any_matmul(rows: int, depth: int, channels: int, block: tuple[int, int]
     check([a_matmul(dtype, rows, depth, channels, block, density)], target_of("host"), sparse=Sparse.FORCE)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     image=st.tuples(st.integers(1, 2), st.integers(3, 9), st.integers(3, 9), st.integers(1, 20)),
     channels=st.integers(1, 40),
