@@ -29,6 +29,7 @@ from tvmq.errors import CalibrationError
 from tvmq.files import atomic_write_text, require_folder
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.canonical import fold_constants
+from tvmq.importer.quantized import is_quantized
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.rates import rates_of
@@ -39,7 +40,7 @@ from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
 from tvmq.quantize.data import inferences
 from tvmq.quantize.partition import quantize_outputs, take_integers
-from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan
+from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan, source_decisions
 from tvmq.quantize.realize import realize
 from tvmq.quantize.refine import Samples, products_of, reshaped, with_corrected_biases
 from tvmq.quantize.simulate import simulated
@@ -144,6 +145,9 @@ def quantize(
     """
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
+    if is_quantized(model.module):
+        module = stages("layout", channels_last(model.module))
+        return Quantized(module, module, None, source_decisions(module))
     calibration = _again(calibration, recipe)
     samples = _samples(model, calibration)
     module = stages("layout", prepared(model, recipe, calibration))

@@ -23,6 +23,8 @@ from tvmq import ir
 TO_NHWC = (0, 2, 3, 1)
 TO_NCHW = (0, 3, 1, 2)
 UNARY = (
+    "quantize",
+    "dequantize",
     "nn.relu",
     "clip",
     "nn.gelu",
@@ -63,8 +65,15 @@ class _Layout:
     def twin(self, state: ir.Rewrite, x: Any) -> Any:
         """`x` in channels-last order, transposing it where it is not."""
         if x not in self.last:
-            self.last[x] = state.emit(relax.op.permute_dims(x, TO_NHWC), f"{getattr(x, 'name', 'constant')}_nhwc")
+            self.last[x] = state.emit(self._transposed(state, x), f"{getattr(x, 'name', 'constant')}_nhwc")
         return self.last[x]
+
+    def _transposed(self, state: ir.Rewrite, x: Any) -> Any:
+        """A transpose of `x`, before its quantize and dequantize where it has a pair of a whole tensor."""
+        call = state.value(x)
+        if ir.is_call(call, "quantize", "dequantize") and not ir.shape_of(call.args[1]):
+            return relax.Call(call.op, [self.twin(state, call.args[0]), *call.args[1:]], call.attrs)
+        return relax.op.permute_dims(x, TO_NHWC)
 
     def has_twin(self, x: Any) -> bool:
         return isinstance(x, relax.Var) and x in self.last
@@ -73,11 +82,18 @@ class _Layout:
 def _conv2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     a = call.attrs
     x, weight = call.args
-    if str(a.data_layout) != "NCHW" or str(a.kernel_layout) != "OIHW" or not ir.is_constant(weight):
+    if str(a.data_layout) != "NCHW" or str(a.kernel_layout) != "OIHW":
+        return None
+    dequantized = state.value(weight)
+    if not ir.is_constant(weight) and not (
+        ir.is_call(dequantized, "dequantize") and all(ir.is_constant(arg) for arg in dequantized.args)
+    ):
         return None
     if not ir.is_static(call) or not ir.is_static(x):
         return None
-    kernel = ir.constant(ir.to_numpy(weight).transpose(0, 2, 3, 1))
+    kernel = relax.op.permute_dims(weight, TO_NHWC)
+    if ir.is_constant(weight):
+        kernel = ir.constant(ir.to_numpy(weight).transpose(TO_NHWC))
     return relax.op.nn.conv2d(
         layout.twin(state, x), kernel, a.strides, a.padding, a.dilation, a.groups, "NHWC", "OHWI", "NHWC", a.out_dtype
     )

@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 
 from tvmq import interpret, ir
+from tvmq.importer import quantized
 
 Array = npt.NDArray[Any]
 _TRANSPARENT = ("dropout", "nn.dropout", "stop_lift_params")
@@ -19,7 +20,8 @@ _CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 
 def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
     """The stages of this file, in order."""
-    for stage in (drop_no_ops, fold_constants, commute_constants, fold_batch_norm, fold_constants, commute_constants):
+    stages = (drop_no_ops, fold_constants, quantized.signed, commute_constants, fold_batch_norm, fold_constants)
+    for stage in (*stages, commute_constants):
         module = stage(module)
     return module
 
@@ -60,10 +62,19 @@ def _keeps_order(call: Any) -> bool:
 
 
 def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
-    """Calls whose every operand is a constant become constants; random and shape-valued ones stay."""
+    """Calls whose every operand is a constant become constants; random and shape-valued ones stay.
 
-    def visit(_state: ir.Rewrite, _name: str, value: Any) -> Any:
-        if not ir.is_call(value) or any(True for _ in ir.operands(value)):
+    So do weights that are dequantized, which tells that they are quantized; a transpose of one goes into the constant.
+    """
+
+    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
+        if ir.is_call(value, "permute_dims") and quantized.is_weight(inner := state.value(value.args[0])):
+            ndim = len(ir.shape_of(inner))
+            axes = value.attrs.axes
+            return quantized.transposed(
+                inner, list(range(ndim))[::-1] if axes is None else [int(a) % ndim for a in axes]
+            )
+        if not ir.is_call(value) or quantized.is_weight(value) or any(True for _ in ir.operands(value)):
             return None
         if not value.args or not isinstance(value.ty, relax.TensorType) or not ir.is_static(value):
             return None

@@ -18,6 +18,7 @@ from torch import fx
 from tvmq import interpret
 from tvmq.errors import ImportMismatchError
 from tvmq.importer import program as programs
+from tvmq.importer import quantized
 from tvmq.importer.torch_export import WAYS_OUT, Translation, where_is
 from tvmq.model import Array, Signature
 
@@ -26,6 +27,10 @@ from tvmq.model import Array, Signature
 FLOOR = 1e-3
 # Two correct sums in another order differ by some units in the last place: more than the tolerance, in half precision.
 HALF_UNITS = 8
+# Rounding noise before a quantize may move a value to the next step, and then whatever is computed from it: 8-bit
+# integers may differ by some steps, and the floats of a quantized model by as much.
+STEPS = 4
+QUANTIZED_TOLERANCE = 0.05
 
 
 def deviation(value: Array, reference: Array) -> float:
@@ -57,6 +62,7 @@ def compare(translation: Translation, example: Sequence[Array], tolerance: float
     place. Raises ImportMismatchError for the first that does not, with its operator, layer path and variable, and
     ModelError where TVM cannot compile an operator.
     """
+    steps = STEPS if quantized.is_quantized(translation.module) else 0
     references = programs.run_nodes(translation.program, example, lambda node: node.name in translation.variables)
     node_of: dict[str, fx.Node] = {}
     for node in translation.program.graph.nodes:
@@ -66,7 +72,7 @@ def compare(translation: Translation, example: Sequence[Array], tolerance: float
     def watch(variable: str, value: Array) -> None:
         if variable in node_of:
             node = node_of[variable]
-            found = _Found(value, references.pop(node.name), tolerance)
+            found = _Found(value, references.pop(node.name), tolerance, steps)
             if found.differs:
                 raise ImportMismatchError(
                     f"{where_is(_origin(node))} (variable {variable}) computes something else than PyTorch",
@@ -85,8 +91,9 @@ def compare_outputs(
 
     After `compare` has passed, what differs here was rewritten wrongly: before the translation, or by constant folding.
     """
+    steps = STEPS if quantized.is_quantized(module) else 0
     for spec, value, expected in zip(signature.outputs, interpret.run(module, example), reference, strict=True):
-        found = _Found(value, expected, tolerance)
+        found = _Found(value, expected, tolerance, steps)
         if found.differs:
             hint = (
                 "no operator differs by itself, so this is a fault of tvmq; tolerance=... accepts more, check=False all"
@@ -96,16 +103,35 @@ def compare_outputs(
             )
 
 
+def compare_runtimes(
+    translation: Translation, values: Sequence[Array], reference: Sequence[Array], runtime: str, tolerance: float
+) -> None:
+    """Compare what PyTorch makes of a model of another framework with `runtime`. Raises ImportMismatchError."""
+    steps = STEPS if quantized.is_quantized(translation.module) else 0
+    names = programs.output_names(translation.program)
+    for name, value, expected in zip(names, values, reference, strict=True):
+        found = _Found(value, np.asarray(expected), tolerance, steps)
+        if found.differs:
+            seen = found.seen.replace("PyTorch", runtime)
+            hint = "tolerance=... accepts more, check=False all"
+            raise ImportMismatchError(
+                f"output {name!r} is not that of {runtime}", expected=found.expected, seen=seen, hint=hint
+            )
+
+
 @dataclass(frozen=True)
 class _Found:
-    """A tensor, what it should be, and how to say so."""
+    """A tensor, what it should be, and how to say so. `steps`: by how many steps a quantized tensor may differ."""
 
     value: Array
     reference: Array
     tolerance: float
+    steps: int = 0
 
     @property
     def allowed(self) -> float:
+        if self.steps and self.reference.dtype.kind in "fiu":
+            return max(self.tolerance, self.steps if self.reference.dtype.itemsize == 1 else QUANTIZED_TOLERANCE)
         units = HALF_UNITS * float(np.finfo(np.float16).eps) if self.reference.dtype == np.float16 else 0.0
         return max(self.tolerance, units)
 

@@ -21,7 +21,7 @@ from torch import fx
 from tvm import relax
 
 from tvmq import ir
-from tvmq.importer import convert_pooling, convert_resampling
+from tvmq.importer import convert_pooling, convert_quantized, convert_resampling
 from tvmq.importer.arguments import arguments
 
 Converter = Callable[[fx.Node, Any], Any]
@@ -53,6 +53,7 @@ def table() -> dict[str, Converter]:
         "addmm.default": _addmm,
         "linear.default": _linear,
         **convert_pooling.table(),
+        **convert_quantized.table(),
         **convert_resampling.table(),
     }
 

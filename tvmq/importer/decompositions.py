@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvmq.importer import decompose_indexing, decompose_layers, decompose_reductions
+from tvmq.importer import convert_quantized, decompose_indexing, decompose_layers, decompose_reductions
 
 aten = torch.ops.aten
 
@@ -279,4 +279,5 @@ OURS: dict[Any, Callable[..., Any]] = {
     **decompose_indexing.table(),
     **decompose_layers.table(),
     **decompose_reductions.table(),
+    **convert_quantized.decompositions(),
 }

@@ -25,7 +25,8 @@ def import_model(
 ) -> Model:
     """A PyTorch model as canonical Relax, compared with PyTorch on the example inputs.
 
-    `source`: a torch.nn.Module, a torch.export.ExportedProgram, a path to a `.pt2` file that torch.export.save wrote,
+    `source`: a torch.nn.Module, a torch.export.ExportedProgram, a path to a `.pt2` file that torch.export.save wrote
+    or to an `.onnx` file (which also runs in ONNX Runtime, or in ONNX's reference, to compare with),
     or "package.module:function" (imported with the working directory on the path), a function that returns
     (module, example_inputs). `example_inputs`: a tensor or array, a tuple of them, or a dict by name; a module needs
     them, an exported program brings its own unless they are given. `check`: compare every tensor with PyTorch's, within
@@ -42,6 +43,8 @@ def import_model(
     reference = programs.run(found.program, example)
     signature = Signature(inputs.inputs, programs.outputs(found.program, reference))
     translation = torch_export.translate(found.program, converters)
+    if check and found.reference is not None:
+        checks.compare_runtimes(translation, reference, *found.reference(), tolerance)
     if check:
         checks.compare(translation, example, tolerance)
     module = canonicalize(translation.module)

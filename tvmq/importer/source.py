@@ -1,13 +1,14 @@
-"""What a user may name as a model: a module, an exported program, a `.pt2` file, or "package.module:function"."""
+"""What a user may name as a model: a module, an exported program, a file, or "package.module:function"."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,22 @@ from tvmq.errors import ModelError, nearest
 from tvmq.importer import program as programs
 from tvmq.importer import pt2, torch_export
 
-_KINDS = "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 file, or 'package.module:function'"
+_KINDS = (
+    "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 or .onnx file, or 'package.module:function'"
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A program with static shapes, the name it goes by, and its inputs, flat and in the program's order."""
+    """A program with static shapes, the name it goes by, and its inputs, flat and in the program's order.
+
+    `reference` tells what another runtime computes on the example inputs, and its name; None without one.
+    """
 
     program: ExportedProgram
     name: str
     example: tuple[torch.Tensor, ...]
+    reference: Callable[[], tuple[list[Any], str]] | None = None
 
 
 def read(source: object, example_inputs: object = None, name: str | None = None) -> Source:
@@ -41,9 +48,11 @@ def read(source: object, example_inputs: object = None, name: str | None = None)
         return _from_program(source, example_inputs, name or "model")
     if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
         path = Path(source)
+        if path.suffix == ".onnx":
+            return _from_onnx(path, example_inputs, name or path.stem)
         if path.suffix != ".pt2":
             raise ModelError(
-                f"{path}", expected="a .pt2 file or 'package.module:function'", seen=path.suffix or "no suffix"
+                f"{path}", expected="a .pt2 or .onnx file or 'package.module:function'", seen=path.suffix or "no suffix"
             )
         return _from_program(pt2.load(path), example_inputs, name or path.stem)
     if isinstance(source, str):
@@ -53,7 +62,7 @@ def read(source: object, example_inputs: object = None, name: str | None = None)
 
 
 def _is_path(text: str) -> bool:
-    return ":" not in text or text.endswith(".pt2") or Path(text).exists()
+    return ":" not in text or text.endswith((".pt2", ".onnx")) or Path(text).exists()
 
 
 def _from_module(module: torch.nn.Module, example_inputs: object, name: str | None) -> Source:
@@ -75,6 +84,19 @@ def _from_program(program: ExportedProgram, example_inputs: object, name: str) -
     if kwargs and set(kwargs) != set(names):
         raise ModelError(f"example inputs of {name}", expected=names, seen=sorted(kwargs))
     return Source(program, name, args or tuple(kwargs[key] for key in names))
+
+
+def _from_onnx(path: Path, example_inputs: object, name: str) -> Source:
+    try:
+        from tvmq.importer import onnx_source
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "google", "google.protobuf"):
+            raise
+        hint = "pip install 'tvmq[onnx]'"
+        raise ModelError(f"{path}", expected="the package onnx to read it", seen="none installed", hint=hint) from error
+    args, kwargs = _arguments(() if example_inputs is None else example_inputs)
+    program, example, reference = onnx_source.read(path, args, kwargs)
+    return dataclasses.replace(_from_program(program, example, name), reference=reference)
 
 
 def _arguments(example_inputs: object) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:

@@ -260,6 +260,7 @@ def _layer_paths(program: ExportedProgram) -> dict[str, str]:
         layer, operator = layer_path(source), source.target.__name__.split(".")[0].lstrip("_")
         leaf = _layer_class(source)
         whole = leaf.startswith("torch.nn.modules.") and not leaf.endswith(("Sequential", "ModuleList"))
+        whole = whole or leaf.endswith("onnx_model.Layer")
         paths[node.name] = layer if layer and whole else f"{layer}.{operator}".lstrip(".")
     return paths
 

@@ -258,6 +258,24 @@ def _name(var: Any) -> str:
     return repr(str(var.name))
 
 
+def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
+    """The decisions for a module that its source quantized: what reads or makes quantized tensors only is integer."""
+    chains = {chain.end: chain for chain in find_chains(module)}
+    inside = {member for chain in chains.values() for member in chain.members[:-1]}
+    values = dict(ir.bindings(module))
+    found = []
+    for var, call in ir.calls(module):
+        if var in inside or ir.is_call(call, "quantize", "dequantize"):
+            continue
+        chain = chains.get(var)
+        tensors = chain.activations if chain else list(ir.operands(call))
+        integer = bool(tensors) and all(ir.is_call(values.get(tensor), "dequantize") for tensor in tensors)
+        precision = Precision.INT8 if integer else Precision.FP32
+        reason = "quantized by its source" if integer else "its source reads floats here"
+        found.append(Decision(str(var.name), chain.kind if chain else ir.op_name(call), precision, reason))
+    return tuple(found)
+
+
 def float_decisions(module: tvm.IRModule, reason: str) -> tuple[Decision, ...]:
     """The decisions for a module that stays float: one an operator that becomes a kernel."""
     chains = find_chains(module)

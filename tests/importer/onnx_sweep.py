@@ -1,0 +1,157 @@
+"""The node tests of the `onnx` package, imported without the import check: right, refused, or silently wrong?
+
+    python tests/importer/onnx_sweep.py [--torch] [--details] [name ...]
+
+Prints the counts by group (the operator under test). `--torch` stops at the PyTorch program that an ONNX graph becomes,
+which takes a tenth of the time; otherwise it is imported, and computed with TVM. Models of other operator sets, and
+those that take or return sequences, optionals, strings or bfloat16 are left out; so are `..._expanded` tests, which repeat others
+with their operator written out, and those of training. Where an operator needs a value at import (axes, shapes), all inputs but the first are made weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx.backend.test.case.node import collect_testcases
+
+from tvmq import interpret
+from tvmq.errors import InputError
+from tvmq.importer import onnx_model
+from tvmq.importer.check import deviation
+from tvmq.importer.load import import_model
+from tvmq.importer.onnx_file import OLDEST_OPSET
+from tvmq.importer.onnx_inputs import DTYPES
+
+PASSES, REFUSED, WRONG, CRASHED = "passes", "refused", "wrong", "crashed"
+TOLERANCE = 1e-3
+RANDOM = ("Bernoulli", "RandomUniformLike", "RandomNormalLike", "Multinomial")
+
+
+def cases() -> Iterator[Any]:
+    """The tests that are tried."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = collect_testcases(None)
+    return (case for case in found if _is_tried(case))
+
+
+def _is_tried(case: Any) -> bool:
+    if "_expanded" in case.name or "training" in case.name or group(case) in RANDOM:
+        return False
+    versions = {item.domain: item.version for item in case.model.opset_import}
+    if any(domain not in ("", "ai.onnx") for domain in versions) or versions.get("", 99) < OLDEST_OPSET:
+        return False
+    if any(isinstance(x, list) or np.asarray(x).dtype.kind not in "biuf" for xs in case.data_sets[0] for x in xs):
+        return False
+    values = [*case.model.graph.input, *case.model.graph.output]
+    plain = all(value.type.HasField("tensor_type") for value in values)
+    return plain and all(
+        value.type.tensor_type.elem_type in DTYPES.keys() - {onnx.TensorProto.BFLOAT16} for value in values
+    )
+
+
+def group(case: Any) -> str:
+    """The operator that a case tests."""
+    return str(case.model.graph.node[-1].op_type)
+
+
+def judge(case: Any, torch_only: bool = False) -> tuple[str, str]:
+    """(verdict, detail) of a case."""
+    inputs, outputs = case.data_sets[0]
+    example = {
+        item.name: torch.from_numpy(np.array(x)) for item, x in zip(case.model.graph.input, inputs, strict=False)
+    }
+    compute = _by_torch if torch_only else _by_tvm
+    try:
+        try:
+            found = compute(case.model, example)
+        except InputError as error:
+            if "depends on the model's inputs" not in str(error):
+                raise
+            found = compute(*_with_constants(case.model, example))
+    except InputError as error:
+        return REFUSED, str(error)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        return CRASHED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1][:300]}"
+    for value, expected in zip(found, outputs, strict=False):
+        reference = np.asarray(expected)
+        if (value.shape, value.dtype) != (reference.shape, reference.dtype):
+            return WRONG, f"{value.dtype}{value.shape}, not {reference.dtype}{reference.shape}"
+        if not deviation(value, reference) <= _allowed(case, reference):
+            return WRONG, f"deviates by {deviation(value, reference):.3g}"
+    return PASSES, ""
+
+
+def _with_constants(model: onnx.ModelProto, example: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """All inputs but the first as weights: shapes, axes and the like, which tests pass in and models know."""
+    bound = onnx.ModelProto()
+    bound.CopyFrom(model)
+    first, *others = list(example) if len(example) > 1 else [None, *example]
+    bound.graph.initializer.extend(onnx.numpy_helper.from_array(example[name].numpy(), name) for name in others)
+    return bound, {first: example[first]} if first else {}
+
+
+def _allowed(case: Any, reference: Any) -> float:
+    """A step for what is quantized; float16 has three digits."""
+    if "quant" in case.name or "qlinear" in case.name:
+        return 1.0 if reference.dtype.kind in "iu" else TOLERANCE
+    return 5e-3 if reference.dtype == np.float16 else TOLERANCE
+
+
+def _by_torch(model: onnx.ModelProto, example: dict[str, torch.Tensor]) -> list[Any]:
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    module = onnx_model.build(copied, example)
+    with torch.no_grad():
+        return [value.numpy() for value in module(**example).values()]
+
+
+def _by_tvm(model: onnx.ModelProto, example: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, str(path))
+        imported = import_model(path, example, check=False)
+    return interpret.run(imported.module, imported.example)
+
+
+def main() -> int:
+    """Print the counts by group."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of names of tests; default: all")
+    parser.add_argument("--torch", action="store_true", help="stop at the PyTorch program")
+    parser.add_argument("--details", action="store_true", help="a line for each test that does not pass")
+    options = parser.parse_args()
+    counts: dict[str, Counter[str]] = {}
+    for case in cases():
+        if options.names and not any(name in case.name for name in options.names):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result, detail = judge(case, options.torch)
+        counts.setdefault(group(case), Counter())[result] += 1
+        if options.details and result != PASSES:
+            print(f"{result:8} {case.name}: {detail}", flush=True)
+    for operator, found in sorted(counts.items()):
+        print(
+            f"{operator:28} " + ", ".join(f"{found[result]} {result}" for result in (PASSES, REFUSED, WRONG, CRASHED))
+        )
+    total = sum(counts.values(), Counter())
+    print(
+        f"{total.total()} tests: "
+        + ", ".join(f"{total[result]} {result}" for result in (PASSES, REFUSED, WRONG, CRASHED))
+    )
+    return int(bool(total[WRONG] or total[CRASHED]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What the source model quantized, in the form that `quantize.realize` reads: int8, weights as dequantized constants.
+
+dequantize(quantize(x, s, z: uint8), s, z)  ->  dequantize(quantize(x, s, z - 128: int8), s, z - 128)
+permute_dims(dequantize(w: constant, s, z)) ->  dequantize(w', s, z), w' the transposed constant
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvmq import ir
+
+_SHIFT = 128
+
+
+def is_quantized(module: tvm.IRModule) -> bool:
+    """Whether a module holds quantize or dequantize operators."""
+    return any(ir.is_call(call, "quantize", "dequantize") for _, call in ir.calls(module))
+
+
+def signed(module: tvm.IRModule) -> tvm.IRModule:
+    """uint8 tensors that are only dequantized become int8: the values that they stand for stay."""
+    readers, values = ir.users(module), dict(ir.bindings(module))
+    shifted: set[Any] = set()
+
+    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
+        old = state.current
+        if ir.is_call(value, "quantize") and str(value.attrs.out_dtype) == "uint8":
+            if not all(reader is not None and ir.is_call(values[reader], "dequantize") for reader in readers[old]):
+                return None
+            shifted.add(old)
+            x, scale, zero = value.args
+            return relax.op.quantize(x, scale, _shifted(zero), axis=value.attrs.axis, out_dtype="int8")
+        if ir.is_call(value, "dequantize") and values[old].args[0] in shifted:
+            q, scale, zero = value.args
+            return relax.op.dequantize(q, scale, _shifted(zero), axis=value.attrs.axis)
+        return None
+
+    return ir.rewrite(module, visit)
+
+
+def _shifted(zero: Any) -> Any:
+    return ir.constant((ir.to_numpy(zero).astype(np.int32) - _SHIFT).astype(np.int8))
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a call dequantizes a constant of two or more axes."""
+    return (
+        ir.is_call(value, "dequantize")
+        and all(ir.is_constant(arg) for arg in value.args)
+        and len(ir.shape_of(value.args[0])) > 1
+    )
+
+
+def transposed(call: Any, axes: list[int]) -> Any:
+    """`permute_dims(call, axes)` of a dequantized constant, as another one."""
+    weight, scales, zeros = call.args
+    axis = int(call.attrs.axis) % len(axes)
+    constant = ir.constant(ir.to_numpy(weight).transpose(axes))
+    return relax.op.dequantize(constant, scales, zeros, axis=axes.index(axis))
