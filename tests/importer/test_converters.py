@@ -177,6 +177,8 @@ SOUND: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
         (IMAGE,),
     ),
     "reflected": (lambda x: functional.pad(x, (1, 2), mode="reflect"), (ROWS,)),
+    "replicated": (lambda x: functional.pad(x, (1, 2), mode="replicate"), (ROWS,)),
+    "constants only": (lambda x: x + torch.maximum(torch.arange(7), torch.arange(7, 0, -1)), (ROWS,)),
     "index by one list": (lambda x: x[:, [0, 2]], (ROWS,)),
     "index by a grid": (lambda x: x[:, torch.tensor([[0], [2]]), torch.tensor([1, 3])], (ROWS,)),
     "index by all": (lambda x: x[[0, 1], [1, 2], [3, 0]], (ROWS,)),

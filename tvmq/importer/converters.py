@@ -180,10 +180,10 @@ _CONSTANTS = (
 
 def _constant(node: fx.Node, importer: Any) -> Any:
     """An operator of numbers only, computed by PyTorch. TVM's `arange` of fractions has another length."""
-    del importer
     kwargs = {name: value for name, value in node.kwargs.items() if name not in ("device", "pin_memory", "layout")}
     value: Any = node.target(*node.args, **kwargs)  # type: ignore[operator]
-    return ir.constant(value.numpy())
+    # A variable: of two constants TVM's converters make something else than of variables.
+    return importer.block_builder.emit(ir.constant(value.numpy()))
 
 
 def _prod(node: fx.Node, importer: Any) -> Any:
