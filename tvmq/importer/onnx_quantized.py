@@ -21,6 +21,8 @@ from tvmq.importer.onnx_inputs import DTYPES, Inputs, Unsupported
 Array = npt.NDArray[Any]
 _qd = torch.ops.quantized_decomposed
 _STORED = (torch.int8, torch.uint8)
+# float32 counts to 2**24, and a product of two differences of bytes is at most 255**2.
+_EXACT_PRODUCTS = 2**24 // 255**2
 
 
 def table() -> dict[str, Callable[[Inputs], Any]]:
@@ -144,13 +146,15 @@ def _matmul_integer(n: Inputs) -> Any:
 
 
 def _conv_integer(n: Inputs) -> Any:
-    """In float64, which holds every sum of 2**37 products exactly."""
+    """In float32, which holds every sum of _EXACT_PRODUCTS exactly; TVM has no wider convolution."""
+    if n[1][0].numel() > _EXACT_PRODUCTS:
+        raise Unsupported(f"more than {_EXACT_PRODUCTS} products a sum")
     x, weight = n[0].to(torch.int32), n[1].to(torch.int32)
     if n[2] is not None:
         x = x - n[2].to(torch.int32).reshape(())
     if n[3] is not None:
         weight = weight - n[3].to(torch.int32).reshape([-1, *[1] * (weight.ndim - 1)])
-    return onnx_layers.convolution(n, x.to(torch.float64), weight.to(torch.float64), None).to(torch.int32)
+    return onnx_layers.convolution(n, x.to(torch.float32), weight.to(torch.float32), None).to(torch.int32)
 
 
 def _load(n: Inputs, index: int, axis: int = -1) -> Any:
