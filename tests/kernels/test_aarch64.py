@@ -13,10 +13,15 @@ from test_epilogue import a_map
 from tvmq import functions, ops
 from tvmq.deploy.emulate import EmulatedBoard
 
-# target, and the processor that qemu is to be: no dot product, the same out of order, sdot.
-CORES = [("raspberry-pi-3b", "cortex-a53"), ("raspberry-pi-4b", "cortex-a72"), ("raspberry-pi-5", "cortex-a76")]
-# One with bfdot, for which qemu is everything that it can be.
-NARROW = ("graviton3", "max")
+# One with smmla and bfmmla, for which qemu is everything that it can be.
+MATRIX = ("graviton3", "max")
+# target, and the processor that qemu is to be: no dot product, the same out of order, sdot, smmla.
+CORES = [
+    ("raspberry-pi-3b", "cortex-a53"),
+    ("raspberry-pi-4b", "cortex-a72"),
+    ("raspberry-pi-5", "cortex-a76"),
+    MATRIX,
+]
 
 
 def kernels() -> list[Case]:
@@ -107,6 +112,6 @@ def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None
 
 @pytest.mark.emulated
 def test_bfloat16_dot_products_are_the_oracle(board_root: Path) -> None:
-    target, cpu = NARROW
+    target, cpu = MATRIX
     with EmulatedBoard(board_root).start(cpu=cpu) as board:
         check(bfloat16(), target_of(target), board)

@@ -14,20 +14,25 @@ from tvm.tirx.script.builder import ir as T
 from tvmq.isa import Int8Dot
 from tvmq.kernels import builder, micro
 from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
+from tvmq.kernels.spans import Sums
 from tvmq.target import Target
 
 RUN_LEVELS = [name for name in LEVELS if name not in ("amx", "avx-vnni")]
 
 
 def one_step(m: Micro) -> object:
-    """(a, w, acc) -> acc after one step on vectors."""
+    """(a, w, acc) -> acc after one step of one row and one vector of channels."""
 
     def body(f: builder.Function) -> None:
         a, w, acc = f.arguments(((m.kr,), m.a_dtype), ((m.lanes * m.kr,), m.w_dtype), ((m.lanes,), m.acc_dtype))
         if m.llvm:
             f.import_llvm(m.llvm)
-        zero = T.int32(0)
-        acc.store(m.step(acc.load(0, m.lanes), a, zero, w, zero), 0, m.lanes)
+        count = m.span.slots(1, 1)
+        sums = Sums(f.registers(count * m.lanes, m.acc_dtype), m.lanes)
+        for slot in range(count):
+            sums.store(builder.number(0, m.acc_dtype, m.lanes), slot)
+        m.span.multiply(sums, a, [T.int32(0)], w, T.int32(0), 1, 1)
+        acc.store(acc.load(0, m.lanes) + m.span.collect(sums, 0, 0, 1), 0, m.lanes)
 
     return builder.function(body)
 
@@ -90,7 +95,7 @@ def test_a_bfloat16_step_is_its_plain_meaning(name: str) -> None:
         ("raspberry-pi-3b", "neon", "neon", "neon"),
         ("raspberry-pi-4b", "neon", "neon", "neon"),
         ("raspberry-pi-5", "sdot", "neon", "neon"),
-        ("graviton3", "sdot", "bfdot", "neon"),
+        ("graviton3", "smmla", "bfmmla", "neon"),
         ("raspberry-pi-2", "neon", "neon", "neon"),
     ],
 )
@@ -133,11 +138,12 @@ def test_256_bit_vnni_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         ("avx-vnni", int8_micro, "vpdpbusd"),
         ("avx512-pairs", int8_micro, "vpmaddwd"),
         ("avx512-vnni", int8_micro, "vpdpbusd"),
-        ("raspberry-pi-4b", int8_micro, "smlal"),
+        ("raspberry-pi-4b", int8_micro, "smull"),
         ("raspberry-pi-5", int8_micro, "sdot"),
+        ("graviton3", int8_micro, "smmla"),
         ("raspberry-pi-2", int8_micro, "vmlal"),
         ("amx", bf16_micro, "vdpbf16ps"),
-        ("graviton3", bf16_micro, "bfdot"),
+        ("graviton3", bf16_micro, "bfmmla"),
         ("raspberry-pi-4b", bf16_micro, "fmla"),
     ],
 )

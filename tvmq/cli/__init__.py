@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from tvmq._version import __version__
 from tvmq.cli.bench import Bench
+from tvmq.cli.board import Board
 from tvmq.cli.build import Calibrate, Compile
 from tvmq.cli.check import Explain, Verify
 from tvmq.cli.command import Command
@@ -21,7 +22,7 @@ from tvmq.cli.targets import Targets
 from tvmq.errors import TvmqError, nearest
 
 COMMANDS: dict[str, type[Command]] = {
-    command.name: command for command in (Compile, Calibrate, Run, Bench, Verify, Explain, Sparse, Targets, Demo)
+    command.name: command for command in (Compile, Calibrate, Run, Bench, Verify, Explain, Sparse, Targets, Board, Demo)
 }
 INTERRUPTED = 130
 # What a shell reports for a program that ended because nobody read its output (128 + SIGPIPE).

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "suite": "tvmq's model zoo on tvmq, PyTorch, ONNX Runtime and OpenVINO",
     "kernels": "each micro-kernel beside the measured peak of its instruction, on one thread",
+    "pipelines": "the inner loops of ARM micro-kernels in LLVM's models of processors (llvm-mca)",
     "matvec": "linear layers of 4096 x 4096 in each precision beside PyTorch's float32, weights from memory",
     "sparse": "linear layers with sparse weights beside dense ones, SciPy's and PyTorch's sparse products",
     "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
@@ -53,6 +54,7 @@ class Bench(Command):
         "tvmq bench --suite --models resnet18 minilm --precisions int8 -t x86-64-avx512-vnni -o bench-vnni",
         "tvmq bench --suite --no-peers --per-op",
         "tvmq bench --kernels",
+        "tvmq bench --pipelines",
         "tvmq bench --matvec --threads 1",
         "tvmq bench --sparse",
         "tvmq bench --compile --models resnet18 resnet50",
@@ -61,6 +63,7 @@ class Bench(Command):
     bundles: tuple[str, ...] = ()
     suite: bool = False
     kernels: bool = False
+    pipelines: bool = False
     matvec: bool = False
     sparse: bool = False
     compile: bool = False
@@ -121,6 +124,7 @@ class Bench(Command):
             measures: dict[str, Measure] = {
                 "suite": self._suite,
                 "kernels": self._kernels,
+                "pipelines": self._pipelines,
                 "matvec": self._matvec,
                 "sparse": self._sparse,
                 "compile": self._compile,
@@ -189,6 +193,12 @@ class Bench(Command):
         from tvmq.measure import efficiency
 
         return efficiency.run(repeat=self.repeat, progress=show), [], []
+
+    def _pipelines(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """The kernel table of 64-bit ARM in models of its processors."""
+        from tvmq.measure import pipelines
+
+        return pipelines.run(progress=show), [], []
 
     def _matvec(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
         """Linear layers in each precision."""

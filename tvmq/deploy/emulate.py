@@ -22,9 +22,10 @@ from pathlib import Path
 from types import TracebackType
 
 from tvmq.deploy.board_root import SERVER, default_cache, prepare, require_tools
+from tvmq.deploy.counting import plugin
 from tvmq.errors import DeviceError
 
-__all__ = ["EmulatedBoard", "default_cache", "find_qemu", "prepare"]
+__all__ = ["EmulatedBoard", "counting_board", "default_cache", "find_qemu", "prepare"]
 
 HOST = "127.0.0.1"
 # The server listens after 0.2 s on an idle two-core machine; this is for one that is swamped.
@@ -60,14 +61,15 @@ class EmulatedBoard:
         """The board as tvmq's `device`: "rpc://127.0.0.1:PORT"."""
         return f"rpc://{self.host}:{self.port}"
 
-    def start(self, cpu: str = "max", timeout_s: float = START_TIMEOUT_S) -> EmulatedBoard:
+    def start(self, cpu: str = "max", timeout_s: float = START_TIMEOUT_S, port: int = 0) -> EmulatedBoard:
         """Start the board as processor `cpu` (of `qemu-aarch64 -cpu help`) and wait until its server listens.
 
+        `port`: 0 takes any free one.
         Raises DeviceError where qemu is missing, refuses, or the server does not listen within `timeout_s` seconds.
         """
         if self._process is not None:
             raise DeviceError("the emulated board is already running", hint="stop it first")
-        command = board_command(self._root, cpu, self._qemu_options)
+        command = board_command(self._root, cpu, self._qemu_options, port)
         self._folder = tempfile.TemporaryDirectory(prefix="tvmq-board-")
         try:
             self._process = _launch(command, Path(self._folder.name))
@@ -76,6 +78,12 @@ class EmulatedBoard:
             self.stop()
             raise
         return self
+
+    def wait(self) -> None:
+        """Until the server ends by itself, which is a fault. Raises DeviceError then."""
+        if self._process is not None:
+            code = self._process.wait()
+            raise DeviceError("the emulated board has ended", seen=f"exit code {code}")
 
     def stop(self) -> None:
         """End the server and its sessions, and remove their files. Does nothing to a board that is not running."""
@@ -104,9 +112,15 @@ def find_qemu() -> str:
     raise AssertionError("require_tools raised")
 
 
-def board_command(root: Path, cpu: str, qemu_options: Sequence[str] = ()) -> list[str]:
+def counting_board(cache: Path | None = None) -> EmulatedBoard:
+    """A board that counts its instructions: see `RemoteSession.instructions`. Raises as `prepare` does."""
+    root = prepare(cache)
+    return EmulatedBoard(root, ("-plugin", str(plugin(find_qemu(), cache))))
+
+
+def board_command(root: Path, cpu: str, qemu_options: Sequence[str] = (), port: int = 0) -> list[str]:
     """The command line of a board: qemu, its options, the server in `root`, and the server's options."""
-    server = [str(root / SERVER), HOST, "0", "--until-stdin-closes"]
+    server = [str(root / SERVER), HOST, str(port), "--until-stdin-closes"]
     return [find_qemu(), "-cpu", cpu, "-L", str(root), *qemu_options, *server]
 
 

@@ -162,9 +162,18 @@ class Executor:
         if inputs:
             for spec, array in zip(self.signature.inputs, self.signature.arrays(inputs), strict=True):
                 self._inputs[spec.name] = self.session.tensor(array)
-        self._fill()
         runner = StepRunner(self.bundle, self.session, self.library)
-        return runner.profile(self._machine, {**self._inputs, **self._parameters}, repeat)
+        return runner.profile(self._machine, self.tensors(), repeat)
+
+    def tensors(self) -> dict[str, Any]:
+        """The inputs that are set (else the golden ones) and the parameters, by name, on the device."""
+        self._fill()
+        return {**self._inputs, **self._parameters}
+
+    @property
+    def machine(self) -> Any:
+        """The virtual machine that runs the bundle."""
+        return self._machine
 
     def _fill(self) -> None:
         golden, _ = self.bundle.golden()

@@ -163,6 +163,10 @@ class RemoteSession:
             hint = "reconnect and load again; code for another processor ends a board's server"
             raise DeviceError(f"device {self.name}", expected="an answer", seen=_reason(error), hint=hint) from error
 
+    def instructions(self, module: Any, name: str, *args: Any) -> int:
+        """How many instructions a call of a function takes, on a board that counts them. Raises DeviceError."""
+        return int(self.call(lambda: self.remote.get_function("tvmq.board.count")(module, name, *args)))
+
     def configure_threads(self, count: int) -> int:
         """`count` threads on the board; 0 leaves its own choice, and says so by returning 0."""
         if count:

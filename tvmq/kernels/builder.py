@@ -179,6 +179,16 @@ def splat(value: Expr, lanes: int) -> Expr:
     return T.Broadcast(value, lanes) if lanes > 1 else value
 
 
+def shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
+    """Elements of some vectors, counted through all of them."""
+    return tirx.Shuffle(list(vectors), [tirx.const(index, "int32") for index in indices])
+
+
+def joined(vectors: Sequence[Expr], lanes: int) -> Expr:
+    """Vectors of `lanes` as one."""
+    return vectors[0] if len(vectors) == 1 else shuffle(vectors, range(lanes * len(vectors)))
+
+
 def number(value: float, dtype: str, lanes: int = 1) -> Expr:
     """A constant in every lane."""
     return splat(tirx.const(value, dtype), lanes)
@@ -277,13 +287,15 @@ def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
 class Place:
     """Where a vector of results belongs: `channel` of its first lane, `flat` index in the output, and `row`.
 
-    row: all indices but the channel, as one; for epilogues with a scale a row.
+    row: all indices but the channel, as one; for epilogues with a scale a row. narrow: how the machine quantizes a
+    vector of such sums in its own way.
     """
 
     channel: Expr
     flat: Expr
     lanes: int
     row: Expr = None
+    narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = None
 
 
 def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequence[Readable], place: Place) -> Expr:
@@ -322,6 +334,8 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Readable | None, pla
             return _limit(value, low, high, dtype, lanes), dtype
         case ops.Activate(name):
             return functions.ACTIVATIONS[name](VectorMath(lanes), T.Bind(value)), FLOAT
+        case ops.Quantize() if place.narrow is not None:
+            return place.narrow(_to_float(value, dtype, lanes), step, lanes), step.dtype
         case ops.Quantize(zero_point, qmin, qmax, stored):
             limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)
             integer = cast(T.nearbyint(limited), "int32", lanes)

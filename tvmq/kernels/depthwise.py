@@ -7,7 +7,7 @@ bfloat16 is multiplied and added as float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,6 +73,8 @@ class Depthwise:
     lanes: int
     registers: int
     rounding: str = ""  # what `builder.rounded_by` needs
+    # `Micro.narrow`, for integers whose lanes are a multiple of 8.
+    narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = field(default=None, kw_only=True)
 
     @property
     def acc_dtype(self) -> str:
@@ -196,9 +198,10 @@ class Depthwise:
                     acc.store(acc.load(i * lanes, lanes) + value * weight, i * lanes, lanes)
         for i in range(columns):
             flat = ((image * oh + y) * ow + column + i) * c + block * self.lanes
-            at = Place(block * self.lanes, flat, lanes)
+            at = Place(block * self.lanes, flat, lanes, None, self.narrow if lanes % 8 == 0 else None)
             steps, rest = (self.epilogue[1:], operands[1:]) if bias else (self.epilogue, operands)
             out.store(builder.run_epilogue(acc.load(i * lanes, lanes), self.acc_dtype, steps, rest, at), flat, lanes)
 
     def _wide(self, value: Expr, lanes: int) -> Expr:
-        return value if self.x_dtype in FLOATS else builder.cast(value, "int32", lanes)
+        # By way of int16: instructions that multiply into int32 take that.
+        return value if self.x_dtype in FLOATS else builder.cast(builder.cast(value, "int16", lanes), "int32", lanes)

@@ -138,11 +138,12 @@ def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Block
 
 
 def _tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
-    spare = micro.registers - 1 - micro.temporaries
     vectors_needed = -(-geometry.channels // micro.lanes)
     tiles = []
     for vectors in range(1, min(8, vectors_needed) + 1):
-        most = (spare - vectors) // vectors
+        most = max(
+            (n for n in range(1, micro.registers) if micro.span.registers(n, vectors) <= micro.registers), default=0
+        )
         for rows in range(1, min(4, geometry.height) + 1):
             tiles += [Tile(rows, columns, vectors) for columns in range(1, min(most // rows, geometry.width) + 1)]
     return tiles
@@ -156,6 +157,8 @@ _LOAD = 1.3
 # of 14 pixels by 2 vectors reach the peak and tiles of 6 by 4, with fewer loads, 70 to 93 % of it.
 _STREAM = 1.5
 _FINISH = 6
+# What a load costs NEON spans, which have few: their cores issue two to four instructions a cycle, in order or not.
+_UNHIDDEN = 0.5
 BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
 # Register tiles of so many vectors have load slots to spare, for a prefetch a step.
 _PREFETCHING_SLOTS = 12
@@ -176,9 +179,10 @@ def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
 
 def step_cost(micro: Micro, pixels: int, vectors: int) -> float:
     """What a step of a register tile takes, in issue slots of a product: about cycles."""
-    products = pixels * vectors * micro.products
-    loads = _LOAD * (pixels * (1 + micro.a_unpacks) + vectors * (1 + micro.w_unpacks))
-    return max(products, loads, LATENCY) + _STREAM * vectors
+    products, loads = micro.span.work(pixels, vectors)
+    if micro.span.steps > 1:
+        return max(products, LATENCY) + _UNHIDDEN * loads
+    return max(products, _LOAD * loads, LATENCY) + _STREAM * vectors
 
 
 def split(extent: int, part: int) -> list[tuple[int, int]]:
@@ -320,9 +324,10 @@ class Emitter:
         group, index = tirx.floordiv(panel, self.panels), tirx.floormod(panel, self.panels)
         base = image * self.g.sn + row * self.g.sy + column * self.g.sx + group * self.g.sg
         pixels = [(y, x) for y in range(rows) for x in range(columns)]
+        vectors = self.tile.vectors
         steps = self.k.epilogue
         activates = any(isinstance(step, ops.Activate) for step in steps)
-        starts_with_bias = bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands()
+        starts_with_bias = m.span.plain and bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands()
         channel = group * self.g.channels + index * self.nr
         first_sums = (lambda v: self.operands[0].load(channel + v * lanes, lanes)) if starts_with_bias else None
         tile = RegisterTile(self.f, m, len(pixels), self.tile.vectors, first_sums)
@@ -330,21 +335,30 @@ class Emitter:
         rest = steps[1:] if starts_with_bias else steps
         operands = self.operands[1:] if starts_with_bias else self.operands
 
-        def finish(values: Flat | Registers, y: Expr, x: Expr, v: Expr, slot: Any) -> None:
+        def place_of(y: Expr, x: Expr, v: Expr, width: int = lanes) -> Place:
             pixel = (image * self.g.height + row + y) * self.g.width + column + x
-            first = index * self.nr + v * lanes
-            channel = group * self.g.channels + first
-            place = Place(channel, pixel * self.cout + channel, lanes, pixel)
-            self.results.finish(values, slot, place, first, rest, operands)
+            at = channel + v * lanes
+            return Place(at, pixel * self.cout + at, width, pixel, m.narrow if width > lanes else None)
+
+        def finish(values: Flat | Registers, y: Expr, x: Expr, v: Expr, slot: Any) -> None:
+            self.results.finish(values, slot, place_of(y, x, v), index * self.nr + v * lanes, rest, operands)
 
         if not activates:
+            together = self._together(rest)
+            final = tile.collected(self.f)
             for i, v, slot in tile.slots():
-                finish(tile.acc, *pixels[i], v, slot)
+                if together == 1 or v >= vectors // together * together:
+                    finish(final, *pixels[i], v, slot)
+                elif v % together == 0:
+                    value = builder.joined(
+                        [final.load(at, lanes) for at in range(slot, slot + together * lanes, lanes)], lanes
+                    )
+                    self.results.store(value, place_of(*pixels[i], v, together * lanes), rest, operands)
             return
         # A float function is a page of code: a loop over the results, from memory, instead of a copy for each.
-        results = self.f.scratch(len(pixels) * self.tile.vectors * lanes, m.acc_dtype)
-        for _, _, slot in tile.slots():
-            results.store(tile.load(slot), slot, lanes)
+        results = self.f.scratch(len(pixels) * vectors * lanes, m.acc_dtype)
+        for i, v, slot in tile.slots():
+            results.store(tile.collect(i, v), slot, lanes)
         with builder.serial(rows) as y, builder.serial(columns) as x, builder.serial(self.tile.vectors) as v:
             finish(results, y, x, v, ((y * columns + x) * self.tile.vectors + v) * lanes)
 
@@ -352,23 +366,41 @@ class Emitter:
         self, panel: Expr, column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], tile: RegisterTile
     ) -> None:
         """Add all products of the pixels, which lie (row, column) from `base`, with a panel: a row of `tile` each."""
-        offsets = [y * self.g.sy + x * self.g.sx for y, x in pixels]
-        with self._taps() as (tap, offset), builder.serial(self.steps) as step:
-            w = ((panel * len(self.g.taps) + tap) * self.steps + step) * (self.nr * self.m.kr)
-            if self.k.prefetch and tile.rows * tile.vectors >= _PREFETCHING_SLOTS:
-                self._prefetch(panel, column, tap * self.steps + step)
-            first = base + offset + step * self.m.kr
-            tile.step(self.x, lambda i: first + offsets[i], self.w, w)
+        m, span = self.m, self.m.span
+        with self._taps() as (tap, offset):
+            first = (panel * len(self.g.taps) + tap) * self.steps
+
+            def multiply(step: Expr, count: int) -> None:
+                if self.k.prefetch and tile.rows * tile.vectors >= _PREFETCHING_SLOTS:
+                    self._prefetch(panel, column, tap * self.steps + step)
+                rows = [base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx) for y, x in pixels]
+                tile.multiply(self.x, rows, self.w, (first + step) * (self.nr * m.kr), count)
+
+            whole = self.steps // span.steps
+            if whole:
+                with builder.serial(whole) as turn:
+                    multiply(turn * span.steps, span.steps)
+            if self.steps % span.steps:
+                with builder.serial(self.steps % span.steps) as turn:
+                    multiply(whole * span.steps + turn, 1)
+
+    def _together(self, steps: ops.Epilogue) -> int:
+        """How many vectors of a pixel are finished at once: where the machine narrows several of them into one."""
+        narrows = (
+            self.m.narrow is not None and self._padded_operands() and steps and isinstance(steps[-1], ops.Quantize)
+        )
+        return next(n for n in (4, 2, 1) if self.tile.vectors >= n) if narrows else 1
 
     def _prefetch(self, panel: Expr, column: Expr, step: Expr) -> None:
         """Bring a line of the next panel near: over the first tiles of a panel, all of them."""
         line = 64 // BYTES[self.m.w_dtype]
-        lines = -(-self.nr * self.m.kr // line)
+        spans = self.m.span.steps
+        lines = -(-self.nr * self.m.kr * spans // line)
         across = -(-self.g.width // self.tile.columns)
         flat = self.g.height * self.g.images == 1
         turn = self.turn if flat else self.turn * across + tirx.floordiv(column, self.tile.columns)
         part = tirx.min(turn, tirx.const(lines - 1, "int32"))
-        ahead = (part * (len(self.g.taps) * self.steps) + step) * line
+        ahead = (part * (len(self.g.taps) * self.steps // spans) + tirx.floordiv(step, spans)) * line
         builder.prefetch(self.w, (panel + 1) * self.panel_size + ahead, 2)
 
     def _padded_operands(self) -> bool:

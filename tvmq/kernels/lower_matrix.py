@@ -133,7 +133,7 @@ def _gemm(
 ) -> Any:
     a, kind = ops.attributes(call), ir.op_name(call).removeprefix(ops.PREFIX)
     integer = kernel.dtype == np.int8
-    m = lowering.micro(str(kernel.dtype))
+    m = lowering.micro(str(kernel.dtype)).exact_for(kernel)
     epilogue = ops.epilogue_of(call)
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
@@ -182,6 +182,8 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
     x, _, *operands = call.args
     # Floats are multiplied one by one, in float32: a bfloat16 dot product sums over channels, which are apart here.
     m = lowering.int8 if kernel.dtype == np.int8 else lowering.float
+    # Vectors that narrow into one are loaded, widened and stored as one.
+    lanes = 8 if m.narrow is not None else m.lanes
     epilogue = ops.epilogue_of(call)
     if kernel.dtype == np.int8:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
@@ -206,15 +208,16 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
         )
         rounding = builder.rounding_llvm(lowering.target.isa)
         if dot is None:
-            return depthwise.Depthwise(*common, m.lanes, m.registers, rounding)  # type: ignore[arg-type]
+            registers = m.registers * m.lanes // lanes
+            return depthwise.Depthwise(*common, lanes, registers, rounding, narrow=m.narrow)  # type: ignore[arg-type]
         return depthwise_rows.RowDepthwise(*common, dot.widths[0], dot.registers, rounding, dot)  # type: ignore[arg-type]
 
     spec = spec_of(x, a["padding"][:2])
     if spec.code_size > _DEPTHWISE_TAPS:
         x = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], dtype_of(x))
         spec = spec_of(x, (0, 0))
-    tile = f"{spec.columns}x{m.lanes}-{m.name}"
-    packing = Packing("depthwise", kernel.shape, 0, 1, m.lanes, 1)
+    tile = f"{spec.columns}x{lanes}-{m.name}"
+    packing = Packing("depthwise", kernel.shape, 0, 1, lanes, 1)
     if dot is not None:
         tile = f"{spec.columns}x{dot.channels(dot.widths[0])}-{dot.name}"
         packing = Packing("rows", kernel.shape, dot.widths[-1], 1, dot.widths[0], dot.rows)

@@ -105,9 +105,9 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
     query, key, value = call.args
     target, dtype, out_dtype = lowering.target, dtype_of(query), ir.dtype_of(call)
     batch, queries, heads, depth = ir.shape_of(query)
-    m = lowering.float
-    if dtype == BF16 and lowering.bf16.products == 1 and depth % lowering.bf16.kr == 0:
-        m = lowering.bf16
+    m, words = lowering.float, lowering.bf16.by_words()
+    if dtype == BF16 and words.product.kr > 1 and depth % words.kr == 0:
+        m = words
     # Two vectors of queries leave most registers to keys, and to columns of values, which share their loads.
     vectors = min(2, -(-queries // m.lanes))
     rows = (m.registers - vectors - 1) // vectors

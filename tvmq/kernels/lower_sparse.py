@@ -93,5 +93,5 @@ def template(
     layout = layout_of(union(choice.mask, rows), rows, plan.parts)
     word, kr = word_dtype(m), m.product.kr
     packing = SparsePacking("sparse", kernel, m.w_dtype, word, kr, geometry.taps, kr, astuple(layout))
-    dense = Gemm(geometry, m, plan.blocking, "", builder.rounding_llvm(lowering.target.isa), *rest)
+    dense = Gemm(geometry, m.by_words(), plan.blocking, "", builder.rounding_llvm(lowering.target.isa), *rest)
     return SparsePanels(dense, layout), packing, f"sparse-{plan.blocking.tile.pixels}x{rows}-{m.name}"

@@ -5,22 +5,26 @@ weight panel, and adds their products to `lanes` accumulators. Its plain meaning
 
     acc[lane] += sum over i < kr of a[i] * w[lane, i]
 
-exact in int32 for integers. `Widened` rows read activations that were widened to int16, with the zero point subtracted.
-bfloat16 rows sum float32 products in an order of the machine's; its dot products take denormal numbers for zeros.
+exact in int32 for integers. `span` says how a register tile is multiplied with it. `Widened` rows read activations that
+were widened to int16, with the zero point subtracted. bfloat16 rows sum float32 products in an order of the machine's;
+their dot products take denormal numbers for zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy.typing as npt
 from tvm.tirx.script.builder import ir as T
 
+from tvmq import ops
 from tvmq.isa import Bf16, Int8Dot, Isa
+from tvmq.kernels import neon
 from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, cast, external, intrinsic, number, splat
-
-# (accumulators, A, index of the row's elements, panel, index of the panel's elements) -> accumulators
-Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
+from tvmq.kernels.spans import Broadcast, Lanes, Pairs, Squares, Step, lane
+from tvmq.triple import Family
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class Micro:
     """One row of the table.
 
     a_dtype: of the activations it reads; "int16" ones are widened and centred first. w_dtype: of the packed weights.
-    lanes: accumulators in a vector. kr: products a step sums, by calls of `product`. registers: vector registers of
-    that width. products: instructions that one step of one vector takes; a_unpacks and w_unpacks: those that each
-    vector of A and of the panel takes besides its load; temporaries: registers that they need. llvm: functions that
-    the step calls.
+    lanes: accumulators in a vector. kr: products a step sums. span: how a register
+    tile does. registers: vector registers of that width. llvm: functions that `product` calls.
+    narrow: how a multiple of 8 sums is quantized, where the machine has its own way. whole: the instruction of spans
+    that do not multiply words.
     """
 
     name: str
@@ -53,13 +57,36 @@ class Micro:
     lanes: int
     kr: int
     registers: int
-    step: Step
     product: Product
-    products: int = 1
-    a_unpacks: int = 0
-    w_unpacks: int = 0
-    temporaries: int = 0
+    span: Broadcast | Lanes | Pairs | Squares
     llvm: str = ""
+    narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = None
+    whole: Product | None = None
+
+    @property
+    def instruction(self) -> Product:
+        """What dense products are made of."""
+        return self.whole or self.product
+
+    @property
+    def single(self) -> Broadcast:
+        """How one word of A, `product.kr` elements, is multiplied with a vector of words."""
+        return self.span if isinstance(self.span, Broadcast) else self.span.single
+
+    @property
+    def step(self) -> Step:
+        """A step of one vector with one word of A."""
+        return self.single.step
+
+    def by_words(self) -> Micro:
+        """The row for templates that multiply word by word."""
+        return replace(self, kr=self.single.kr, span=self.single)
+
+    def exact_for(self, weight: npt.NDArray[Any]) -> Micro:
+        """The row itself, or one that multiplies step by step, where sums of two products would not fit 16 bits."""
+        if isinstance(self.span, Pairs) and weight.min(initial=0) == -128:
+            return replace(self, span=replace(self.span, steps=1))
+        return self
 
     @property
     def widened(self) -> bool:
@@ -76,8 +103,22 @@ def float_micro(isa: Isa) -> Micro:
     def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
         return product.emit(acc, splat(a.load(i), lanes), panel.load(j, lanes))
 
+    single = Broadcast(step, lanes, 1)
+    span: Broadcast | Lanes = single
+    if isa.family is Family.AARCH64:
+        span = _by_element(single, 4, 4, lambda acc, a, i, w: product.emit(acc, lane(a, i, lanes), w))
     registers = max(isa.vector_registers, 16)
-    return Micro(_float_name(isa), FLOAT, FLOAT, FLOAT, lanes, 1, registers, step, product)
+    return Micro(_float_name(isa), FLOAT, FLOAT, FLOAT, lanes, 1, registers, product, span)
+
+
+def _by_element(single: Broadcast, steps: int, width: int, product: Callable[[Expr, Expr, int, Expr], Expr]) -> Lanes:
+    """A span whose factors are stored as they are multiplied."""
+
+    def load_w(w: Flat, at: Expr, count: int) -> list[Expr]:
+        assert count == 1
+        return [T.Bind(w.bits(at, single.lanes * single.kr))]
+
+    return Lanes(single, steps, width, lambda x, row: x.bits(row, width), load_w, product)
 
 
 def _multiply_add(dtype: str, lanes: int) -> Product:
@@ -88,14 +129,14 @@ def bf16_micro(isa: Isa) -> Micro:
     """The best bfloat16 step of an instruction set."""
     if "avx512bf16" in isa.required_features:
         return _bf16_dot("avx512bf16", "llvm.x86.avx512bf16.dpbf16ps.512", 16, isa)
-    if isa.bf16 is Bf16.NEON and isa.family.value == "aarch64":
-        return _bf16_dot("bfdot", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, isa)
+    if isa.bf16 is Bf16.NEON and isa.family is Family.AARCH64:
+        return _bfmmla(isa)
     return _bf16_pairs(isa)
 
 
 # TVM has no bfloat16 vectors: the operands come as integers.
 _DOT = """
-define <{n} x float> @tvmq_bf16_dot(<{n} x float> %acc, <{n} x i32> %a, <{n} x i32> %b) alwaysinline {{
+define <{n} x float> @tvmq_bf16_{name}(<{n} x float> %acc, <{n} x i32> %a, <{n} x i32> %b) alwaysinline {{
   %x = bitcast <{n} x i32> %a to <{m} x bfloat>
   %y = bitcast <{n} x i32> %b to <{m} x bfloat>
   %r = call <{n} x float> @{call}(<{n} x float> %acc, <{m} x bfloat> %x, <{m} x bfloat> %y)
@@ -114,8 +155,18 @@ def _bf16_dot(name: str, call: str, lanes: int, isa: Isa) -> Micro:
         pairs = splat(T.reinterpret("int32", a.bits(i, 2)), lanes)
         return product.emit(acc, pairs, T.reinterpret(vector, panel.bits(j, 2 * lanes)))
 
-    llvm = _DOT.format(n=lanes, m=2 * lanes, call=call)
-    return Micro(name, BF16, BF16, FLOAT, lanes, 2, isa.vector_registers, step, product, llvm=llvm)
+    llvm = _DOT.format(name="dot", n=lanes, m=2 * lanes, call=call)
+    span = Broadcast(step, lanes, 2)
+    return Micro(name, BF16, BF16, FLOAT, lanes, 2, isa.vector_registers, product, span, llvm)
+
+
+def _bfmmla(isa: Isa) -> Micro:
+    """bfmmla: two rows of four bfloat16 by two channels of four, into float32; bfdot for words."""
+    words = _bf16_dot("bfdot", "llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, isa)
+    whole = Product("int32x4", 4, lambda acc, a, w: external("float32x4", "tvmq_bf16_square", acc, a, w))
+    span = Squares(words.single, 4, lambda acc, *both: whole.emit(acc, *(T.reinterpret("int32x4", v) for v in both)))
+    llvm = words.llvm + _DOT.format(name="square", n=4, m=8, call="llvm.aarch64.neon.bfmmla")
+    return replace(words, name="bfmmla", kr=4, span=span, llvm=llvm, whole=whole)
 
 
 def _bf16_pairs(isa: Isa) -> Micro:
@@ -131,21 +182,8 @@ def _bf16_pairs(isa: Isa) -> Micro:
         return acc
 
     registers = max(isa.vector_registers, 16)
-    return Micro(
-        _float_name(isa),
-        BF16,
-        BF16,
-        FLOAT,
-        lanes,
-        2,
-        registers,
-        step,
-        product,
-        products=2,
-        a_unpacks=2,
-        w_unpacks=2,
-        temporaries=4,
-    )
+    span = Broadcast(step, lanes, 2, products=2, a_unpacks=2, w_unpacks=2, temporaries=4)
+    return Micro(_float_name(isa), BF16, BF16, FLOAT, lanes, 2, registers, product, span)
 
 
 def _lower(pairs: Expr, lanes: int) -> Expr:
@@ -170,8 +208,9 @@ def int8_micro(isa: Isa) -> Micro:
     # AVX without AVX2 has 256-bit vectors of floats only.
     if dot is Int8Dot.AVX2_PAIRS and "avx2" in isa.required_features:
         return _pairs("avx2", 256, isa)
-    if dot in (Int8Dot.SDOT, Int8Dot.I8MM) and isa.family.value == "aarch64":
-        return _sdot(isa)
+    if isa.family is Family.AARCH64:
+        arm = {Int8Dot.I8MM: _smmla, Int8Dot.SDOT: _sdot, Int8Dot.NEON: _neon}
+        return arm.get(dot, _widening)(isa)
     return _widening(isa)
 
 
@@ -185,7 +224,8 @@ def _vnni(name: str, bits: int, isa: Isa) -> Micro:
         quad = T.reinterpret("int32", a.load(i, 4))
         return product.emit(acc, T.reinterpret(vector, splat(quad, lanes)), panel.load(j, 4 * lanes))
 
-    return Micro(name, "uint8", "int8", "int32", lanes, 4, isa.vector_registers, step, product)
+    span = Broadcast(step, lanes, 4)
+    return Micro(name, "uint8", "int8", "int32", lanes, 4, isa.vector_registers, product, span)
 
 
 def _pairs(name: str, bits: int, isa: Isa) -> Micro:
@@ -201,10 +241,8 @@ def _pairs(name: str, bits: int, isa: Isa) -> Micro:
         return product.emit(acc, T.reinterpret(vector, splat(pair, lanes)), weights)
 
     # AVX needs a second instruction to add a pair product, and one to widen a vector of weights.
-    registers = isa.vector_registers
-    return Micro(
-        name, "int16", "int8", "int32", lanes, 2, registers, step, product, products=2, w_unpacks=1, temporaries=2
-    )
+    span = Broadcast(step, lanes, 2, products=2, w_unpacks=1, temporaries=2)
+    return Micro(name, "int16", "int8", "int32", lanes, 2, isa.vector_registers, product, span)
 
 
 def _sdot(isa: Isa) -> Micro:
@@ -215,11 +253,30 @@ def _sdot(isa: Isa) -> Micro:
         quad = T.reinterpret("int32", a.load(i, 4))
         return product.emit(acc, T.reinterpret("int8x16", splat(quad, 4)), panel.load(j, 16))
 
-    return Micro("sdot", "int8", "int8", "int32", 4, 4, isa.vector_registers, step, product)
+    def by_lane(acc: Expr, a: Expr, i: int, w: Expr) -> Expr:
+        return product.emit(acc, T.reinterpret("int8x16", lane(T.reinterpret("int32x4", a), i, 4)), w)
+
+    span = _by_element(Broadcast(step, 4, 4), 4, 16, by_lane)
+    return Micro("sdot", "int8", "int8", "int32", 4, 4, isa.vector_registers, product, span, narrow=neon.quantize)
+
+
+def _smmla(isa: Isa) -> Micro:
+    """smmla: two rows of eight s8 by two channels of eight, into int32; sdot for words."""
+    words = _sdot(isa)
+    whole = Product("int8x16", 8, lambda acc, a, w: intrinsic("int32x4", "llvm.aarch64.neon.smmla", acc, a, w))
+    return replace(words, name="smmla", kr=8, span=Squares(words.single, 8, whole.emit), whole=whole)
+
+
+def _neon(isa: Isa) -> Micro:
+    """smull, smlal and sadalp: products in int16, in pairs, added to int32 in pairs; mla for words of one byte."""
+    words = _widening(isa)
+    span = Pairs(words.single)
+    whole = Product("int8x16", 4, span.product)
+    return replace(words, a_dtype="int8", kr=8, span=span, narrow=neon.quantize, whole=whole)
 
 
 def _widening(isa: Isa) -> Micro:
-    """int16 x int16 into int32 in plain vector code, which LLVM turns into smlal on NEON."""
+    """int16 x int16 into int32 in plain vector code, which LLVM turns into vmlal on 32-bit NEON."""
     lanes = max(isa.vector_bits // 32, 4)
     product = _multiply_add("int32", lanes)
 
@@ -229,7 +286,8 @@ def _widening(isa: Isa) -> Micro:
 
     name = "neon" if isa.int8_dot is Int8Dot.NEON else "generic"
     registers = max(isa.vector_registers, 16)
-    return Micro(name, "int16", "int8", "int32", lanes, 1, registers, step, product, w_unpacks=1, temporaries=1)
+    span = Broadcast(step, lanes, 1, w_unpacks=1, temporaries=1)
+    return Micro(name, "int16", "int8", "int32", lanes, 1, registers, product, span)
 
 
 def _float_name(isa: Isa) -> str:

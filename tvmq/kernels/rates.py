@@ -20,7 +20,7 @@ def rates_of(target: Target) -> Rates:
     matrix = {Precision.FP32: _rate(target, wide), Precision.INT8: _rate(target, micro.int8_micro(isa))}
     narrow = micro.bf16_micro(isa)
     # The pairs that any vector unit widens are float32 products: no gain but memory, and never planned.
-    if isa.bf16 is Bf16.AMX or narrow.products == 1:
+    if isa.bf16 is Bf16.AMX or narrow.product.kr > 1:
         matrix[Precision.BF16] = _rate(target, narrow)
     return Rates(matrix, wide.lanes)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat
+from tvmq.kernels.builder import Expr, Flat, Registers
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.spans import Sums
 
 
 class RegisterTile:
@@ -21,10 +22,13 @@ class RegisterTile:
         start: Callable[[int], Expr] | None = None,
     ) -> None:
         self.micro, self.rows, self.vectors, self.lanes = micro, rows, vectors, micro.lanes
-        self.acc = f.registers(rows * vectors * micro.lanes, micro.acc_dtype)
-        for _, v, slot in self.slots():
+        count = micro.span.slots(rows, vectors)
+        self.acc = f.registers(count * micro.lanes, micro.acc_dtype)
+        self.sums = Sums(self.acc, self.lanes)
+        assert start is None or micro.span.plain
+        for slot in range(count):
             zero = builder.number(0, micro.acc_dtype, self.lanes)
-            self.acc.store(start(v) if start else zero, slot, self.lanes)
+            self.sums.store(start(slot % vectors) if start else zero, slot)
 
     def slots(self) -> Iterator[tuple[int, int, int]]:
         """(row, vector, index of the first accumulator) of each vector of accumulators."""
@@ -38,6 +42,23 @@ class RegisterTile:
             acc = self.acc.load(slot, self.lanes)
             product = self.micro.step(acc, a, at(row), panel, w + v * self.lanes * self.micro.kr)
             self.acc.store(product, slot, self.lanes)
+
+    def multiply(self, a: Flat, rows: Sequence[Expr], panel: Flat, w: Expr, steps: int) -> None:
+        """As `step`, for so many steps as a whole span of the micro-kernel has, or for one."""
+        self.micro.span.multiply(self.sums, a, rows, panel, w, self.vectors, steps)
+
+    def collect(self, row: int, vector: int) -> Expr:
+        """The sums of a row and a vector of channels."""
+        return self.micro.span.collect(self.sums, row, vector, self.vectors)
+
+    def collected(self, f: builder.Function) -> Registers:
+        """All sums, where `slots` says."""
+        if self.micro.span.plain:
+            return self.acc
+        final = f.registers(self.rows * self.vectors * self.lanes, self.micro.acc_dtype)
+        for row, v, slot in self.slots():
+            final.store(self.collect(row, v), slot, self.lanes)
+        return final
 
     def load(self, slot: int) -> Expr:
         """A vector of sums."""

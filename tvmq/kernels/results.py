@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +27,17 @@ class Results:
     channels: int
     whole: bool
 
+    def store(self, value: Expr, place: Place, steps: ops.Epilogue, operands: Sequence[Flat]) -> None:
+        """A vector of sums, of any width, becomes the results at `place`, where all of its channels are."""
+        self.out.store(builder.run_epilogue(value, self.acc_dtype, steps, operands, place), place.flat, place.lanes)
+
     def finish(
         self, acc: Flat | Registers, slot: Any, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]
     ) -> None:
         """The vector of sums at `slot` becomes the results at `place`; `first`: its first channel in the group."""
 
         def store(lanes: int) -> None:
-            at = Place(place.channel, place.flat, lanes, place.row)
-            value = builder.run_epilogue(acc.load(slot, lanes), self.acc_dtype, steps, operands, at)
-            self.out.store(value, place.flat, lanes)
+            self.store(acc.load(slot, lanes), dataclasses.replace(place, lanes=lanes), steps, operands)
 
         if self.whole:
             store(self.lanes)

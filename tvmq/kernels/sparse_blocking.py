@@ -63,7 +63,7 @@ def _plans(geometry: Geometry, micro: Micro, mask: npt.NDArray[np.bool_], machin
     needed = -(-geometry.channels // micro.lanes)
     for vectors in range(1, min(_MOST_VECTORS, needed) + 1):
         pattern = union(mask, vectors * micro.lanes)
-        spare = (micro.registers - 1 - micro.temporaries - vectors) // vectors
+        spare = (micro.registers - 1 - micro.single.temporaries - vectors) // vectors
         for columns in sorted({min(n, spare, geometry.width) for n in _COLUMNS}):
             tile = Tile(1, columns, vectors)
             slots = cost(geometry, micro, tile, int(pattern.sum()), pattern.shape, machine.l1_bytes)
@@ -90,7 +90,7 @@ def cost(
         rows = item * len(geometry.taps) * ((columns - 1) * geometry.sx + geometry.length)
         lines = columns * min(1.0, 1 / max(share * _LINE_WORDS, 1e-9))
         missed = lines * _LINE * max(0.0, rows / l1_bytes - 1)
-        products = columns * tile.vectors * micro.products
+        products = columns * tile.vectors * micro.single.products
         loads = columns + tile.vectors
         step = max(products, loads, gemm.LATENCY) + _ENTRY + missed
         total += across * (entries * step + panels * (_BEGIN + columns * tile.vectors * _FINISH))

@@ -95,7 +95,7 @@ class VectorRow:
     @property
     def macs(self) -> int:
         """See `TableRow`."""
-        return self._count * self.micro.lanes * self.micro.product.kr
+        return self._count * self.micro.lanes * self.micro.instruction.kr
 
     def loop(self, turns: int, threads: int) -> Any:
         """(factors, start, out): each accumulator is its own factor, so that no product equals another's."""
@@ -112,8 +112,8 @@ class VectorRow:
                 with builder.serial(turns):
                     for i in range(0, part, lanes):
                         value = acc.load(i, lanes)
-                        factors = (T.reinterpret(m.product.dtype, x) for x in (value, w.load(0, lanes)))
-                        acc.store(m.product.emit(value, *factors), i, lanes)
+                        factors = (T.reinterpret(m.instruction.dtype, x) for x in (value, w.load(0, lanes)))
+                        acc.store(m.instruction.emit(value, *factors), i, lanes)
                 for i in range(0, part, lanes):
                     out.store(acc.load(i, lanes), thread * part + i, lanes)
 

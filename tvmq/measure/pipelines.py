@@ -1,0 +1,172 @@
+"""The inner loops of ARM micro-kernels in models of processors (llvm-mca), beside their instruction alone.
+
+There is no board to measure: LLVM's scheduling models tell how many cycles a loop takes where every load hits the first
+cache level. Cycles are those of the steady state, from two numbers of iterations.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from tvmq.errors import DeviceError
+from tvmq.files import scratch_folder
+from tvmq.kernels import builder
+from tvmq.kernels.lowering import SHORT
+from tvmq.measure.instructions import Size, VectorRow, table_rows
+from tvmq.measure.report import percent, table
+from tvmq.target import Target
+
+# 64-bit ARM processors that LLVM 19 has models of its own for, the oldest first. Its Cortex-A76 is
+# modelled as a Cortex-A57: the Neoverse N1, the same core for servers, stands for it.
+PROCESSORS = ("cortex-a53", "cortex-a55", "cortex-a72", "neoverse-n1", "cortex-a510", "neoverse-n2", "neoverse-v1")
+# Large enough for every register tile, without remainders that matter.
+SIZE: Size = (784, 128, 256)
+TRIPLE = "aarch64-linux-gnu"
+_ITERATIONS = (200, 400)
+_COMMANDS = ("llvm-mca-19", "llvm-mca-20", "llvm-mca-21", "llvm-mca-22")
+_TURNS = 100
+# Multiply-accumulates of the instructions that kernels use on 128 bits; smull and smlal are those from bytes.
+_MACS = {
+    **dict.fromkeys(("fmla",), 4),
+    **dict.fromkeys(("smull", "smull2", "smlal", "smlal2", "bfdot"), 8),
+    **dict.fromkeys(("sdot", "bfmmla"), 16),
+    **dict.fromkeys(("smmla",), 32),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel's inner loop: instructions and cycles of a turn, its multiply-accumulates, and the share of the peak.
+
+    peak: multiply-accumulates a cycle of the instruction alone, on registers.
+    """
+
+    processor: str
+    kernel: str
+    instructions: int
+    cycles: float
+    macs: int
+    peak: float
+
+    @property
+    def share(self) -> float:
+        """Of the peak."""
+        return self.macs / self.cycles / self.peak
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """The table."""
+
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"rows": [{**asdict(row), "share": row.share} for row in self.rows]}
+
+    def to_markdown(self) -> str:
+        """One row a processor and kernel."""
+        columns = ("processor", "kernel", "instructions", "cycles", "MACs", "MACs a cycle", "peak", "of the peak")
+        cells = (
+            (
+                row.processor,
+                row.kernel,
+                row.instructions,
+                f"{row.cycles:.1f}",
+                row.macs,
+                f"{row.macs / row.cycles:.1f}",
+                f"{row.peak:.1f}",
+                percent(row.share),
+            )
+            for row in self.rows
+        )
+        return f"inner loops in LLVM's models of processors: no measurement\n\n{table(columns, cells)}"
+
+
+def run(processors: Sequence[str] = PROCESSORS, progress: Callable[[str], None] | None = None) -> Pipelines:
+    """The rows of each processor. Raises DeviceError without llvm-mca, TargetError for an unknown processor."""
+    command = _mca()
+    rows = []
+    for name in processors:
+        target = Target("pipeline", "a processor", TRIPLE, name, 1, 32, 512)
+        for row in table_rows(target.isa):
+            if isinstance(row, VectorRow):
+                if progress:
+                    progress(f"{name} {'-'.join(row.key)}")
+                rows.append(_row(command, target, row))
+    return Pipelines(rows)
+
+
+def _row(command: str, target: Target, row: VectorRow) -> Row:
+    m, matmul = row.micro, row.matmul(SIZE, target)
+    loops = [inner_loop(assembly(code, target)) for code in (row.loop(_TURNS, 1), matmul.function)]
+    alone, whole = ((products(loop), cycles(command, target, loop)) for loop in loops)
+    name = f"{SHORT[m.a_dtype]}-{SHORT[m.w_dtype]}-matmul-{matmul.tile}-{m.name}"
+    return Row(target.cpu, name, len(loops[1]), whole[1], whole[0], alone[0] / alone[1])
+
+
+def assembly(function: Any, target: Target) -> list[str]:
+    """The lines of a PrimFunc's code."""
+    compiled = tvm.compile(builder.module({"kernel": function}), target=target.tvm_target())
+    with scratch_folder() as folder:
+        path = Path(folder) / "kernel.s"
+        compiled.mod.write_to_file(str(path), "s")
+        return path.read_text(encoding="utf-8").splitlines()
+
+
+def inner_loop(lines: Sequence[str]) -> list[str]:
+    """The instructions of the innermost loop with the most products, its branch too. Raises ValueError for none."""
+    loops = [loop for loop in _innermost(lines) if products(loop)]
+    if not loops:
+        raise ValueError("no loop with products")
+    return max(loops, key=products)
+
+
+def _innermost(lines: Sequence[str]) -> Iterator[list[str]]:
+    """The instructions between each label and a branch back to it, where there is no other label between."""
+    start, label = 0, ""
+    for index, line in enumerate(lines):
+        if found := re.match(r"(\.L\w+):", line):
+            start, label = index + 1, found[1]
+        elif label and re.match(rf"\s+(b|cb|tb)\S*\s.*{re.escape(label)}$", line):
+            texts = (text.split("//")[0].strip() for text in lines[start : index + 1])
+            yield [text for text in texts if text and not text.startswith(".")]
+
+
+def products(loop: Sequence[str]) -> int:
+    """Multiply-accumulates of a loop: what its instructions say that they do."""
+    return sum(_MACS.get(line.split()[0], 0) for line in loop)
+
+
+def cycles(command: str, target: Target, loop: Sequence[str]) -> float:
+    """Cycles of a turn of `loop`, by llvm-mca. Raises DeviceError where it fails."""
+    features = ",".join(f"+{name}" for name in target.features)
+    options = [f"-mtriple={target.triple}", f"-mcpu={target.cpu}", *([f"-mattr={features}"] if features else [])]
+    first, second = (_cycles([command, *options, f"-iterations={n}"], loop) for n in _ITERATIONS)
+    return (second - first) / (_ITERATIONS[1] - _ITERATIONS[0])
+
+
+def _cycles(command: Sequence[str], loop: Sequence[str]) -> int:
+    # A branch needs its label.
+    text = "\n".join([f"{loop[-1].split()[-1]}:", *loop, ""])
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    if found is None:
+        raise DeviceError(f"{command[0]} cannot model {command[2]}", seen=done.stderr.strip().split("\n")[0])
+    return int(found[1])
+
+
+def _mca() -> str:
+    for command in _COMMANDS:
+        if found := shutil.which(command):
+            return found
+    hint = "on Debian: apt-get install llvm-19"
+    raise DeviceError("cannot model pipelines", expected=_COMMANDS[0], seen="none on the PATH", hint=hint)
