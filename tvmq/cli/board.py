@@ -28,7 +28,7 @@ class Board(Command):
 
     name: ClassVar[str] = "board"
     examples: ClassVar[tuple[str, ...]] = (
-        "tvmq board emulate --cpu cortex-a76 --port 9090    # then: tvmq verify m.tvmq --device rpc://127.0.0.1:9090",
+        "tvmq board emulate --cpu cortex-a76 --port 9090",
         "tvmq board emulate --cpu cortex-a53 --count model.tvmq",
     )
 
