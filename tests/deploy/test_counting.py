@@ -56,8 +56,8 @@ def test_a_static_qemu_takes_no_plugins(tmp_path: Path) -> None:
 
 
 def test_a_qemu_without_a_version(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match="expected a version of qemu, saw nothing"):
-        plugin("true", tmp_path)
+    with pytest.raises(DeviceError, match="expected a version of qemu, saw --version"):
+        plugin("echo", tmp_path)
 
 
 @pytest.mark.emulated
