@@ -1,4 +1,4 @@
-"""Instructions of a bundle, an inference and an operator, counted on an emulated board: exact, unlike its times."""
+"""Instructions of a bundle, an inference and an operator, counted on an emulated board, whose times mean nothing."""
 
 from __future__ import annotations
 
