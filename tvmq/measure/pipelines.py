@@ -134,7 +134,7 @@ def _innermost(lines: Sequence[str]) -> Iterator[list[str]]:
     """The instructions between each label and a branch back to it, where there is no other label between."""
     start, label = 0, ""
     for index, line in enumerate(lines):
-        if found := re.match(r"(\.L\w+):", line):
+        if found := re.match(r"(\.LBB\w+):", line):
             start, label = index + 1, found[1]
         elif label and re.match(rf"\s+(b|cb|tb)\S*\s.*{re.escape(label)}$", line):
             texts = (text.split("//")[0].strip() for text in lines[start : index + 1])
