@@ -25,6 +25,7 @@ AUTO = Recipe(precision="auto")
 FP32, BF16, INT8 = Precision.FP32, Precision.BF16, Precision.INT8
 ALL = {FP32, BF16, INT8}
 op = relax.op
+DEPTHWISE = {FP32: 8.0, BF16: 5.0, INT8: 5.0}
 
 
 def _chain(graph, extent: int, channels: int, groups: int = 1):
@@ -85,13 +86,13 @@ def test_a_conversion_may_cost_more_than_it_gains(graph) -> None:
 
 
 def test_the_widest_wins_where_nothing_is_gained(graph) -> None:
-    rates = Rates({FP32: 8.0, BF16: 8.0}, 8)
+    rates = Rates({FP32: 8.0, BF16: 8.0}, DEPTHWISE)
     chain = _chain(graph, 8, 8, groups=8)
     assert auto.choose(chain, [FP32], rates, ALL)[0] is FP32
 
 
 def test_the_estimate_is_products_bytes_and_a_conversion(graph) -> None:
-    chain, rates = _chain(graph, 4, 8), Rates({FP32: 2.0, BF16: 4.0}, 8)
+    chain, rates = _chain(graph, 4, 8), Rates({FP32: 2.0, BF16: 4.0}, DEPTHWISE)
     products, elements, weights = 4 * 4 * 8 * 72, 4 * 4 * 8, 8 * 72
     assert estimate(chain, FP32, FP32, rates) == products / 2 + 4 * (2 * elements + weights) / 16
     converted = elements * (4 + 2) / 16 + 2000
@@ -102,9 +103,9 @@ def test_the_estimate_is_products_bytes_and_a_conversion(graph) -> None:
     ("reads", "expected"), [([INT8, INT8], INT8), ([INT8, BF16], BF16), ([FP32], BF16), ([BF16], BF16)]
 )
 def test_operators_without_weights_follow(reads: list[Precision], expected: Precision) -> None:
-    rates = Rates({FP32: 8.0, BF16: 16.0, INT8: 32.0}, 8)
+    rates = Rates({FP32: 8.0, BF16: 16.0, INT8: 32.0}, DEPTHWISE)
     assert auto.choose(None, reads, rates, ALL)[0] is expected
-    assert auto.choose(None, reads, Rates({FP32: 8.0}, 8), ALL)[0] is FP32
+    assert auto.choose(None, reads, Rates({FP32: 8.0}, DEPTHWISE), ALL)[0] is FP32
 
 
 @pytest.mark.parametrize("target", ["x86-64-avx512-vnni", "raspberry-pi-4b", "x86-64-amx"])

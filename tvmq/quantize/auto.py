@@ -29,19 +29,17 @@ _SIZE = {Precision.FP32: 4, Precision.BF16: 2, Precision.INT8: 1}
 
 @dataclass(frozen=True)
 class Rates:
-    """Products a slot of one core: in `matrix` (convolutions, matmuls), and `lanes` where they go one by one.
+    """Products a slot of one core: in `matrix` (convolutions, matmuls), and in `depthwise` ones.
 
     `matrix` has no bfloat16 where the target has no instructions for it.
     """
 
     matrix: Mapping[Precision, float]
-    lanes: int
+    depthwise: Mapping[Precision, float]
 
     def of(self, precision: Precision, chain: Chain) -> float:
-        """Products a slot of `chain`. Depthwise ones are multiplied one by one, after 8 and 16 bits are widened."""
-        if not _is_depthwise(chain):
-            return self.matrix[precision]
-        return self.lanes / {Precision.FP32: 1.0, Precision.BF16: 1.5, Precision.INT8: 1.5}[precision]
+        """Products a slot of `chain`."""
+        return (self.depthwise if _is_depthwise(chain) else self.matrix)[precision]
 
 
 def choose(
