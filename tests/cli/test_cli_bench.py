@@ -89,7 +89,7 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected bundles, or one of --suite, --kernels, --matvec, --sparse, --compile"),
+        ([], "expected bundles, or one of --suite, --kernels, --pipelines, --matvec, --sparse, --compile"),
         (["--suite", "m.tvmq"], "saw bundles, --suite"),
         (["--suite", "--kernels"], "saw --suite, --kernels"),
         (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
