@@ -12,6 +12,7 @@ TvmqError                 a sentence for the user; the command line prints it an
 │   │   └── IsaError          a bundle that needs instructions this machine lacks
 │   ├── SignatureError        an input with the wrong name, shape or dtype
 │   ├── DeviceError           a device that cannot be reached, or that failed
+│   ├── TuningError           a tuning log, budget or task that cannot be used
 │   └── OutputError           a result that cannot be written
 └── CheckFailed           1   a check was made and said no (verify, significance)
 """
@@ -77,6 +78,10 @@ class SignatureError(InputError):
 
 class DeviceError(InputError):
     """A device that cannot be reached, or that failed."""
+
+
+class TuningError(InputError):
+    """A tuning log, budget or task that cannot be used."""
 
 
 class OutputError(InputError):

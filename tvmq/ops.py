@@ -362,7 +362,12 @@ def _call(
     name: str, args: list[Expr], attrs: dict[str, Any], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str
 ) -> Any:
     plain = {**attrs, "epilogue": encode(epilogue), "out_shape": [int(n) for n in out_shape], "out_dtype": out_dtype}
-    return relax.Call(_operator(PREFIX + name), args, tvm.ir.DictAttrs(plain))
+    return call(PREFIX + name, args, plain)
+
+
+def call(name: str, args: Sequence[Expr], attrs: dict[str, Any]) -> Any:
+    """A call of the operator `name` ("tvmq.map") with attributes as it holds them: plain data, its epilogue encoded."""
+    return relax.Call(_operator(name), list(args), tvm.ir.DictAttrs(attrs))
 
 
 def register() -> None:

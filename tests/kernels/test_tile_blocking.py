@@ -69,7 +69,7 @@ def test_rows_that_are_no_whole_pixels_apart_stay_apart() -> None:
     def ways(width: int, strides: tuple[int, int]) -> list[bool]:
         out = (1, 8, (width - 3) // strides[1] + 1, 16)
         g = gemm.conv_geometry((1, 10, width, 16), (16, 3, 3, 16), out, strides, (1, 1), 1)
-        return [strip.flat for strip in tile_blocking._strips(g)]
+        return [strip.flat for strip in tile_blocking.strips_of(g)]
 
     assert ways(11, (1, 2)) == [False]
     assert ways(10, (1, 2)) == [False, True]

@@ -71,10 +71,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Blocking:
-    """`tile`, and how many tile rows one parallel task takes."""
+    """`tile`, and how many tile rows one parallel task takes.
+
+    panels_first: whether tasks that follow each other share a panel, else their rows. prefetch: whether the next panel
+    is brought near meanwhile.
+    """
 
     tile: Tile
     rows_per_task: int
+    panels_first: bool
+    prefetch: bool
 
 
 def conv_geometry(
@@ -129,24 +135,44 @@ def choose(geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Block
     A step costs its products, its loads (one a broadcast, one a panel vector) or the latency of a product, whichever is
     most (products and loads issue in parallel, about one of each a cycle), and what streaming the panel costs.
     """
-    best = min(_tiles(geometry, micro), key=lambda tile: (cost(geometry, micro, tile), tile.pixels, -tile.vectors))
-    bands = -(-geometry.height // best.rows) * geometry.images
-    panels = geometry.groups * -(-geometry.channels // (best.vectors * micro.lanes))
+    best = min(tiles(geometry, micro), key=lambda tile: (cost(geometry, micro, tile), tile.pixels, -tile.vectors))
+    return blocking_of(best, geometry, micro, cores, l2_bytes)
+
+
+def blocking_of(tile: Tile, geometry: Geometry, micro: Micro, cores: int, l2_bytes: int) -> Blocking:
+    """The analytic default for everything but the tile."""
+    bands, panels = parts(tile, geometry, micro)
+    rows = _band_rows(geometry, micro, bands, panels, cores, l2_bytes)
+    prefetch = tile.pixels * tile.vectors >= PREFETCHING_SLOTS
+    return Blocking(tile, rows, panels_first(tile, geometry, micro), prefetch)
+
+
+def panels_first(tile: Tile, geometry: Geometry, micro: Micro) -> bool:
+    """Whether the weights are larger than the image: then tasks that follow each other share a panel."""
+    _, panels = parts(tile, geometry, micro)
+    panel_size = len(geometry.taps) * geometry.padded_length(micro.kr) * tile.vectors * micro.lanes
+    return panels * panel_size >= (geometry.images * geometry.sn or geometry.width * geometry.sx)
+
+
+def parts(tile: Tile, geometry: Geometry, micro: Micro) -> tuple[int, int]:
+    """How many tile rows there are, and how many panels."""
+    bands = -(-geometry.height // tile.rows) * geometry.images
     if geometry.height * geometry.images == 1:
-        bands = -(-geometry.width // best.columns)
-    return Blocking(best, _band_rows(geometry, micro, bands, panels, cores, l2_bytes))
+        bands = -(-geometry.width // tile.columns)
+    return bands, geometry.groups * -(-geometry.channels // (tile.vectors * micro.lanes))
 
 
-def _tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
+def tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
+    """The tiles whose accumulators and operands fit the registers."""
     vectors_needed = -(-geometry.channels // micro.lanes)
-    tiles = []
+    found = []
     for vectors in range(1, min(8, vectors_needed) + 1):
         most = max(
             (n for n in range(1, micro.registers) if micro.span.registers(n, vectors) <= micro.registers), default=0
         )
         for rows in range(1, min(4, geometry.height) + 1):
-            tiles += [Tile(rows, columns, vectors) for columns in range(1, min(most // rows, geometry.width) + 1)]
-    return tiles
+            found += [Tile(rows, columns, vectors) for columns in range(1, min(most // rows, geometry.width) + 1)]
+    return found
 
 
 # A product's latency in issue slots, and the work to finish a vector of results, in the same unit.
@@ -161,7 +187,7 @@ _FINISH = 6
 _UNHIDDEN = 0.5
 BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
 # Register tiles of so many vectors have load slots to spare, for a prefetch a step.
-_PREFETCHING_SLOTS = 12
+PREFETCHING_SLOTS = 12
 
 
 def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
@@ -196,12 +222,13 @@ def _band_rows(geometry: Geometry, micro: Micro, bands: int, panels: int, cores:
     item = BYTES[micro.a_dtype]
     image = item * (geometry.sn if geometry.sn else geometry.width * geometry.sx) * geometry.images
     split = max(1, math.ceil(image / (l2_bytes / 4)))
-    while split < bands and _imbalance(split * panels, cores) > 1.1:
+    while split < bands and imbalance(split * panels, cores) > 1.1:
         split += 1
     return -(-bands // min(split, bands))
 
 
-def _imbalance(tasks: int, cores: int) -> float:
+def imbalance(tasks: int, cores: int) -> float:
+    """The time of equal tasks over what it were if they could be cut to fill the cores."""
     return math.ceil(tasks / cores) * cores / tasks
 
 
@@ -302,13 +329,12 @@ class Emitter:
         )
 
     def tasks(self, bands: int, run: Callable[[Expr, Expr], None]) -> None:
-        """Parallel over (panel, block of bands); where the image is larger than the weights, over (block, panel)."""
+        """Parallel over (panel, block of bands), or over (block, panel)."""
         per_task = self.k.blocking.rows_per_task
         blocks = -(-bands // per_task)
         panels = self.g.groups * self.panels
-        panel_first = panels * self.panel_size >= math.prod(self.k.x_shape)
         with builder.parallel(blocks * panels) as task:
-            if panel_first:
+            if self.k.blocking.panels_first:
                 panel, block = tirx.floordiv(task, blocks), tirx.floormod(task, blocks)
             else:
                 block, panel = tirx.floordiv(task, panels), tirx.floormod(task, panels)
@@ -371,7 +397,7 @@ class Emitter:
             first = (panel * len(self.g.taps) + tap) * self.steps
 
             def multiply(step: Expr, count: int) -> None:
-                if self.k.prefetch and tile.rows * tile.vectors >= _PREFETCHING_SLOTS:
+                if self.k.prefetch and self.k.blocking.prefetch and tile.rows * tile.vectors >= PREFETCHING_SLOTS:
                     self._prefetch(panel, column, tap * self.steps + step)
                 rows = [base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx) for y, x in pixels]
                 tile.multiply(self.x, rows, self.w, (first + step) * (self.nr * m.kr), count)

@@ -15,25 +15,36 @@ from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.kernels import lower_grouped, lower_matrix, lower_rest, tiles
+from tvmq.kernels.decision import Decisions, Records
 from tvmq.kernels.lowering import Lowered, Lowering
 from tvmq.recipe import Sparse
 from tvmq.target import Target
 
 
-def lower(module: tvm.IRModule, target: Target, *, winograd: bool = True, sparse: Sparse = Sparse.AUTO) -> Lowered:
+def lower(
+    module: tvm.IRModule,
+    target: Target,
+    *,
+    winograd: bool = True,
+    sparse: Sparse = Sparse.AUTO,
+    records: Records | None = None,
+) -> Lowered:
     """Lower every tvmq operator of `module`; other operators stay for TVM's own lowering.
 
     winograd: whether float convolutions may be computed by it. sparse: which products leave out weights that are zero.
+    records: what was measured to be the fastest kernels of other products.
     Raises ModelError for weights that are not finite where their zeros are looked for.
     """
     variables = [*ir.main(module).params, *(var for var, _ in ir.bindings(module))]
-    lowering = Lowering(target, winograd, frozenset(str(var.name) for var in variables), sparse)
+    taken = frozenset(str(var.name) for var in variables)
+    lowering = Lowering(target, winograd, sparse, Decisions(records), taken)
     main = ir.rewrite(module, lambda *step: visit(lowering, *step))
     functions = {"main": ir.main(main)}
     if lowering.tiles is not None:
         functions[tiles.PERMISSION] = tiles.permission()
     lowered = tvm.IRModule({**functions, **{var: f for var, f in lowering.functions.values()}})
-    return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed, lowering.notes)
+    choices = lowering.decisions.made
+    return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed, lowering.notes, choices)
 
 
 def visit(lowering: Lowering, state: ir.Rewrite, name: str, value: Any) -> Any:

@@ -21,10 +21,11 @@ from tvmq.kernels import (
     sparse_blocking,
     tile_blocking,
 )
+from tvmq.kernels.decision import Choice, Space
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
-from tvmq.kernels.sparse_panels import SparsePanels
-from tvmq.kernels.sparse_stream import SparsePacking
+from tvmq.kernels.spaces import GemmSpace, TileSpace
+from tvmq.kernels.task import task_of
 from tvmq.kernels.tile_gemm import TileGemm
 
 Array = npt.NDArray[Any]
@@ -43,7 +44,8 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     m = lowering.micro(str(kernel.dtype))
     geometry, padding, wide = conv_geometry(m, call, kernel)
     sparse = _sparse(lowering, name, call, kernel, geometry)
-    transformed = lower_winograd.conv2d(lowering, state, name, call) if sparse is None else None
+    spaces = _spaces(lowering, m, geometry)
+    transformed = lower_winograd.conv2d(lowering, state, name, call, spaces) if sparse is None else None
     if transformed is not None:
         return transformed
     padded = lowering.pad(state, name, x, padding, wide, a["x_zero_point"], m.a_dtype)
@@ -95,6 +97,13 @@ def matmul_geometry(m: Micro, call: Any) -> gemm.Geometry:
     return gemm.conv_geometry((1, 1, rows, wide), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
 
 
+def _spaces(lowering: Lowering, m: Micro, geometry: gemm.Geometry) -> tuple[Space, ...]:
+    """The templates of a dense product."""
+    vectors = GemmSpace(geometry, m, lowering.target)
+    dot = lowering.tile_dot(m)
+    return (vectors,) if dot is None else (TileSpace(geometry, dot, m, lowering.target), vectors)
+
+
 def _sparse(
     lowering: Lowering, name: str, call: Any, kernel: Array, geometry: gemm.Geometry
 ) -> lower_sparse.Choice | None:
@@ -138,7 +147,11 @@ def _gemm(
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
     rest = (epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands))
-    spec, packing, tile = _template(lowering, m, kernel.shape, geometry, rest, sparse)
+    if sparse is not None:
+        spec, packing, tile = lower_sparse.template(lowering, m, kernel.shape, geometry, sparse, rest)
+    else:
+        choice = lowering.decisions.choose(name, task_of(call), _spaces(lowering, m, geometry))
+        spec, packing, tile = _template(lowering, m, kernel.shape, choice, rest)
     title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
     lowering.names[name] = title
     weights = lowering.pack(state, name, [(kernel, packing)])
@@ -147,33 +160,26 @@ def _gemm(
 
 
 def _template(
-    lowering: Lowering,
-    m: Micro,
-    kernel: tuple[int, ...],
-    geometry: gemm.Geometry,
-    rest: tuple[Any, ...],
-    sparse: lower_sparse.Choice | None,
-) -> tuple[gemm.Gemm | TileGemm | SparsePanels, Packing | SparsePacking, str]:
-    """The fastest template with its blocking, how it packs a weight of shape `kernel`, and its part of the name.
+    lowering: Lowering, m: Micro, kernel: tuple[int, ...], choice: Choice, rest: tuple[Any, ...]
+) -> tuple[gemm.Gemm | TileGemm, Packing, str]:
+    """The chosen template, how it packs a weight of shape `kernel`, and its part of the name.
 
-    `rest`: what all templates are told besides. sparse: where the weight's zeros are left out.
+    `rest`: what all templates are told besides.
     """
-    if sparse is not None:
-        return lower_sparse.template(lowering, m, kernel, geometry, sparse, rest)
-    target, taps, groups = lowering.target, len(geometry.taps), geometry.groups
-    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
-    dot = lowering.tile_dot(m)
-    if dot is not None:
+    space = choice.space
+    assert isinstance(space, GemmSpace | TileSpace)
+    geometry = space.geometry
+    taps, groups = len(geometry.taps), geometry.groups
+    if isinstance(space, TileSpace):
         assert lowering.tiles is not None
-        l1, l2 = target.l1d_kib * 1024, target.l2_kib * 1024
-        tiled, cycles = tile_blocking.choose(geometry, dot, target.cores, l1, l2)
-        if tile_blocking.pays(cycles, geometry, gemm.cost(geometry, m, blocking.tile)):
-            packing = Packing("tiles", kernel, taps, groups, tiled.channels, dot.kr)
-            spec = TileGemm(geometry, dot, lowering.tiles, tiled, *rest)
-            return spec, packing, f"{tiled.pixels}x{tiled.channels}-{lowering.tiles.name}"
+        tiled = space.blocking(choice.point)
+        packing = Packing("tiles", kernel, taps, groups, tiled.channels, space.dot.kr)
+        spec = TileGemm(geometry, space.dot, lowering.tiles, tiled, *rest)
+        return spec, packing, f"{tiled.pixels}x{tiled.channels}-{lowering.tiles.name}"
+    blocking, isa = space.blocking(choice.point), lowering.target.isa
     nr = blocking.tile.vectors * m.lanes
     packing = Packing("gemm", kernel, taps, groups, nr, m.kr)
-    imports = builder.prefetch_llvm(target.isa.family), builder.rounding_llvm(target.isa)
+    imports = builder.prefetch_llvm(isa.family), builder.rounding_llvm(isa)
     return gemm.Gemm(geometry, m, blocking, *imports, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
 
 

@@ -6,9 +6,12 @@ The rule compares estimated cycles with the direct kernel's: Winograd does fewer
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +19,12 @@ import numpy.typing as npt
 from tvmq import ir, ops
 from tvmq.kernels import gemm, winograd
 from tvmq.kernels.builder import FLOATS
+from tvmq.kernels.decision import Point, Space
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
+from tvmq.kernels.task import task_of
 from tvmq.kernels.winograd import Blocking, Shape
+from tvmq.target import Target
 
 Array = npt.NDArray[Any]
 
@@ -32,17 +38,65 @@ _WORTH = 0.8
 TOLERANCE = 2e-5
 
 
-def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
-    """A float `tvmq.conv2d` as Winograd; None where the direct kernel is the better choice."""
+@dataclass(frozen=True)
+class WinogradSpace:
+    """Winograd: outputs of a tile's side, register tile, tiles and panels of a task. `direct`: of the other kernel."""
+
+    shape: Shape
+    micro: Micro
+    direct: Micro
+    target: Target
+    template: ClassVar[str] = "winograd"
+    knobs: ClassVar[tuple[str, ...]] = ("m", "rows", "vectors", "groups", "splits")
+
+    def default(self) -> Point | None:
+        """See `choose`."""
+        blocking = choose(self.shape, self.micro, self.direct, self.target.cores, self.target.l2_kib * 1024)
+        return None if blocking is None else _point(blocking)
+
+    def points(self) -> list[Point]:
+        """Every blocking that the rule compares."""
+        return [_point(blocking) for blocking in _all_blockings(self.shape, self.micro, self.target.cores)]
+
+    def cost(self, point: Point) -> float:
+        """Issue slots on all cores."""
+        return _cost(self.shape, self.micro, self.blocking(point), self.target.cores, self.target.l2_kib * 1024)
+
+    def near(self, point: Point) -> Point:
+        """As it is: a task's tiles are its cache's matter, not the image's."""
+        return point
+
+    def blocking(self, point: Point) -> Blocking:
+        """The point as the template takes it."""
+        return Blocking(*point)
+
+
+def _point(blocking: Blocking) -> Point:
+    return blocking.m, blocking.rows, blocking.vectors, blocking.groups, blocking.splits
+
+
+def space(lowering: Lowering, call: Any) -> WinogradSpace | None:
+    """What Winograd is free to do for a `tvmq.conv2d`; None where it cannot compute it, or must not."""
     shape = _shape_of(call, lowering.float.lanes)
     if shape is None or not lowering.winograd:
         return None
-    m, target = lowering.float, lowering.target
+    return WinogradSpace(shape, lowering.float, lowering.micro(ir.dtype_of(call.args[1])), lowering.target)
+
+
+def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, direct: Sequence[Space]) -> Any:
+    """A float `tvmq.conv2d` as Winograd; None where a direct kernel is the better choice, or its sums too inexact.
+
+    direct: the spaces of the other kernels.
+    """
+    free = space(lowering, call)
+    if free is None:
+        return None
+    choice = lowering.decisions.choose(name, task_of(call), (free, *direct))
+    if choice.space is not free:
+        return None
+    m, shape, blocking = lowering.float, free.shape, free.blocking(choice.point)
     x, weight, *operands = call.args
     kernel = ir.to_numpy(weight)
-    blocking = choose(shape, m, lowering.micro(str(kernel.dtype)), target.cores, target.l2_kib * 1024)
-    if blocking is None:
-        return None
     off = error(kernel, blocking.m)
     if off > TOLERANCE:
         lowering.note(name, f"Winograd would be faster, but off by {off:.1e} of the largest result")
@@ -115,6 +169,11 @@ def _blockings(shape: Shape, micro: Micro, cores: int) -> list[Blocking]:
             splits = {part for part in (1, 2, cores) if part <= panels}
             found += [Blocking(m, rows, vectors, g, part) for g in groups for part in splits if (g - 1) * rows < tiles]
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _all_blockings(shape: Shape, micro: Micro, cores: int) -> tuple[Blocking, ...]:
+    return tuple(sorted(set(_blockings(shape, micro, cores)), key=_point))
 
 
 def _cost(shape: Shape, micro: Micro, blocking: Blocking, cores: int, l2_bytes: int) -> float:

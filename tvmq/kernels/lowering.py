@@ -14,6 +14,7 @@ from tvm import relax
 from tvmq import ir, ops
 from tvmq.kernels import builder, depthwise, depthwise_rows, gemm, grouped, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
+from tvmq.kernels.decision import Choice, Decisions
 from tvmq.kernels.elementwise import Map
 from tvmq.kernels.entry import MOST_CHANNELS, Entry
 from tvmq.kernels.micro import Micro
@@ -75,7 +76,7 @@ class Lowered:
 
     `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
     operator -> (name of the parameter, how to unpack it) of its weight, and of more constants after it that are packed.
-    `notes`: variable -> what its user should know of the kernel.
+    `notes`: variable -> what its user should know of the kernel. `choices`: variable -> what was free, and decided.
     """
 
     module: tvm.IRModule
@@ -83,6 +84,7 @@ class Lowered:
     parameters: dict[str, Array]
     packed: dict[str, list[tuple[str, Packing | SparsePacking]]]
     notes: dict[str, str]
+    choices: dict[str, Choice]
 
 
 @dataclass
@@ -91,8 +93,9 @@ class Lowering:
 
     target: Target
     winograd: bool = True
-    taken: frozenset[str] = frozenset()  # names of the module's variables
     sparse: Sparse = Sparse.OFF
+    decisions: Decisions = field(default_factory=Decisions)
+    taken: frozenset[str] = frozenset()  # names of the module's variables
     functions: dict[Any, tuple[Any, Any]] = field(default_factory=dict)  # kernel -> (global variable, PrimFunc)
     kernels: dict[Any, Any] = field(default_factory=dict)  # global variable -> kernel
     names: dict[str, str] = field(default_factory=dict)

@@ -109,4 +109,4 @@ def _tasks(geometry: Geometry, micro: Micro, tile: Tile, machine: Machine) -> tu
         parts = machine.cores
     else:
         blocks = -(-max(blocks, machine.cores) // machine.cores) * machine.cores
-    return Blocking(tile, -(-bands // blocks)), parts
+    return Blocking(tile, -(-bands // blocks), gemm.panels_first(tile, geometry, micro), False), parts

@@ -26,7 +26,7 @@ _TASK = 500
 # Issue slots of the vector template's products in a cycle: two 512-bit dot products.
 SLOTS = 2
 # Bytes of weights to fetch ahead, where they come from beyond the second-level cache: about 100 ns of their stream.
-_AHEAD_BYTES = 4096
+AHEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,26 @@ def choose(geometry: Geometry, dot: Dot, cores: int, l1_bytes: int, l2_bytes: in
     """The blocking with the least estimated time, and that time in cycles of one core, were it alone."""
     costs = {
         (strips, down, across): _cost(geometry, dot, strips, down, across, l1_bytes)
-        for strips in _strips(geometry)
-        for down, across in _shapes(strips.tiles * strips.count * geometry.images, -(-geometry.channels // LANES))
+        for strips in strips_of(geometry)
+        for down, across in shapes_of(geometry, strips)
     }
     strips, down, across = best = min(costs, key=lambda key: (costs[key], -key[1]))
-    blocks = -(-strips.tiles * strips.count * geometry.images // down)
-    panels = geometry.groups * -(-geometry.channels // (across * LANES))
+    panels, blocks = parts(geometry, strips, down, across)
     work = _Work(panels, blocks, costs[best], _image_bytes(geometry, dot), _weight_bytes(geometry, dot), l2_bytes)
     panels_per_task, blocks_per_task = _tasks(work, cores)
-    ahead = _AHEAD_BYTES if work.weight_bytes > l2_bytes / 2 else 0
+    ahead = AHEAD_BYTES if work.weight_bytes > l2_bytes / 2 else 0
     return TileBlocking(strips, down, across, panels_per_task, blocks_per_task, ahead), costs[best]
+
+
+def parts(geometry: Geometry, strips: Strips, down: int, across: int) -> tuple[int, int]:
+    """How many panels and blocks there are."""
+    blocks = -(-strips.tiles * strips.count * geometry.images // down)
+    return geometry.groups * -(-geometry.channels // (across * LANES)), blocks
+
+
+def cost(geometry: Geometry, dot: Dot, blocking: TileBlocking, l1_bytes: int) -> float:
+    """Estimated cycles of one core, were it alone."""
+    return _cost(geometry, dot, blocking.strips, blocking.down, blocking.across, l1_bytes)
 
 
 def pays(tile_cycles: float, geometry: Geometry, vector_slots: float) -> bool:
@@ -122,7 +132,7 @@ def pays(tile_cycles: float, geometry: Geometry, vector_slots: float) -> bool:
     return tile_cycles < vector_slots * geometry.groups / SLOTS
 
 
-def _strips(geometry: Geometry) -> Iterator[Strips]:
+def strips_of(geometry: Geometry) -> Iterator[Strips]:
     """The ways to walk an image: row by row, and across the ends of rows where they are whole pixels apart."""
     yield _strip(False, geometry.height, geometry.width, geometry.width)
     if geometry.height > 1 and geometry.sy % geometry.sx == 0:
@@ -135,8 +145,9 @@ def _strip(flat: bool, count: int, length: int, pitch: int) -> Strips:
     return Strips(flat, count, length, pitch, -(-length // -(-length // ROWS)))
 
 
-def _shapes(tiles: int, vectors: int) -> list[tuple[int, int]]:
+def shapes_of(geometry: Geometry, strips: Strips) -> list[tuple[int, int]]:
     """(down, across) that fit the registers: accumulators, one operand's tiles, and at least one of the other's."""
+    tiles, vectors = strips.tiles * strips.count * geometry.images, -(-geometry.channels // LANES)
     both = itertools.product(range(1, TILES), repeat=2)
     return [(d, a) for d, a in both if d * a + min(d, a) < TILES and d <= tiles and a <= vectors]
 

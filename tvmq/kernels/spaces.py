@@ -1,0 +1,148 @@
+"""The spaces of products with constant weights: what is free in the vector template and in the template of tiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tvmq.kernels import gemm, tile_blocking
+from tvmq.kernels.decision import Point
+from tvmq.kernels.gemm import Blocking, Geometry, Tile
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.tile_blocking import TileBlocking
+from tvmq.kernels.tiles import Dot
+from tvmq.target import Target
+
+# Into how many parts rows are cut for parallel tasks, at most: more cost more hand-overs than they balance.
+_MOST_PARTS = 128
+
+
+@dataclass(frozen=True)
+class GemmSpace:
+    """The vector template: tile, rows of a task, order of tasks, prefetch."""
+
+    geometry: Geometry
+    micro: Micro
+    target: Target
+    template: ClassVar[str] = "gemm"
+    knobs: ClassVar[tuple[str, ...]] = ("rows", "columns", "vectors", "rows_per_task", "panels_first", "prefetch")
+
+    def default(self) -> Point:
+        """See `gemm.choose`."""
+        return _point(gemm.choose(self.geometry, self.micro, self.target.cores, self._l2))
+
+    def points(self) -> list[Point]:
+        """Every tile that fits the registers; tasks from one to a hundred; either order; prefetching where it can."""
+        return [point for tile in gemm.tiles(self.geometry, self.micro) for point in self._with(tile)]
+
+    def cost(self, point: Point) -> float:
+        """Issue slots on all cores."""
+        blocking = self.blocking(point)
+        bands, panels = gemm.parts(blocking.tile, self.geometry, self.micro)
+        tasks = -(-bands // blocking.rows_per_task) * panels
+        slots = _slots(self.geometry, self.micro, blocking.tile) * self.geometry.groups
+        return slots * gemm.imbalance(tasks, self.target.cores) / self.target.cores
+
+    def near(self, point: Point) -> Point:
+        """The tile, cut where the image is smaller; its tasks by the analytic rule."""
+        tile = self.blocking(point).tile
+        fit = Tile(min(tile.rows, self.geometry.height), min(tile.columns, self.geometry.width), tile.vectors)
+        return _point(gemm.blocking_of(fit, self.geometry, self.micro, self.target.cores, self._l2))
+
+    def blocking(self, point: Point) -> Blocking:
+        """The point as the template takes it."""
+        rows, columns, vectors, rows_per_task, panels_first, prefetch = point
+        return Blocking(Tile(rows, columns, vectors), rows_per_task, bool(panels_first), bool(prefetch))
+
+    def _with(self, tile: Tile) -> Iterable[Point]:
+        default = gemm.blocking_of(tile, self.geometry, self.micro, self.target.cores, self._l2)
+        bands, panels = gemm.parts(tile, self.geometry, self.micro)
+        for per_task in sorted({*_shares(bands), default.rows_per_task}):
+            orders = (False, True) if panels > 1 and per_task < bands else (default.panels_first,)
+            for panels_first in orders:
+                for prefetch in (False, True) if default.prefetch else (False,):
+                    yield _point(Blocking(tile, per_task, panels_first, prefetch))
+
+    @property
+    def _l2(self) -> int:
+        return self.target.l2_kib * 1024
+
+
+def _point(blocking: Blocking) -> Point:
+    tile = blocking.tile
+    tail = (blocking.rows_per_task, int(blocking.panels_first), int(blocking.prefetch))
+    return (tile.rows, tile.columns, tile.vectors, *tail)
+
+
+def _shares(extent: int) -> set[int]:
+    """Sizes of equal parts of `extent`: for 1, 2, 3, 4, 6, 8, 12, ... parts."""
+    counts = {part * 2**power for part in (1, 3) for power in range(8)}
+    return {-(-extent // parts) for parts in counts if parts <= min(extent, _MOST_PARTS)}
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _slots(geometry: Geometry, micro: Micro, tile: Tile) -> float:
+    return gemm.cost(geometry, micro, tile)
+
+
+@dataclass(frozen=True)
+class TileSpace:
+    """The template of tiles: how the image is walked, tiles a step, shares of a task, prefetch distance."""
+
+    geometry: Geometry
+    dot: Dot
+    micro: Micro
+    target: Target
+    template: ClassVar[str] = "tiles"
+    knobs: ClassVar[tuple[str, ...]] = ("flat", "down", "across", "panels_per_task", "blocks_per_task", "ahead")
+
+    def default(self) -> Point | None:
+        """See `tile_blocking.choose` and `pays`."""
+        blocking, cycles = self._choose
+        direct = gemm.choose(self.geometry, self.micro, self.target.cores, self.target.l2_kib * 1024)
+        slots = gemm.cost(self.geometry, self.micro, direct.tile)
+        return _tile_point(blocking) if tile_blocking.pays(cycles, self.geometry, slots) else None
+
+    def points(self) -> list[Point]:
+        """Every shape that fits the tile registers, with a few ways to share it out."""
+        aheads = sorted({0, tile_blocking.AHEAD_BYTES})
+        default = _tile_point(self._choose[0])
+        found = {default}
+        for strips in tile_blocking.strips_of(self.geometry):
+            for down, across in tile_blocking.shapes_of(self.geometry, strips):
+                panels, blocks = tile_blocking.parts(self.geometry, strips, down, across)
+                for p in _shares(panels):
+                    for b in _shares(blocks):
+                        found |= {(int(strips.flat), down, across, p, b, ahead) for ahead in aheads}
+        return sorted(found)
+
+    def cost(self, point: Point) -> float:
+        """Issue slots of the vector template on all cores."""
+        blocking = self.blocking(point)
+        panels, blocks = tile_blocking.parts(self.geometry, blocking.strips, blocking.down, blocking.across)
+        tasks = -(-panels // blocking.panels_per_task) * -(-blocks // blocking.blocks_per_task)
+        cycles = tile_blocking.cost(self.geometry, self.dot, blocking, self.target.l1d_kib * 1024)
+        return cycles * tile_blocking.SLOTS * gemm.imbalance(tasks, self.target.cores) / self.target.cores
+
+    def near(self, point: Point) -> Point:
+        """The analytic default: tiles follow the size of the image."""
+        del point
+        return _tile_point(self._choose[0])
+
+    def blocking(self, point: Point) -> TileBlocking:
+        """The point as the template takes it."""
+        flat, *rest = point
+        strips = next(s for s in tile_blocking.strips_of(self.geometry) if s.flat == bool(flat))
+        return TileBlocking(strips, *rest)
+
+    @property
+    def _choose(self) -> tuple[TileBlocking, float]:
+        l1, l2 = self.target.l1d_kib * 1024, self.target.l2_kib * 1024
+        return tile_blocking.choose(self.geometry, self.dot, self.target.cores, l1, l2)
+
+
+def _tile_point(blocking: TileBlocking) -> Point:
+    b = blocking
+    return int(b.strips.flat), b.down, b.across, b.panels_per_task, b.blocks_per_task, b.ahead

@@ -1,0 +1,1 @@
+"""Tuning: what is free in kernels, decided by measuring; resumable, on this machine or on boards."""

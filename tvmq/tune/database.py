@@ -1,0 +1,270 @@
+"""A tuning log: the trials of one target in a folder, in MetaSchedule's JSON format, whatever happens to the tuner.
+
+    target.json                   which device it is of: records of another one are refused
+    database_workload.json        a line a task
+    database_tuning_record.json   a line a trial, appended whole and synced when it was measured
+    lock                          held by the one process that writes
+
+A process killed at any instant leaves at worst one torn line at the end of a file: it is dropped and reported when the
+log is next opened for writing. Lines that cannot be read are skipped, counted and reported by their number.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tvm.s_tir import meta_schedule as ms
+
+from tvmq.errors import OutputError, TuningError
+from tvmq.files import atomic_write_text
+from tvmq.kernels.decision import Decision, Space
+from tvmq.kernels.task import Task
+from tvmq.target import Target
+from tvmq.tune.workload import decision_of_trace, record_of, task_of_workload, workload_of
+
+WORKLOADS, RECORDS, TARGET, LOCK = "database_workload.json", "database_tuning_record.json", "target.json", "lock"
+# What a trial was: the analytic default, one of the search, or the winner of the last comparison of a task.
+DEFAULT, SEARCHED, FINAL = "default", "searched", "final"
+# Seconds that MetaSchedule records for a trial that failed.
+FAILED = 1e10
+# A trial that no final comparison confirmed must beat the default by this much.
+_UNCONFIRMED = 0.95
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured candidate: `seconds` of each repeat, empty where it failed, on `cores` threads."""
+
+    task: Task
+    decision: Decision
+    role: str
+    seconds: tuple[float, ...]
+    cores: int
+
+    @property
+    def best(self) -> float:
+        """The least time in seconds; infinity where it failed."""
+        return min(self.seconds, default=float("inf"))
+
+
+@dataclass
+class Log:
+    """The trials of `target` in `folder`, in the order in which they were made; `damage`: what could not be read."""
+
+    folder: Path
+    target: Target
+    trials: list[Trial] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    workloads: list[Task | None] = field(default_factory=list)  # by line
+
+    def by_task(self, cores: int | None = None) -> dict[Task, list[Trial]]:
+        """The trials of each task, on `cores` threads where that is given."""
+        found: dict[Task, list[Trial]] = {}
+        for trial in self.trials:
+            if cores in (None, trial.cores):
+                found.setdefault(trial.task, []).append(trial)
+        return found
+
+
+def verdict(trials: Iterable[Trial]) -> Trial | None:
+    """The trial that decides: the last final one, else the fastest if it beats the default clearly, else the default.
+
+    None where the default was not measured: nothing says that another is better.
+    """
+    known = list(trials)
+    finals = [trial for trial in known if trial.role == FINAL]
+    if finals:
+        return finals[-1]
+    default = next((trial for trial in reversed(known) if trial.role == DEFAULT and trial.seconds), None)
+    if default is None:
+        return None
+    best = min(known, key=lambda trial: trial.best)
+    return best if best.best < _UNCONFIRMED * default.best else default
+
+
+def read(folder: Path, target: Target) -> Log:
+    """The log in `folder`, empty where there is none. Raises TuningError where it is of another target."""
+    _check_target(folder, target)
+    log = Log(folder, target)
+    for number, line in _lines(folder / WORKLOADS):
+        log.workloads.append(_read(log, WORKLOADS, number, line, _task))
+    names = _target_names(target)
+    for number, line in _lines(folder / RECORDS):
+        trial = _read(log, RECORDS, number, line, lambda raw: _trial(log.workloads, names, raw))
+        if trial is not None:
+            log.trials.append(trial)
+    return log
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    if path.is_file():
+        yield from enumerate(path.read_bytes().splitlines(keepends=True), 1)
+
+
+def _read(log: Log, name: str, number: int, line: bytes, parse: Any) -> Any:
+    """What `parse` makes of a line; None where it is damaged, which is noted."""
+    try:
+        if not line.endswith(b"\n"):
+            raise ValueError("torn: its end is missing")
+        return parse(json.loads(line))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        seen = str(error).strip().splitlines()
+        log.damage.append(f"{log.folder / name} line {number}: skipped, {seen[-1] if seen else type(error).__name__}")
+        return None
+
+
+def _task(raw: Any) -> Task:
+    return task_of_workload(ms.database.Workload.from_json(raw))
+
+
+def _trial(workloads: Sequence[Task | None], names: dict[str, Any], raw: Any) -> Trial:
+    index, (trace, seconds, target, _) = raw
+    task = workloads[index] if 0 <= index < len(workloads) else None
+    if task is None:
+        raise ValueError(f"no task {index}")
+    for key, value in names.items():
+        if target.get(key) != value:
+            raise ValueError(f"of another target: {key} is {target.get(key)!r}, not {value!r}")
+    decision, role = decision_of_trace(trace)
+    return Trial(task, decision, role, tuple(float(s) for s in seconds if s < FAILED), int(target["num-cores"]))
+
+
+def _target_names(target: Target) -> dict[str, Any]:
+    """What MetaSchedule writes of a target that says which one it is, but for the number of threads."""
+    return {"mtriple": target.triple, "mcpu": target.cpu}
+
+
+def identity(target: Target) -> dict[str, Any]:
+    """What must be equal for records to be of one target; how many threads they ran on each says for itself."""
+    return {"name": target.name, "triple": target.triple, "cpu": target.cpu, "features": list(target.features)}
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity of the target that a log is of; None where there is no log. Raises TuningError."""
+    path = folder / TARGET
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TuningError(f"tuning log {folder}", expected=f"a readable {TARGET}", seen=str(error)) from error
+    if not isinstance(raw, dict):
+        raise TuningError(f"tuning log {folder}", expected=f"a table in {TARGET}", seen=type(raw).__name__)
+    return raw
+
+
+def _check_target(folder: Path, target: Target) -> None:
+    found = read_identity(folder)
+    if found is None:
+        if (folder / RECORDS).is_file():
+            raise TuningError(f"tuning log {folder}", expected=f"a {TARGET} that says whose records they are", seen="none")
+        return
+    wanted = identity(target)
+    for key in wanted:
+        if key != "name" and found.get(key) != wanted[key]:
+            raise TuningError(
+                f"tuning log {folder} is of another target",
+                expected=f"{key} {wanted[key]!r} of {target.name}",
+                seen=repr(found.get(key)),
+                hint="give another folder with -o",
+            )
+
+
+class Writer:
+    """The one process that adds to a log. A context manager. Raises TuningError where another one has it."""
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        self.folder, self.target = folder, target
+        self._lock = _lock(folder)
+        try:
+            dropped = [note for name in (WORKLOADS, RECORDS) if (note := _drop_torn(folder / name))]
+            self.log = read(folder, target)
+        except BaseException:
+            self._lock.close()
+            raise
+        self.log.damage = [*dropped, *self.log.damage]
+        if not (folder / TARGET).exists():
+            atomic_write_text(folder / TARGET, json.dumps(identity(target), indent=1) + "\n")
+        self._known = {task: index for index, task in enumerate(self.log.workloads) if task is not None}
+        self._workloads: dict[Task, Any] = {}
+
+    def add(self, trial: Trial, spaces: Sequence[Space]) -> None:
+        """Append a trial: when this returns, no kill loses it. Raises OutputError."""
+        if trial.task not in self._workloads:
+            self._workloads[trial.task] = ms.database.Workload(workload_of(trial.task))
+        workload = self._workloads[trial.task]
+        if trial.task not in self._known:
+            self._append(WORKLOADS, workload.as_json())
+            self._known[trial.task] = len(self.log.workloads)
+            self.log.workloads.append(trial.task)
+        seconds = trial.seconds or (FAILED,)
+        record = record_of(workload, spaces, trial.decision, trial.role, seconds, self.target)
+        self._append(RECORDS, [self._known[trial.task], record.as_json()])
+        self.log.trials.append(trial)
+
+    def _append(self, name: str, value: Any) -> None:
+        line = (json.dumps(value) + "\n").encode()
+        try:
+            handle = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                while line:
+                    line = line[os.write(handle, line) :]
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.folder / name}", seen=error.strerror or str(error)) from error
+
+    def close(self) -> None:
+        """Let others write."""
+        self._lock.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lock(folder: Path) -> Any:
+    """The lock file, held. The system lets go of it when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}", seen=error.strerror or str(error)) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        hint = "wait for it, or give another folder with -o"
+        raise TuningError(f"tuning log {folder}", seen=f"process {owner} writing to it", hint=hint) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _drop_torn(path: Path) -> str | None:
+    """Cut off what follows the last whole line; a note where there was something."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole == len(data):
+        return None
+    with path.open("r+b") as file:
+        file.truncate(whole)
+        os.fsync(file.fileno())
+    return f"{path} line {data.count(bytes([10])) + 1}: torn by a kill, dropped"

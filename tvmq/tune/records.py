@@ -1,0 +1,98 @@
+"""What compiling takes from tuning logs: the verdict on each task, and on tasks that differ in size only.
+
+Logs are asked in order: the user's, then the shipped one of the target, then those of a like one (the same vectors and
+dot products). A verdict found on as many threads as the target has decides; others are near matches, as are those of
+tasks of another size: their register tile is taken where it is legal, and the rest is decided analytically.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tvmq.errors import TuningError
+from tvmq.files import data_folder
+from tvmq.kernels.decision import NEAR, TUNED, Decision
+from tvmq.kernels.task import Task
+from tvmq.target import Target, load_target, target_names
+from tvmq.tune import database
+from tvmq.tune.database import DEFAULT, Log, verdict
+
+SHIPPED = "tuning_logs"
+
+
+def user_folder() -> Path:
+    """Where a user's own logs are: a folder a target below it."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "tvmq" / "tuning_logs"
+
+
+@dataclass
+class LogRecords:
+    """The verdicts of some logs; `decision.Records` for lowering. notes: logs that could not be used, and why."""
+
+    target: Target
+    logs: Sequence[Log]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._exact: dict[Task, Decision] = {}
+        self._family: dict[str, list[tuple[Task, Decision]]] = {}
+        for log in self.logs:
+            for task, trials in log.by_task().items():
+                self._add(task, trials)
+
+    def _add(self, task: Task, trials: Iterable[database.Trial]) -> None:
+        found = verdict(trial for trial in trials if trial.cores == self.target.cores)
+        if found is not None:
+            self._exact.setdefault(task, found.decision)
+        found = found or verdict(trials)
+        # That nothing beat the default there says nothing of another size, where the default is another.
+        if found is not None and found.role != DEFAULT:
+            self._family.setdefault(task.family(), []).append((task, found.decision))
+
+    def decisions(self, task: Task) -> Sequence[tuple[Decision, str]]:
+        """See `decision.Records`."""
+        exact = [(self._exact[task], TUNED)] if task in self._exact else []
+        like = sorted(self._family.get(task.family(), ()), key=lambda item: _distance(item[0], task))
+        return [*exact, *((decision, NEAR) for _, decision in like)]
+
+
+def _distance(a: Task, b: Task) -> float:
+    """How far apart the sizes of two tasks are."""
+    sizes = [math.prod(task.attributes["out_shape"]) for task in (a, b)]
+    return abs(math.log(sizes[0] / sizes[1]))
+
+
+def load(target: Target, folder: str | Path | None = None) -> LogRecords:
+    """The records for `target` in `folder`, or where there is none given: the user's and the shipped ones.
+
+    Raises TuningError where `folder` holds none, or those of another target.
+    """
+    if folder is not None:
+        path = Path(folder)
+        if database.read_identity(path) is None:
+            raise TuningError(f"tuning log {path}", expected="the files that tvmq tune writes", seen="none")
+        return LogRecords(target, [database.read(path, target)])
+    found = LogRecords(target, [])
+    for path in (user_folder() / target.name, data_folder(SHIPPED) / target.name):
+        try:
+            found.logs = [*found.logs, database.read(path, target)]
+        except TuningError as error:
+            found.notes.append(str(error))
+    likes = [database.read(data_folder(SHIPPED) / like.name, like) for like in _like(target)]
+    return LogRecords(target, [*found.logs, *likes], found.notes)
+
+
+def _like(target: Target) -> list[Target]:
+    """Other shipped targets with logs whose kernels are the same: vectors, registers and dot products are equal."""
+    names = [n for n in target_names() if n != target.name and (data_folder(SHIPPED) / n / database.RECORDS).is_file()]
+    return [like for like in map(load_target, names) if _kernels(like) == _kernels(target)]
+
+
+def _kernels(target: Target) -> tuple[object, ...]:
+    isa = target.isa
+    return isa.family, isa.vector_bits, isa.vector_registers, isa.fma, isa.int8_dot

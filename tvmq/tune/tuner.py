@@ -1,0 +1,315 @@
+"""The search over all tasks of a model: defaults first, then batch after batch where most is to be gained, then verdicts.
+
+A loop of our own around MetaSchedule's records: its task scheduler measures whole rounds without a look at the clock,
+starts builder processes anew for each, and knows no end but a number of trials.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from tvmq.kernels.decision import Decision
+from tvmq.kernels.task import Task
+from tvmq.target import Target
+from tvmq.tune.budget import Outlook, Spending
+from tvmq.tune.database import DEFAULT, FINAL, SEARCHED, Log, Trial, Writer
+from tvmq.tune.processes import Built
+from tvmq.tune.runners import Measured, Runner
+from tvmq.tune.search import Candidates, CostModel, promise, propose
+from tvmq.tune.tasks import TuneTask
+
+Event = Callable[[dict[str, Any]], None]
+# Candidates of a batch: as many as the model is asked for at once.
+BATCH = 8
+# Candidates that are compared with the default at the end, and how often in turns.
+_FINALISTS, _ROUNDS = 3, 5
+# How often one candidate is timed to see how far its figures scatter; and the least scatter that is believed.
+_SAMPLES, _LEAST_NOISE = 6, 0.005
+# Seconds that comparing the candidates of a task takes, and the most of a budget that is kept for it.
+_COMPARING, _RESERVED = 1.0, 0.2
+
+
+class Builder(Protocol):
+    """Builds candidates: see `processes.Builders`."""
+
+    def build(self, task: Task, decisions: Sequence[Decision]) -> list[Built]:
+        """Every candidate, in order."""
+
+
+@dataclass
+class Progress:
+    """One task on its way. default, best: seconds; trials: of this run and of earlier ones. expected: see `Outlook`."""
+
+    tuned: TuneTask
+    candidates: Candidates
+    outlook: Outlook = field(default_factory=Outlook)
+    seconds: dict[Decision, float] = field(default_factory=dict)
+    default: float | None = None
+    trials: int = 0
+    verdict: Trial | None = None
+    searched: bool = False  # in this run
+    expected: float = 0.0
+
+    @property
+    def best(self) -> float | None:
+        """The verdict's seconds, or the least so far; None before the default was timed."""
+        if self.verdict is not None:
+            return self.verdict.best
+        return min(self.seconds.values(), default=self.default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "task": str(self.tuned.task),
+            "operators": list(self.tuned.names),
+            "default_ms": None if self.default is None else self.default * 1e3,
+            "best_ms": None if self.best is None else self.best * 1e3,
+            "trials": self.trials,
+            "expected_gain": self.expected,
+            "decision": str(self.verdict.decision if self.verdict else self.tuned.default),
+        }
+
+
+@dataclass
+class Summary:
+    """What a run came to. default_ms, tuned_ms: of all tuned kernels of one inference. curve: (seconds, ms) so far.
+
+    failures: reason -> how many trials. ended: why the run ended. interrupted: by the user.
+    """
+
+    target: str
+    tasks: list[dict[str, Any]]
+    trials: int
+    default_ms: float
+    tuned_ms: float
+    noise: float
+    seconds: float
+    ended: str
+    interrupted: bool
+    failures: dict[str, int]
+    curve: list[tuple[float, float]]
+    damage: list[str]
+
+
+class Tuner:
+    """One run. `stopped` is asked between trials; `event` is told what happens."""
+
+    def __init__(
+        self,
+        tasks: Sequence[TuneTask],
+        target: Target,
+        writer: Writer,
+        builder: Builder,
+        runner: Runner,
+        spending: Spending,
+        *,
+        others: Sequence[Candidates] = (),
+        seed: int = 0,
+        event: Event = lambda _event: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.target, self.writer, self.builder, self.runner = target, writer, builder, runner
+        self.spending, self.event, self.stopped = spending, event, stopped
+        self.others, self.model, self.rng = list(others), CostModel(seed), np.random.default_rng(seed)
+        self.tasks = [Progress(tuned, Candidates(tuned)) for tuned in tasks]
+        self.noise = _LEAST_NOISE
+        self.failures: Counter[str] = Counter()
+        self.curve: list[tuple[float, float]] = []
+
+    def run(self) -> Summary:
+        """Tune until there is nothing to gain, the budget is spent, or the user stops."""
+        self._recall(self.writer.log)
+        ended = self._defaults() or self._search()
+        self._verdicts()
+        return self._summary(ended)
+
+    # --- what is known already ---
+
+    def _recall(self, log: Log) -> None:
+        """Take up what earlier runs measured."""
+        known = log.by_task(self.target.cores)
+        for task in self.tasks:
+            for trial in known.get(task.tuned.task, ()):
+                self._take(task, trial)
+            searched = [ratio for _, ratio in sorted(task.candidates.ratios.items())]
+            best = 1.0
+            for start in range(0, len(searched), BATCH):
+                after = min(best, *searched[start : start + BATCH])
+                task.outlook.batch(best, after, self.noise)
+                best = after
+        self._learn()
+
+    def _take(self, task: Progress, trial: Trial) -> None:
+        if trial.role == FINAL:
+            task.verdict = trial
+            return
+        task.trials += 1
+        if trial.role == DEFAULT and trial.seconds:
+            task.default = trial.best
+        if trial.seconds:
+            task.seconds[trial.decision] = trial.best
+        if task.default is not None:
+            task.candidates.measured(trial.decision, trial.best / task.default)
+
+    # --- defaults and noise ---
+
+    def _defaults(self) -> str:
+        """Time every default that is not known yet, and how far the figures scatter; why to end, or ""."""
+        waiting = [task for task in self.tasks if task.default is None]
+        self.event({"event": "start", "tasks": len(self.tasks), "known": len(self.tasks) - len(waiting)})
+        for task in waiting:
+            if self.spending.spent or self.stopped():
+                return self._why()
+            self._measure(task, [task.tuned.default], DEFAULT)
+        timed = [task for task in self.tasks if task.default is not None]
+        if not timed:
+            return "no default could be timed"
+        self._estimate_noise(max(timed, key=lambda task: task.tuned.count * (task.default or 0.0)))
+        comparing = _COMPARING * len(timed)
+        if self.spending.budget.seconds is not None:
+            self.spending.reserve = min(comparing, _RESERVED * self.spending.budget.seconds)
+        return ""
+
+    def _estimate_noise(self, task: Progress) -> None:
+        built = self.builder.build(task.tuned.task, [task.tuned.default])[0]
+        if built.folder is None:
+            return
+        results = [result for _, result in self.runner.time([built.folder] * _SAMPLES)]
+        figures = [min(result.seconds) for result in results if result.seconds]
+        if figures:
+            self.noise = max(_LEAST_NOISE, statistics.median(figures) / min(figures) - 1)
+        self.event({"event": "noise", "noise": self.noise})
+
+    # --- the search ---
+
+    def _search(self) -> str:
+        """Batch after batch; returns why it ended."""
+        while not (self.spending.spent or self.stopped()):
+            gain, task = self._next()
+            if gain < self.spending.budget.stop_at or task is None:
+                return f"{gain:.1%} expected left: stopping"
+            before = task.candidates.best
+            decisions = propose(task.candidates, self.model, self.spending.left(BATCH), self.rng)
+            self._measure(task, decisions, SEARCHED)
+            task.searched = True
+            task.outlook.batch(before, task.candidates.best, self.noise)
+            self._learn()
+        return self._why()
+
+    def _next(self) -> tuple[float, Progress | None]:
+        """What is expected of all tasks together, as a share of the model's time, and the task that promises most."""
+        timed = [task for task in self.tasks if task.default is not None]
+        total = sum(task.tuned.count * (task.best or 0.0) for task in timed)
+        gains = []
+        for task in timed:
+            task.expected = task.outlook.expected(promise(task.candidates, self.model))
+            if len(task.candidates.ratios) == len(task.candidates.places):
+                task.expected = 0.0
+            if task.expected >= self.spending.budget.stop_at:
+                gains.append((task.tuned.count * (task.best or 0.0) / total * task.expected, task))
+        if not gains:
+            return 0.0, None
+        return sum(gain for gain, _ in gains), max(gains, key=lambda item: item[0])[1]
+
+    def _measure(self, task: Progress, decisions: Sequence[Decision], role: str) -> None:
+        """Build and time candidates; each is in the log before the next is begun."""
+        built = self.builder.build(task.tuned.task, decisions)
+        ready = [(d, b.folder) for d, b in zip(decisions, built, strict=True) if b.folder is not None]
+        for decision, failed in zip(decisions, built, strict=True):
+            if failed.folder is None:
+                self._note(task, decision, role, Measured((), failed.error))
+        if self.stopped():
+            return
+        for index, result in self._timed([folder for _, folder in ready]):
+            self._note(task, ready[index][0], role, result)
+
+    def _timed(self, folders: Sequence[Any]) -> Iterator[tuple[int, Measured]]:
+        results = self.runner.time(folders)
+        for item in results:
+            yield item
+            if self.stopped():
+                results.close()  # type: ignore[attr-defined]
+                return
+
+    def _note(self, task: Progress, decision: Decision, role: str, result: Measured) -> None:
+        trial = Trial(task.tuned.task, decision, role, result.seconds, self.target.cores)
+        self.writer.add(trial, task.tuned.spaces)
+        self.spending.trials += 1
+        self._take(task, trial)
+        if result.error:
+            self.failures[result.error] += 1
+        self.curve.append((self.spending.elapsed, self._total() * 1e3))
+        self.event(
+            {
+                "event": "trial",
+                "task": str(task.tuned.task),
+                "decision": str(decision),
+                "ms": trial.best * 1e3 if trial.seconds else None,
+                "error": result.error,
+                "place": result.place,
+            }
+        )
+
+    def _learn(self) -> None:
+        self.model.learn([*self.others, *(task.candidates for task in self.tasks)])
+
+    # --- verdicts ---
+
+    def _verdicts(self) -> None:
+        """Compare the best candidates of each task with its default, in turns; the default stays unless it is beaten."""
+        for task in self.tasks:
+            if task.searched and not self.stopped():
+                self._compare(task)
+                self.event({"event": "verdict", **task.to_dict()})
+
+    def _compare(self, task: Progress) -> None:
+        default = task.tuned.default
+        order = sorted(task.seconds, key=lambda decision: task.seconds[decision])
+        finalists = [default, *[decision for decision in order if decision != default][:_FINALISTS]]
+        folders = [built.folder for built in self.builder.build(task.tuned.task, finalists)]
+        ready = [(d, folder) for d, folder in zip(finalists, folders, strict=True) if folder is not None]
+        times: dict[Decision, list[float]] = {decision: [] for decision, _ in ready}
+        for _ in range(_ROUNDS):
+            for index, result in self._timed([folder for _, folder in ready]):
+                times[ready[index][0]] += [min(result.seconds)] if result.seconds else []
+        if self.stopped() or not times.get(default):
+            return
+        winner = min((d for d in times if times[d]), key=lambda d: min(times[d]))
+        if min(times[winner]) >= min(times[default]) * (1 - self.noise):
+            winner = default
+        task.default = min(times[default])
+        task.verdict = Trial(task.tuned.task, winner, FINAL, tuple(times[winner]), self.target.cores)
+        self.writer.add(task.verdict, task.tuned.spaces)
+
+    # --- results ---
+
+    def _total(self) -> float:
+        """Seconds of all tasks of an inference, with the best so far."""
+        return sum(task.tuned.count * (task.best or 0.0) for task in self.tasks)
+
+    def _why(self) -> str:
+        return "interrupted" if self.stopped() else "the budget is spent"
+
+    def _summary(self, ended: str) -> Summary:
+        default = sum(task.tuned.count * (task.default or 0.0) for task in self.tasks)
+        interrupted = self.stopped()
+        return Summary(
+            self.target.name,
+            [task.to_dict() for task in self.tasks],
+            self.spending.trials,
+            default * 1e3,
+            self._total() * 1e3,
+            self.noise,
+            self.spending.elapsed,
+            "interrupted" if interrupted else ended,
+            interrupted,
+            dict(self.failures),
+            self.curve,
+            list(self.writer.log.damage),
+        )
