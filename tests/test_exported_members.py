@@ -25,6 +25,7 @@ PUBLIC = {
     "import_model",
     "load",
     "load_target",
+    "tune",
     "verify",
 }
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tvmq.quantize.table import CalibrationTable
     from tvmq.recipe import Recipe
     from tvmq.target import Target, load_target
+    from tvmq.tune.run import tune
 
 __all__ = [
     "CalibrationTable",
@@ -38,6 +39,7 @@ __all__ = [
     "import_model",
     "load",
     "load_target",
+    "tune",
     "verify",
 ]
 
@@ -57,6 +59,7 @@ _HOMES = {
     "import_model": ("tvmq.importer.load", "import_model"),
     "load": ("tvmq.deploy.executor", "load"),
     "load_target": ("tvmq.target", "load_target"),
+    "tune": ("tvmq.tune.run", "tune"),
     "verify": ("tvmq.measure.verify", "verify"),
 }
 

@@ -14,6 +14,7 @@ bundle      one file                                                          de
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.canonical import fold_constants
 from tvmq.importer.quantized import is_quantized
 from tvmq.kernels.lower import lower
-from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.rates import rates_of
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
@@ -39,7 +39,7 @@ from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
 from tvmq.quantize.data import inferences
-from tvmq.quantize.partition import quantize_outputs, take_integers
+from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan, source_decisions
 from tvmq.quantize.realize import realize
 from tvmq.quantize.refine import Samples, products_of, reshaped, with_corrected_biases
@@ -48,6 +48,7 @@ from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import WITH_DATA, Observer, Precision, Recipe
 from tvmq.target import Target, load_target
+from tvmq.tune import records
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int], None]
@@ -73,6 +74,19 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Realized:
+    """A module of tvmq operators for a target, and what it came from. model: with the inputs and outputs that it has.
+
+    conversions: None where inputs and outputs are the model's own.
+    """
+
+    quantized: Quantized
+    module: tvm.IRModule
+    model: Model
+    conversions: Conversions | None
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A finished bundle: where it is, its size in bytes, and its operators as `explain` shows them.
 
@@ -92,6 +106,8 @@ def compile_model(
     calibration: Iterable[Any] | CalibrationTable | None = None,
     out: str | Path = "model.tvmq",
     *,
+    logs: str | Path | None = None,
+    untuned: bool = False,
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -99,29 +115,31 @@ def compile_model(
 
     `calibration`: batches (arrays, tuples or dicts by input name) or a finished table; needed where the recipe asks
     for int8 (with scales fixed beforehand). `dump`: a folder that receives the Relax of every stage. `progress(stage,
-    n)` is called as stages begin, and with n = 1, 2, ... for each calibration inference.
-    Raises TargetError, RecipeError, CalibrationError, OutputError.
+    n)` is called as stages begin, and with n = 1, 2, ... for each calibration inference. `logs`: a folder of tuning
+    records for the target; None means the user's own and the shipped ones. `untuned`: without any.
+    Raises TargetError, RecipeError, CalibrationError, OutputError, TuningError.
     """
     spec, recipe, out = load_target(target), recipe or Recipe(), require_folder(out)
+    known = None if untuned else records.load(spec, logs)
     report = progress or (lambda _stage, _n: None)
     stages = _Dump(dump)
-    quantized = quantize(model, recipe, calibration, report, stages, rates_of(spec))
-    report("realize", 0)
-    qdq, conversions = quantized.qdq, None
-    if recipe.integer_io and quantized.table is not None:
-        qdq, conversions = quantize_outputs(qdq, quantized.module, quantized.table)
-    realized = realize(simulated(qdq) if recipe.simulate else qdq, spec.isa.activation_dtype)
-    if conversions is not None:
-        realized, model = take_integers(realized, conversions), conversions.applied_to(model)
-    stages("realize", realized)
+    made = realized_module(model, spec, recipe, calibration, report, stages)
+    quantized, realized, model, conversions = made.quantized, made.module, made.model, made.conversions
     report("lower", 0)
-    lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse)
+    lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse, records=known)
     stages("lower", lowered.module)
     report("schedule", 0)
     scheduled = stages("schedule", schedule(lowered.module, spec))
     report("build", 0)
     product = build.Product(
-        model, spec, recipe, quantized.table, quantized.decisions, realized, _with(lowered, scheduled), conversions
+        model,
+        spec,
+        recipe,
+        quantized.table,
+        quantized.decisions,
+        realized,
+        dataclasses.replace(lowered, module=scheduled),
+        conversions,
     )
     library = build.compile_library(product)
     report("check", 0)
@@ -129,6 +147,27 @@ def compile_model(
     build.check(product, library, expected)
     report("bundle", 0)
     return Compiled(*build.write_bundle(product, library, expected, out), quantized.unused_rules)
+
+
+def realized_module(
+    model: Model,
+    target: Target,
+    recipe: Recipe,
+    calibration: Iterable[Any] | CalibrationTable | None = None,
+    progress: Progress | None = None,
+    stages: _Dump | None = None,
+) -> Realized:
+    """The stages before lowering. Raises CalibrationError."""
+    report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
+    quantized = quantize(model, recipe, calibration, report, stages, rates_of(target))
+    report("realize", 0)
+    qdq, conversions = quantized.qdq, None
+    if recipe.integer_io and quantized.table is not None:
+        qdq, conversions = quantize_outputs(qdq, quantized.module, quantized.table)
+    realized = realize(simulated(qdq) if recipe.simulate else qdq, target.isa.activation_dtype)
+    if conversions is not None:
+        realized, model = take_integers(realized, conversions), conversions.applied_to(model)
+    return Realized(quantized, stages("realize", realized), model, conversions)
 
 
 def quantize(
@@ -240,10 +279,6 @@ def wants_integers(recipe: Recipe) -> bool:
 def wanted_precisions(recipe: Recipe) -> set[Precision]:
     """Every precision that `recipe` asks for somewhere."""
     return {recipe.precision, *(rule.precision for rule in recipe.rules)}
-
-
-def _with(lowered: Lowered, module: tvm.IRModule) -> Lowered:
-    return Lowered(module, lowered.kernels, lowered.parameters, lowered.packed, lowered.notes)
 
 
 class _Dump:

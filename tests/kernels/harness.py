@@ -24,6 +24,7 @@ from tvmq.deploy.crosslink import linker
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.isa import Int8Dot
 from tvmq.kernels import tiles
+from tvmq.kernels.decision import Records
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build, schedule
@@ -99,9 +100,11 @@ def _type(array: Array) -> Any:
     return relax.TensorType(list(array.shape), str(array.dtype))
 
 
-def compiled(module: tvm.IRModule, target: Target, sparse: Sparse = Sparse.AUTO) -> tuple[Lowered, Any]:
+def compiled(
+    module: tvm.IRModule, target: Target, sparse: Sparse = Sparse.AUTO, records: Records | None = None
+) -> tuple[Lowered, Any]:
     """The lowered module, and the executable."""
-    lowered = lower(module, target, sparse=sparse)
+    lowered = lower(module, target, sparse=sparse, records=records)
     return lowered, build(schedule(lowered.module, target), target)
 
 
@@ -111,9 +114,10 @@ def run(
     target: Target,
     board: EmulatedBoard | None = None,
     sparse: Sparse = Sparse.AUTO,
+    records: Records | None = None,
 ) -> list[Array]:
-    """The outputs of a realized module, compiled for `target` and run here or on `board`."""
-    lowered, executable = compiled(module, target, sparse)
+    """The outputs of a realized module, compiled for `target` with `records` and run here or on `board`."""
+    lowered, executable = compiled(module, target, sparse, records)
     if board is None:
         library, device = executable.jit(), tvm.cpu()
     else:
@@ -146,13 +150,14 @@ def check(
     *,
     exact: bool = False,
     sparse: Sparse = Sparse.AUTO,
+    records: Records | None = None,
 ) -> None:
     """Every case equals the oracle: bit for bit for integers or `exact`; `same` says how closely for floats."""
     module = module_of(cases)
     inputs = [numerics.widened(x) for case in cases for x in case.inputs]
     wanted = interpret.run(module, inputs)
     wrong = []
-    for case, want, bits in zip(cases, wanted, run(module, inputs, target, board, sparse), strict=True):
+    for case, want, bits in zip(cases, wanted, run(module, inputs, target, board, sparse, records), strict=True):
         got = bits.view(want.dtype) if want.dtype == numerics.BF16 else bits
         if want.dtype != got.dtype or want.shape != got.shape:
             wrong.append(f"{case.name}: {got.dtype}{got.shape} for {want.dtype}{want.shape}")

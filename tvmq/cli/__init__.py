@@ -19,12 +19,13 @@ from tvmq.cli.output import Output, stdout_to_stderr
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.sparse import Sparse
 from tvmq.cli.targets import Targets
+from tvmq.cli.tune import INTERRUPTED, Tune
 from tvmq.errors import TvmqError, nearest
 
 COMMANDS: dict[str, type[Command]] = {
-    command.name: command for command in (Compile, Calibrate, Run, Bench, Verify, Explain, Sparse, Targets, Board, Demo)
+    command.name: command
+    for command in (Compile, Calibrate, Run, Tune, Bench, Verify, Explain, Sparse, Targets, Board, Demo)
 }
-INTERRUPTED = 130
 # What a shell reports for a program that ended because nobody read its output (128 + SIGPIPE).
 PIPE_CLOSED = 141
 
@@ -33,6 +34,7 @@ examples:
   tvmq targets                                             what can be compiled for
   tvmq compile model.pt2 -t raspberry-pi-4b -o model.tvmq  compile in float
   tvmq compile model.pt2 -t host --precision int8 --calibrate data.npz -o model.tvmq
+  tvmq tune model.pt2 --budget 10m                         measure which kernels are fastest here
   tvmq bench model.tvmq                                    how fast it is
   tvmq verify model.tvmq                                   whether each operator computes what it should
   tvmq demo                                                all of it, on handwritten digits

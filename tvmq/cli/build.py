@@ -40,6 +40,8 @@ class Compile(Command):
     recipe: str | None = None
     calibrate: str | None = None
     out: str | None = None
+    logs: str | None = None
+    untuned: bool = False
     dump: str | None = None
     check: bool = True
 
@@ -62,6 +64,12 @@ class Compile(Command):
             help="a .npz, a folder of .npy, package.module:function, or a table.json of `tvmq calibrate`",
         )
         parser.add_argument("-o", "--out", metavar="OUT.tvmq", help="default: the model's name in this folder")
+        parser.add_argument(
+            "--logs",
+            metavar="DIR",
+            help="records of `tvmq tune -o DIR` (default: your own, then the shipped ones)",
+        )
+        parser.add_argument("--untuned", action="store_true", help="use no tuning records")
         parser.add_argument("--dump", metavar="DIR", help="write the Relax of each stage there")
         parser.add_argument(
             "--no-check", dest="check", action="store_false", help="do not compare the imported model with PyTorch"
@@ -81,7 +89,17 @@ class Compile(Command):
             report("import", 0)
             model = tvmq.import_model(self.model, check=self.check)
             path = self.out if self.out is not None else f"{model.name}.tvmq"
-            done = tvmq.compile(model, target, recipe, calibration, path, dump=self.dump, progress=report)
+            done = tvmq.compile(
+                model,
+                target,
+                recipe,
+                calibration,
+                path,
+                logs=self.logs,
+                untuned=self.untuned,
+                dump=self.dump,
+                progress=report,
+            )
         precisions = Counter(row["precision"] for row in done.operators)
         document = {
             "bundle": str(done.path),

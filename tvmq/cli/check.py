@@ -195,6 +195,7 @@ def operator_rows(operators: list[dict[str, Any]], times: list[OpTime] | None) -
             "step": time.name,
             "reason": "",
             "note": "",
+            "tuning": "",
             "ms": time.ms,
         }
         for time in helpers

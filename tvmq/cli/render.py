@@ -33,13 +33,14 @@ def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
     """One row an operator, as `tvmq explain --json` lists them."""
-    columns = ("layer", "op", "precision", "kernel", *(("ms",) if timed else ()), "why, and notes")
+    columns = ("layer", "op", "precision", "kernel", "tuning", *(("ms",) if timed else ()), "why, and notes")
     cells = (
         (
             row["path"],
             row["kind"],
             row["precision"],
             row["kernel"],
+            row.get("tuning", ""),
             *(("" if row["ms"] is None else f"{row['ms']:.4f}",) if timed else ()),
             "; ".join(text for text in (row["reason"], row.get("note", "")) if text),
         )

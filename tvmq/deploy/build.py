@@ -207,14 +207,16 @@ def oracle(product: Product) -> str:
 
 
 def operators(product: Product) -> list[dict[str, Any]]:
-    """One row an operator of the realized graph: name, path, kind, precision, kernel, step, reason, note.
+    """One row an operator of the realized graph: name, path, kind, precision, kernel, step, reason, note, tuning.
 
-    `step`: the kernel call that computes it, "" where a neighbour's does.
+    `step`: the kernel call that computes it, "" where a neighbour's does. `tuning`: where the kernel's parameters are
+    from ("tuned", "near match", "default"), "" where it has none.
     """
     steps = {step.out: step for step in product.steps}
     rows = []
     for decision in product.decisions:
         step = _computing(steps, decision.name)
+        choice = product.lowered.choices.get(step.out) if step else None
         rows.append(
             {
                 "name": decision.name,
@@ -225,6 +227,7 @@ def operators(product: Product) -> list[dict[str, Any]]:
                 "step": step.out if step else "",
                 "reason": decision.reason,
                 "note": product.lowered.notes.get(step.out, "") if step else "",
+                "tuning": choice.source if choice else "",
             }
         )
     return rows

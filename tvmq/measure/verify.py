@@ -125,12 +125,32 @@ class _Oracle:
         return name in self.exact and (not fused or len(self.exact) == len(self.tensors))
 
 
-def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
+def realized_module(bundle: Bundle) -> tvm.IRModule:
+    """The realized graph that a bundle was lowered from, with its weights as constants."""
+    module, weights = _graph(bundle)
+    params = ir.main(module).params
+    count = len(params) - len(weights)
+    constants = dict(zip(params[count:], map(ir.constant, weights), strict=True))
+    function = ir.main(module)
+    whole = tvm.relax.Function(params[:count], function.body, function.ret_ty, True, function.attrs)
+    substituted = ir.rewrite(
+        tvm.IRModule({"main": whole}), lambda _state, _name, value: ir.substitute(value, constants)
+    )
+    return substituted
+
+
+def _graph(bundle: Bundle) -> tuple[tvm.IRModule, list[Array]]:
+    """The realized graph, and its weights, which are its last parameters."""
     ops.register()
     module = tvm.ir.load_json(bundle.members[bundles.ORACLE].decode())
+    weights = _weights(bundle)
+    dtypes = [ir.dtype_of(param) for param in ir.main(module).params[-len(weights) :]] if weights else []
+    return module, [_stored_as(weight, dtype) for weight, dtype in zip(weights, dtypes, strict=True)]
+
+
+def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
+    module, weights = _graph(bundle)
     tensors: dict[str, Array] = {}
-    dtypes = [ir.dtype_of(param) for param in ir.main(module).params[len(inputs) :]]
-    weights = [_stored_as(weight, dtype) for weight, dtype in zip(_weights(bundle), dtypes, strict=True)]
     outputs = interpret.run(module, [*inputs, *weights], lambda name, array: tensors.update({name: array}))
     inexact = {str(var.name) for var, call in ir.calls(module) if not is_exact(call)}
     return _Oracle(tensors, outputs, frozenset(tensors) - inexact)

@@ -52,15 +52,15 @@ class Forced:
 
 @dataclass(frozen=True)
 class Timing:
-    """How a candidate is timed: the least of `repeat` measurements of at least `min_repeat_ms`, on `threads` threads.
+    """How a candidate is timed: `repeat` measurements of at least `min_repeat_ms`, on `threads` threads.
 
-    flush: whether everything but the first operand is thrown out of the caches before each measurement, which then is
-    one call. timeout_s: seconds that a candidate may take in all.
+    Many short ones: the least of them was disturbed by nothing. flush: whether everything but the first operand is
+    thrown out of the caches before each measurement, which then is one call. timeout_s: seconds for a candidate in all.
     """
 
     threads: int
-    repeat: int = 5
-    min_repeat_ms: int = 10
+    repeat: int = 20
+    min_repeat_ms: int = 1
     flush: bool = False
     timeout_s: float = 20.0
 

@@ -164,7 +164,9 @@ def _check_target(folder: Path, target: Target) -> None:
     found = read_identity(folder)
     if found is None:
         if (folder / RECORDS).is_file():
-            raise TuningError(f"tuning log {folder}", expected=f"a {TARGET} that says whose records they are", seen="none")
+            raise TuningError(
+                f"tuning log {folder}", expected=f"a {TARGET} that says whose records they are", seen="none"
+            )
         return
     wanted = identity(target)
     for key in wanted:

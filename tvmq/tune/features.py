@@ -1,6 +1,6 @@
 """What the cost model sees of a candidate: the sizes of its task, its knobs, and what the analytic rule thinks of it.
 
-Figures are logarithms or shares, so that they mean the same in tasks of any size: what is learned in one is used in all.
+Figures are logarithms or shares, which mean the same in tasks of any size: what is learned in one is used in all.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -172,5 +172,3 @@ def _ages(folders: Iterable[Path]) -> Iterator[tuple[float, Path]]:
     for folder in folders:
         if folder.is_dir():
             yield folder.stat().st_mtime, folder
-
-

@@ -1,9 +1,9 @@
 """Which candidates are measured next: those that a cost model thinks the fastest, and a few that it knows least of.
 
 A space has a few thousand points, so the model ranks all of them: MetaSchedule's evolutionary search, made for spaces
-that cannot be listed, would mutate sampled values one by one into points that no template can write. The model (XGBoost)
-learns the ratio of a candidate's time to its task's default, from every task of the target and from earlier runs; until
-it has seen enough, the analytic estimate ranks.
+that cannot be listed, would mutate sampled values one by one into points that no template can write. The model, of
+XGBoost, learns the ratio of a candidate's time to its task's default, from every task of the target and from earlier
+runs; until it has seen enough, the analytic estimate ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tvmq.tune.tasks import TuneTask
 
 Array = npt.NDArray[Any]
 # Rows that the model must have seen before it ranks.
-_ENOUGH = 24
+_ENOUGH = 16
 # Points of one register tile in a batch, at most: they differ little.
 _ALIKE = 2
 # Of a batch, how many are taken at random among the better half: what the model is wrong about shows there.

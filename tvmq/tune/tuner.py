@@ -1,4 +1,4 @@
-"""The search over all tasks of a model: defaults first, then batch after batch where most is to be gained, then verdicts.
+"""The search over all tasks of a model: defaults, then batch after batch where most is to be gained, then verdicts.
 
 A loop of our own around MetaSchedule's records: its task scheduler measures whole rounds without a look at the clock,
 starts builder processes anew for each, and knows no end but a number of trials.
@@ -137,7 +137,7 @@ class Tuner:
         for task in self.tasks:
             for trial in known.get(task.tuned.task, ()):
                 self._take(task, trial)
-            searched = [ratio for _, ratio in sorted(task.candidates.ratios.items())]
+            searched = list(task.candidates.ratios.values())
             best = 1.0
             for start in range(0, len(searched), BATCH):
                 after = min(best, *searched[start : start + BATCH])
@@ -200,6 +200,7 @@ class Tuner:
             task.searched = True
             task.outlook.batch(before, task.candidates.best, self.noise)
             self._learn()
+            self.event({"event": "batch", **task.to_dict()})
         return self._why()
 
     def _next(self) -> tuple[float, Progress | None]:
@@ -262,7 +263,7 @@ class Tuner:
     # --- verdicts ---
 
     def _verdicts(self) -> None:
-        """Compare the best candidates of each task with its default, in turns; the default stays unless it is beaten."""
+        """Compare the best candidates of each task with its default, in turns, which stays unless it is beaten."""
         for task in self.tasks:
             if task.searched and not self.stopped():
                 self._compare(task)

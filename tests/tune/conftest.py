@@ -1,0 +1,15 @@
+"""Tuning tests use the kernels' harness; no log of the machine's user is read or written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+
+
+@pytest.fixture(autouse=True)
+def _no_user_logs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))

@@ -1,0 +1,90 @@
+"""From a model to records, and from records to its bundle: compile takes them, says so, and computes the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from samples import calibration_of
+from torch import nn
+
+from tvmq import tune
+from tvmq.deploy.bundle import read as read_bundle
+from tvmq.deploy.executor import load
+from tvmq.errors import TuningError
+from tvmq.importer.load import import_model
+from tvmq.model import Model
+from tvmq.pipeline import compile_model
+from tvmq.recipe import Recipe
+from tvmq.target import load_target
+from tvmq.tune import database, records
+from tvmq.tune.run import tasks_in
+
+INT8 = Recipe(precision="int8")
+
+
+@pytest.fixture
+def model(imported: Callable[[str], Model]) -> Model:
+    return imported("residual")
+
+
+def sources(path: Path) -> dict[str, str]:
+    return {row["kind"]: row["tuning"] for row in read_bundle(path).manifest["operators"]}
+
+
+def test_tuned_and_compiled(model, tmp_path):
+    logs = tmp_path / "logs"
+    summary = tune(model, "host", INT8, calibration_of(model), trials=12, budget=None, logs=logs)
+    assert summary.trials == 12
+    assert summary.tuned_ms <= summary.default_ms
+    assert not summary.failures
+    compile_model(model, "host", INT8, calibration_of(model), tmp_path / "tuned.tvmq", logs=logs)
+    assert sources(tmp_path / "tuned.tvmq")["conv2d"] == "tuned"
+    compile_model(model, "host", INT8, calibration_of(model), tmp_path / "plain.tvmq", untuned=True)
+    assert sources(tmp_path / "plain.tvmq")["conv2d"] == "default"
+    outputs = [load(tmp_path / f"{name}.tvmq")(*model.example) for name in ("tuned", "plain")]
+    for one, other in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # A bundle has the same tasks as the model that it was made of.
+    target = load_target("host")
+    of_model = tasks_in(model, target, INT8, calibration_of(model))
+    of_bundle = tasks_in(tmp_path / "plain.tvmq", target, INT8)
+    assert [(t.task, t.count) for t in of_model] == [(t.task, t.count) for t in of_bundle]
+
+
+def test_own_records_are_found(model, tmp_path):
+    tune(model, trials=6, budget=None)
+    assert (records.user_folder() / "host" / database.RECORDS).is_file()
+    compile_model(model, out=tmp_path / "m.tvmq")
+    assert "tuned" in sources(tmp_path / "m.tvmq").values()
+
+
+def test_own_records_of_another_machine_are_passed_over(model, tmp_path):
+    tune(model, trials=6, budget=None)
+    identity = records.user_folder() / "host" / database.TARGET
+    identity.write_text(json.dumps({**json.loads(identity.read_text()), "cpu": "i386"}))
+    compile_model(model, out=tmp_path / "m.tvmq")
+    assert "tuned" not in sources(tmp_path / "m.tvmq").values()
+    assert "is of another target" in records.load(load_target("host")).notes[0]
+    with pytest.raises(TuningError, match="is of another target"):
+        compile_model(model, out=tmp_path / "m.tvmq", logs=records.user_folder() / "host")
+
+
+def test_a_folder_without_records(model, tmp_path):
+    with pytest.raises(TuningError, match="expected the files that tvmq tune writes, saw none"):
+        compile_model(model, out=tmp_path / "m.tvmq", logs=tmp_path)
+
+
+def test_a_target_that_this_machine_cannot_time(model):
+    with pytest.raises(TuningError, match="expected a device that runs its code, saw this machine; name a --device"):
+        tune(model, "raspberry-pi-4b")
+
+
+def test_a_model_without_anything_to_tune():
+    model = import_model(nn.ReLU(), (torch.zeros(1, 4),))
+    with pytest.raises(TuningError, match="expected convolutions or products with weights, saw none"):
+        tasks_in(model, load_target("host"), Recipe())

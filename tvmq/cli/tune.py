@@ -1,0 +1,174 @@
+"""`tvmq tune`: from a model or a bundle to records of the fastest kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tvmq.cli import render
+from tvmq.cli.build import read_recipe
+from tvmq.cli.command import Command
+from tvmq.cli.data import read_calibration
+from tvmq.cli.output import Output
+from tvmq.cli.parser import Parser
+from tvmq.cli.progress import progress
+from tvmq.recipe import Precision
+
+if TYPE_CHECKING:
+    from tvmq.tune.tuner import Summary
+
+# The exit code of a command that the user stopped.
+INTERRUPTED = 130
+# Rows of the live table: the tasks that changed last.
+_ROWS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Command):
+    """Measure kernels of a model on a device, and keep records of the fastest, which `tvmq compile` takes by itself."""
+
+    name: ClassVar[str] = "tune"
+    examples: ClassVar[tuple[str, ...]] = (
+        "tvmq tune model.pt2 --budget 10m",
+        "tvmq tune model.pt2 --precision int8 --calibrate data.npz --trials 200 -o tuning_logs/host",
+        "tvmq tune model.tvmq --budget 5m",
+        "tvmq compile model.pt2 --logs tuning_logs/host -o model.tvmq",
+    )
+
+    model: str
+    target: str = "host"
+    precision: str | None = None
+    recipe: str | None = None
+    calibrate: str | None = None
+    out: str | None = None
+    device: str = "host"
+    threads: int = 0
+    budget: str | None = None
+    trials: int | None = None
+    stop_at: float = 1.0
+    flush: bool = False
+    seed: int = 0
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Declare the options."""
+        parser.add_argument("model", metavar="MODEL", help="a .pt2 file, package.module:function, or a .tvmq bundle")
+        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="as of tvmq compile")
+        parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
+        parser.add_argument("--recipe", metavar="R.toml", help="as of tvmq compile")
+        parser.add_argument("--calibrate", metavar="DATA", help="as of tvmq compile")
+        parser.add_argument(
+            "-o", "--out", metavar="DIR", help="the folder of the records (default: your own, which compile reads)"
+        )
+        parser.add_argument("--device", default="host", metavar="D", help="where kernels are timed: host (default)")
+        parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 (default): the target's cores")
+        parser.add_argument("--budget", metavar="TIME", help="as 90s, 10m, 1h (default: 10m, unless --trials is given)")
+        parser.add_argument("--trials", type=int, metavar="N", help="the most candidates to measure")
+        parser.add_argument(
+            "--stop-at", type=float, default=1.0, metavar="PERCENT", help="end when less is left to gain (default 1)"
+        )
+        parser.add_argument("--flush", action="store_true", help="time kernels with their weights out of the caches")
+        parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
+
+    def run(self, out: Output) -> int:
+        """Import, tune, print what came of it; what happens meanwhile goes to stderr."""
+        recipe = read_recipe(self.recipe, self.precision)
+        calibration = None if self.calibrate is None else read_calibration(self.calibrate)
+        with progress(out.errors, "tune") as report:
+            report("loading TVM", 0)
+            import tvmq
+
+            report("import", 0)
+            model = self.model if self.model.endswith(".tvmq") else tvmq.import_model(self.model)
+        with _shown(out.errors, self.json) as event:
+            budget = self.budget if self.budget or self.trials else "10m"
+            summary = tvmq.tune(
+                model,
+                self.target,
+                recipe,
+                calibration,
+                budget=budget,
+                trials=self.trials,
+                stop_at=self.stop_at / 100,
+                logs=self.out,
+                device=self.device,
+                threads=self.threads,
+                flush=self.flush,
+                seed=self.seed,
+                event=event,
+            )
+        out.result(asdict(summary), *_text(summary))
+        return INTERRUPTED if summary.interrupted else 0
+
+
+def _text(summary: Summary) -> Iterator[Any]:
+    yield _table(summary.tasks)
+    saved = 1 - summary.tuned_ms / summary.default_ms if summary.default_ms else 0.0
+    yield (
+        f"{summary.ended}; {summary.trials} trials in {summary.seconds:.0f} s: {summary.default_ms:.3f} -> "
+        f"{summary.tuned_ms:.3f} ms an inference in tuned kernels ({saved:.1%} less), noise {summary.noise:.1%}"
+    )
+    for reason, count in sorted(summary.failures.items(), key=lambda item: -item[1]):
+        yield f"{count} failed: {reason}"
+    yield from summary.damage
+
+
+def _table(tasks: list[dict[str, Any]]) -> Table:
+    columns = ("task", "times", "default ms", "best ms", "trials", "expected", "decision")
+    rows = (
+        (
+            row["task"],
+            len(row["operators"]),
+            *("" if row[key] is None else f"{row[key]:.4f}" for key in ("default_ms", "best_ms")),
+            row["trials"],
+            f"{row['expected_gain']:.1%}",
+            row["decision"],
+        )
+        for row in tasks
+    )
+    return render.table(columns, rows, right=columns[1:6])
+
+
+@contextmanager
+def _shown(console: Console, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what shows events: JSON lines, a live table on a terminal, or plain lines."""
+    if as_json:
+        yield lambda event: print(json.dumps(event), file=console.file)
+    elif not console.is_terminal:
+        yield lambda event: _line(console, event)
+    else:
+        tasks: dict[str, dict[str, Any]] = {}
+        with Live(console=console, transient=True, refresh_per_second=4) as live:
+
+            def update(event: dict[str, Any]) -> None:
+                if "task" in event and "default_ms" in event:
+                    tasks.pop(event["task"], None)
+                    tasks[event["task"]] = event
+                    live.update(_table(list(tasks.values())[-_ROWS:]))
+
+            yield update
+
+
+def _line(console: Console, event: dict[str, Any]) -> None:
+    match event["event"]:
+        case "start":
+            console.print(f"{event['tasks']} tasks, {event['known']} of them measured before")
+        case "noise":
+            console.print(f"noise {event['noise']:.1%}")
+        case "trial" if event["error"]:
+            console.print(f"{event['task']}: {event['decision']} failed: {event['error']}", soft_wrap=True)
+        case "batch" | "verdict":
+            console.print(
+                f"{event['task']}: {event['default_ms']:.4f} -> {event['best_ms']:.4f} ms after {event['trials']} "
+                f"trials ({event['decision']})",
+                soft_wrap=True,
+            )
+        case _:
+            return
