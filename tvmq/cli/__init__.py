@@ -15,6 +15,7 @@ from tvmq.cli.check import Explain, Verify
 from tvmq.cli.command import Command
 from tvmq.cli.demo import Demo
 from tvmq.cli.execute import Run
+from tvmq.cli.logs import Logs
 from tvmq.cli.output import Output, stdout_to_stderr
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.sparse import Sparse
@@ -24,7 +25,7 @@ from tvmq.errors import TvmqError, nearest
 
 COMMANDS: dict[str, type[Command]] = {
     command.name: command
-    for command in (Compile, Calibrate, Run, Tune, Bench, Verify, Explain, Sparse, Targets, Board, Demo)
+    for command in (Compile, Calibrate, Run, Tune, Logs, Bench, Verify, Explain, Sparse, Targets, Board, Demo)
 }
 # What a shell reports for a program that ended because nobody read its output (128 + SIGPIPE).
 PIPE_CLOSED = 141

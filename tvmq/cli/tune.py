@@ -39,6 +39,7 @@ class Tune(Command):
         "tvmq tune model.pt2 --budget 10m",
         "tvmq tune model.pt2 --precision int8 --calibrate data.npz --trials 200 -o tuning_logs/host",
         "tvmq tune model.tvmq --budget 5m",
+        "tvmq tune model.pt2 -t raspberry-pi-4b --device tracker://192.168.1.2:9190/pi4 --budget 1h",
         "tvmq compile model.pt2 --logs tuning_logs/host -o model.tvmq",
     )
 
@@ -67,7 +68,9 @@ class Tune(Command):
         parser.add_argument(
             "-o", "--out", metavar="DIR", help="the folder of the records (default: your own, which compile reads)"
         )
-        parser.add_argument("--device", default="host", metavar="D", help="where kernels are timed: host (default)")
+        parser.add_argument(
+            "--device", default="host", metavar="D", help="host (default), rpc://HOST:PORT, tracker://HOST:PORT/KEY"
+        )
         parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 (default): the target's cores")
         parser.add_argument("--budget", metavar="TIME", help="as 90s, 10m, 1h (default: 10m, unless --trials is given)")
         parser.add_argument("--trials", type=int, metavar="N", help="the most candidates to measure")
@@ -79,6 +82,8 @@ class Tune(Command):
 
     def run(self, out: Output) -> int:
         """Import, tune, print what came of it; what happens meanwhile goes to stderr."""
+        budget = self.budget if self.budget or self.trials is not None else "10m"
+        check_budget(budget, self.trials, self.stop_at)
         recipe = read_recipe(self.recipe, self.precision)
         calibration = None if self.calibrate is None else read_calibration(self.calibrate)
         with progress(out.errors, "tune") as report:
@@ -88,7 +93,6 @@ class Tune(Command):
             report("import", 0)
             model = self.model if self.model.endswith(".tvmq") else tvmq.import_model(self.model)
         with _shown(out.errors, self.json) as event:
-            budget = self.budget if self.budget or self.trials else "10m"
             summary = tvmq.tune(
                 model,
                 self.target,
@@ -106,6 +110,13 @@ class Tune(Command):
             )
         out.result(asdict(summary), *_text(summary))
         return INTERRUPTED if summary.interrupted else 0
+
+
+def check_budget(budget: str | None, trials: int | None, stop_at: float) -> None:
+    """Raise TuningError for a budget of nothing: before the work, not after it."""
+    from tvmq.tune.budget import Budget, seconds_of
+
+    Budget(None if budget is None else seconds_of(budget), trials, stop_at / 100)
 
 
 def _text(summary: Summary) -> Iterator[Any]:

@@ -25,6 +25,8 @@ from tvmq.kernels.decision import Choice, Space
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.spaces import GemmSpace, TileSpace
+from tvmq.kernels.sparse_panels import SparsePanels
+from tvmq.kernels.sparse_stream import SparsePacking
 from tvmq.kernels.task import task_of
 from tvmq.kernels.tile_gemm import TileGemm
 
@@ -147,11 +149,13 @@ def _gemm(
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
     rest = (epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands))
+    made: tuple[gemm.Gemm | TileGemm | SparsePanels, Packing | SparsePacking, str]
     if sparse is not None:
-        spec, packing, tile = lower_sparse.template(lowering, m, kernel.shape, geometry, sparse, rest)
+        made = lower_sparse.template(lowering, m, kernel.shape, geometry, sparse, rest)
     else:
         choice = lowering.decisions.choose(name, task_of(call), _spaces(lowering, m, geometry))
-        spec, packing, tile = _template(lowering, m, kernel.shape, choice, rest)
+        made = _template(lowering, m, kernel.shape, choice, rest)
+    spec, packing, tile = made
     title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
     lowering.names[name] = title
     weights = lowering.pack(state, name, [(kernel, packing)])

@@ -11,6 +11,7 @@ log is next opened for writing. Lines that cannot be read are skipped, counted a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -56,13 +57,19 @@ class Trial:
 
 @dataclass
 class Log:
-    """The trials of `target` in `folder`, in the order in which they were made; `damage`: what could not be read."""
+    """The trials in `folder`, in the order in which they were made; `damage`: what could not be read.
+
+    identity: of the target that they are of. workloads and lines: the task of each line of the file of tasks, None
+    where it is damaged, and the line as JSON. raw: of each trial, which of those lines, and the record as JSON.
+    """
 
     folder: Path
-    target: Target
+    identity: dict[str, Any]
     trials: list[Trial] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
-    workloads: list[Task | None] = field(default_factory=list)  # by line
+    workloads: list[Task | None] = field(default_factory=list)
+    lines: list[Any] = field(default_factory=list)
+    raw: list[tuple[int, Any]] = field(default_factory=list)
 
     def by_task(self, cores: int | None = None) -> dict[Task, list[Trial]]:
         """The trials of each task, on `cores` threads where that is given."""
@@ -89,17 +96,21 @@ def verdict(trials: Iterable[Trial]) -> Trial | None:
     return best if best.best < _UNCONFIRMED * default.best else default
 
 
-def read(folder: Path, target: Target) -> Log:
-    """The log in `folder`, empty where there is none. Raises TuningError where it is of another target."""
-    _check_target(folder, target)
-    log = Log(folder, target)
+def read(folder: Path, target: Target | None = None) -> Log:
+    """The log in `folder`, empty where there is none. Raises TuningError where it is not of `target`, if one is given."""
+    found = read_identity(folder)
+    if target is not None:
+        _check_target(folder, found, target)
+    log = Log(folder, found or (identity(target) if target is not None else {}))
     for number, line in _lines(folder / WORKLOADS):
-        log.workloads.append(_read(log, WORKLOADS, number, line, _task))
-    names = _target_names(target)
+        task, raw = _read(log, WORKLOADS, number, line, _task) or (None, None)
+        log.workloads.append(task)
+        log.lines.append(raw)
     for number, line in _lines(folder / RECORDS):
-        trial = _read(log, RECORDS, number, line, lambda raw: _trial(log.workloads, names, raw))
-        if trial is not None:
-            log.trials.append(trial)
+        made = _read(log, RECORDS, number, line, lambda raw: _trial(log, raw))
+        if made is not None:
+            log.trials.append(made[0])
+            log.raw.append(made[1])
     return log
 
 
@@ -120,25 +131,22 @@ def _read(log: Log, name: str, number: int, line: bytes, parse: Any) -> Any:
         return None
 
 
-def _task(raw: Any) -> Task:
-    return task_of_workload(ms.database.Workload.from_json(raw))
+def _task(raw: Any) -> tuple[Task, Any]:
+    return task_of_workload(ms.database.Workload.from_json(raw)), raw
 
 
-def _trial(workloads: Sequence[Task | None], names: dict[str, Any], raw: Any) -> Trial:
+def _trial(log: Log, raw: Any) -> tuple[Trial, tuple[int, Any]]:
     index, (trace, seconds, target, _) = raw
-    task = workloads[index] if 0 <= index < len(workloads) else None
+    task = log.workloads[index] if 0 <= index < len(log.workloads) else None
     if task is None:
         raise ValueError(f"no task {index}")
-    for key, value in names.items():
+    # What MetaSchedule writes of a target that says which one it is, but for the number of threads.
+    for key, value in (("mtriple", log.identity["triple"]), ("mcpu", log.identity["cpu"])):
         if target.get(key) != value:
             raise ValueError(f"of another target: {key} is {target.get(key)!r}, not {value!r}")
     decision, role = decision_of_trace(trace)
-    return Trial(task, decision, role, tuple(float(s) for s in seconds if s < FAILED), int(target["num-cores"]))
-
-
-def _target_names(target: Target) -> dict[str, Any]:
-    """What MetaSchedule writes of a target that says which one it is, but for the number of threads."""
-    return {"mtriple": target.triple, "mcpu": target.cpu}
+    times = tuple(float(s) for s in seconds if s < FAILED)
+    return Trial(task, decision, role, times, int(target["num-cores"])), (index, raw[1])
 
 
 def identity(target: Target) -> dict[str, Any]:
@@ -160,8 +168,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return raw
 
 
-def _check_target(folder: Path, target: Target) -> None:
-    found = read_identity(folder)
+def _check_target(folder: Path, found: dict[str, Any] | None, target: Target) -> None:
     if found is None:
         if (folder / RECORDS).is_file():
             raise TuningError(
@@ -235,6 +242,16 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else writes to the log meanwhile. Raises TuningError, OutputError."""
+    file = _lock(folder)
+    try:
+        yield
+    finally:
+        file.close()
 
 
 def _lock(folder: Path) -> Any:

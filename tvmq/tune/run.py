@@ -26,6 +26,7 @@ from tvmq.tune import records
 from tvmq.tune.budget import Budget, Spending, seconds_of
 from tvmq.tune.candidate import Timing
 from tvmq.tune.database import DEFAULT, FINAL, Log, Writer
+from tvmq.tune.fleet import Fleet, boards
 from tvmq.tune.interrupt import asked_to_stop
 from tvmq.tune.processes import Builders
 from tvmq.tune.runners import LocalRunner, Runner
@@ -56,21 +57,21 @@ def tune(
     budget: seconds, or text as "10m"; None for no limit of time. trials: the most candidates to measure; None for no
     limit. stop_at: the share of the model's time at which what is left to gain is not worth more. logs: the folder of
     the records, which `compile` takes with `logs=`; None means the user's own, which it takes by itself. threads: 0
-    means the target's cores. flush: time each candidate with its weights out of the caches. event: called with plain
+    means the target's cores. device: "host", "rpc://HOST:PORT", or "tracker://HOST:PORT/KEY" for all boards of a key at
+    once. flush: time each candidate with its weights out of the caches. event: called with plain
     data as things happen. Ctrl-C ends it after the trial in flight.
     Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
     allowed = Budget(seconds, trials, stop_at)
     spec = _with_threads(load_target(target), threads)
-    _check_device(spec, device)
+    runner = _runner(spec, device, flush)
     tasks = tasks_in(model, spec, recipe or Recipe(), calibration, progress)
     folder = Path(logs) if logs is not None else records.user_folder() / spec.name
     with asked_to_stop() as stopped, Writer(folder, spec) as writer:
         # The clock starts when there is something to measure: importing a model is not tuning.
         spending = Spending(allowed)
         builder = Builders(spec, os.cpu_count() or 1)
-        runner: Runner = LocalRunner(Timing(spec.cores, flush=flush))
         try:
             known = [writer.log, *records.load(spec).logs]
             others = _others(known, {tuned.task for tuned in tasks}, spec)
@@ -116,11 +117,15 @@ def _with_threads(target: Target, threads: int) -> Target:
     return dataclasses.replace(target, cores=threads) if threads else target
 
 
-def _check_device(target: Target, device: str) -> None:
-    if device == "host" and not runs_here(target):
+def _runner(target: Target, device: str, flush: bool) -> Runner:
+    timing = Timing(target.cores, flush=flush)
+    if device != "host":
+        return Fleet(boards(device, timing), timing.timeout_s)
+    if not runs_here(target):
         raise TuningError(
             f"target {target.name}", expected="a device that runs its code", seen="this machine", hint="name a --device"
         )
+    return LocalRunner(timing)
 
 
 def _others(logs: Sequence[Log], tasks: set[Task], target: Target) -> list[Candidates]:

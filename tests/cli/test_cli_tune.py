@@ -1,0 +1,52 @@
+"""`tvmq tune` and `tvmq logs` on the small model: what they print, leave behind, and refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_user_logs(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+
+
+def test_tune_logs_and_explain(tvmq, files, tmp_path):
+    logs, bundle = tmp_path / "logs", tmp_path / "m.tvmq"
+    done = tvmq("tune", files.model, "--trials", 4, "-o", logs, "--json")
+    assert done.code == 0, done.err
+    assert done.document["trials"] == 4
+    assert '"event": "trial"' in done.err
+    listed = tvmq("logs", "list", logs, "--json").document["logs"]
+    assert [(row["target"], row["trials"] >= 4) for row in listed] == [("host", True)]
+    best = tvmq("logs", "best", logs, "--json").document["best"]
+    assert {"task", "threads", "default_ms", "best_ms", "decision"} <= set(best[0])
+    assert tvmq("compile", files.model, "--logs", logs, "-o", bundle).code == 0
+    explained = tvmq("explain", bundle, "--json").document["operators"]
+    assert "tuned" in {row["tuning"] for row in explained}
+    plain = tvmq("tune", files.bundle, "--trials", 1, "-o", tmp_path / "plain")
+    assert plain.code == 0
+    assert "the budget is spent; 1 trials" in plain.out
+    assert "tasks, 0 of them measured before" in plain.err
+
+
+def test_logs_without_any(tvmq):
+    done = tvmq("logs")
+    assert done.code == 0
+    assert "no tuning logs yet" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tune", "m.pt2", "--budget", "0m"], "budget '0m': expected more than nothing"),
+        (["tune", "m.pt2", "--trials", "0"], "budget of 0 trials: expected more than nothing"),
+        (["tune", "m.pt2", "--budget", "soon"], "budget 'soon': expected a number with s, m or h, as 10m"),
+        (["logs", "bets"], "unknown action 'bets'"),
+        (["logs", "diff", "a"], "expected two LOGs, saw 1 of them"),
+        (["logs", "best", "nowhere"], "tuning log nowhere: expected the files that tvmq tune writes"),
+    ],
+)
+def test_what_is_refused(tvmq, words, said):
+    done = tvmq(*words)
+    assert done.code == 2
+    assert said in done.line

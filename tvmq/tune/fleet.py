@@ -1,0 +1,270 @@
+"""Boards that time candidates over TVM's RPC: one at an address, or all of one key at TVM's tracker, at once.
+
+    rpc://HOST:PORT              one board
+    tracker://HOST:PORT/KEY      every board that the tracker knows by KEY
+
+A board that is lost is dropped, and its candidate given to another; one that loses two boards has failed itself.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from tvm import rpc
+from tvm.error import RPCError
+
+from tvmq.deploy.session import CONNECT_TIMEOUT, RemoteSession
+from tvmq.errors import DeviceError, TvmqError
+from tvmq.tune import candidate
+from tvmq.tune.candidate import Timing
+from tvmq.tune.runners import Measured
+
+_T = TypeVar("_T")
+_TRACKER = "tracker://"
+# How many boards a candidate may lose.
+_LOSSES = 2
+# Seconds between looks at boards that are silent.
+_LOOK = 0.2
+
+
+class Board(Protocol):
+    """One device."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in errors and events."""
+
+    def time(self, folder: Path) -> list[float]:
+        """Seconds of a candidate. Raises TvmqError where that fails; then `alive` says whose fault it was."""
+
+    def alive(self) -> bool:
+        """Whether the device answers; opens it again where it was lost."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class RpcBoard:
+    """A TVM RPC server. `open`: connects to it. Raises DeviceError where that fails at first."""
+
+    def __init__(self, name: str, connect: Callable[[], RemoteSession], timing: Timing) -> None:
+        self.name, self._connect, self.timing = name, connect, timing
+        self.session: RemoteSession | None = connect()
+
+    def time(self, folder: Path) -> list[float]:
+        """See `Board`."""
+        if self.session is None:
+            raise DeviceError(f"device {self.name}", expected="an answer", seen="none")
+        session, name = self.session, f"{folder.name}.so"
+        session.configure_threads(self.timing.threads)
+        session.call(lambda: session.remote.upload(str(folder / candidate.LIBRARY), name))
+        library = session.call(lambda: session.remote.load_module(name))
+        try:
+            return candidate.run(folder, session, library, self.timing)
+        finally:
+            session.call(lambda: session.remote.remove(name))
+
+    def alive(self) -> bool:
+        """See `Board`."""
+        self.close()
+        try:
+            self.session = self._connect()
+        except TvmqError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """The server is free for others when the session is gone."""
+        self.session = None
+
+
+class _Tracked(RemoteSession):
+    """A session that a tracker gave."""
+
+    def __init__(self, name: str, remote: Any) -> None:
+        self.name, self.remote, self.device = name, remote, remote.cpu(0)
+
+
+def boards(device: str, timing: Timing, timeout_s: float = CONNECT_TIMEOUT) -> list[Board]:
+    """The boards at an address. Raises DeviceError where there is none."""
+    if device.startswith("rpc://"):
+        return [RpcBoard(device, lambda: RemoteSession(device, timeout_s), timing)]
+    if not device.startswith(_TRACKER):
+        raise DeviceError(f"device {device!r}", expected="host, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
+    host, port, key = _address(device)
+    tracker = f"{_TRACKER}{host}:{port}"
+    summary = _patiently(lambda: rpc.connect_tracker(host, port).summary(), timeout_s, f"tracker {tracker}")
+    keys = [str(server["key"]).removeprefix("server:") for server in summary["server_info"]]
+    if key not in keys:
+        seen = ", ".join(sorted(set(keys))) or "no board at all"
+        raise DeviceError(f"tracker {tracker}", expected=f"boards of the key {key!r}", seen=seen)
+
+    def open_one(index: int) -> RpcBoard:
+        name = f"{key}#{index}"
+
+        def connect() -> RemoteSession:
+            what = f"board {name} at {tracker}"
+            return _Tracked(name, _patiently(lambda: _request(host, port, key), timeout_s, what))
+
+        return RpcBoard(name, connect, timing)
+
+    return [open_one(index) for index in range(keys.count(key))]
+
+
+def _request(host: str, port: int, key: str) -> Any:
+    # A connection of its own for each: a tracker's answers come in the order of boards, not of askers.
+    return rpc.connect_tracker(host, port).request(key, session_timeout=0, max_retry=1)
+
+
+def _address(device: str) -> tuple[str, int, str]:
+    place, _, key = device.removeprefix(_TRACKER).partition("/")
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536 or not key:
+        raise DeviceError(f"device {device!r}", expected="tracker://HOST:PORT/KEY")
+    return host, int(port), key
+
+
+def _patiently(action: Callable[[], _T], timeout_s: float, what: str) -> _T:
+    """The result of an action that may wait without end. Raises DeviceError after `timeout_s` seconds."""
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((action(), None))
+        except (RPCError, RuntimeError, OSError) as error:
+            answer.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="tvmq-connect").start()
+    try:
+        result, error = answer.get(timeout=timeout_s)
+    except queue.Empty as late:
+        raise DeviceError(what, expected="an answer", seen=f"none in {timeout_s:g} s") from late
+    if error is not None:
+        lines = str(error).strip().splitlines()
+        hint = "is it running, and the port open?"
+        raise DeviceError(what, expected="an answer", seen=lines[-1] if lines else type(error).__name__, hint=hint)
+    return result  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Seat:
+    """A board at work: on which candidate, and since when."""
+
+    board: Board
+    job: int | None = None
+    since: float = 0.0
+    lost: bool = False
+
+
+@dataclass
+class Fleet:
+    """Boards that time candidates at once; `dropped` names those that were lost. timeout_s: of one candidate."""
+
+    boards: Sequence[Board]
+    timeout_s: float
+    dropped: list[str] = field(default_factory=list)
+    remote = True
+
+    def __post_init__(self) -> None:
+        self._seats = [_Seat(board) for board in self.boards]
+
+    @property
+    def width(self) -> int:
+        """How many boards are left."""
+        return sum(not seat.lost for seat in self._seats)
+
+    def time(self, folders: Sequence[Path]) -> Iterator[tuple[int, Measured]]:
+        """See `Runner`. Raises DeviceError where the last board is lost."""
+        round_ = _Round(folders)
+        for seat in self._seats:
+            if not seat.lost:
+                threading.Thread(target=self._work, args=(seat, round_), daemon=True, name=seat.board.name).start()
+        try:
+            for _ in folders:
+                yield self._next(round_)
+        finally:
+            round_.closed.set()
+            # Each finishes what it is at, as long as it is given time for that.
+            while any(seat.job is not None and not self._late(seat) for seat in self._seats):
+                time.sleep(_LOOK / 10)
+
+    def close(self) -> None:
+        """Let go of the boards."""
+        for seat in self._seats:
+            seat.board.close()
+
+    def _next(self, round_: _Round) -> tuple[int, Measured]:
+        while True:
+            try:
+                return round_.done.get(timeout=_LOOK)
+            except queue.Empty:
+                for seat in self._seats:
+                    if seat.job is not None and self._late(seat):
+                        self._drop(seat, round_, f"no answer in {self.timeout_s:g} s")
+                if self.width == 0 and round_.done.empty():
+                    names = ", ".join(self.dropped)
+                    raise DeviceError(f"devices {names}", expected="an answer", seen="none: all are lost") from None
+
+    def _late(self, seat: _Seat) -> bool:
+        return seat.lost or time.monotonic() - seat.since > self.timeout_s
+
+    def _work(self, seat: _Seat, round_: _Round) -> None:
+        """One board: candidate after candidate, until there are none, or the board is lost."""
+        while not seat.lost and not round_.closed.is_set():
+            job = round_.take()
+            if job is None:
+                # Another board may be lost yet, and its candidate come back.
+                round_.closed.wait(_LOOK / 10)
+                continue
+            seat.job, seat.since = job, time.monotonic()
+            try:
+                result = Measured(tuple(seat.board.time(round_.folders[job])), "", seat.board.name)
+            except TvmqError as error:
+                if not seat.board.alive():
+                    self._drop(seat, round_, str(error))
+                    return
+                result = Measured((), str(error), seat.board.name)
+            if seat.lost:
+                return
+            seat.job = None
+            round_.done.put((job, result))
+
+    def _drop(self, seat: _Seat, round_: _Round, why: str) -> None:
+        """A board is lost: it gets no more candidates, and another board gets its."""
+        job, seat.job, seat.lost = seat.job, None, True
+        self.dropped.append(seat.board.name)
+        if job is not None:
+            round_.give_back(job, seat.board.name, why)
+
+
+class _Round:
+    """The candidates of one call of `Fleet.time`."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = folders
+        self.done: queue.SimpleQueue[tuple[int, Measured]] = queue.SimpleQueue()
+        self.closed = threading.Event()
+        self._waiting = deque(range(len(folders)))
+        self._losses = [0] * len(folders)
+        self._lock = threading.Lock()
+
+    def take(self) -> int | None:
+        """The next candidate."""
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    def give_back(self, job: int, board: str, why: str) -> None:
+        """A candidate whose board was lost: another try, or a failure."""
+        with self._lock:
+            self._losses[job] += 1
+            if self._losses[job] < _LOSSES:
+                self._waiting.appendleft(job)
+                return
+        self.done.put((job, Measured((), f"lost {_LOSSES} boards: {why}", board)))
