@@ -30,7 +30,7 @@ _TAKES: dict[str, tuple[str, int, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Logs(Command):
-    """Look at tuning logs and tidy them: list, best, merge, prune, export, diff. A LOG is a folder or a target's name."""
+    """Look at tuning logs and tidy them: list, best, merge, prune, export, diff."""
 
     name: ClassVar[str] = "logs"
     examples: ClassVar[tuple[str, ...]] = (

@@ -97,7 +97,7 @@ def verdict(trials: Iterable[Trial]) -> Trial | None:
 
 
 def read(folder: Path, target: Target | None = None) -> Log:
-    """The log in `folder`, empty where there is none. Raises TuningError where it is not of `target`, if one is given."""
+    """The log in `folder`, empty where there is none. Raises TuningError where it is not of `target`."""
     found = read_identity(folder)
     if target is not None:
         _check_target(folder, found, target)
@@ -210,7 +210,8 @@ class Writer:
             self._workloads[trial.task] = ms.database.Workload(workload_of(trial.task))
         workload = self._workloads[trial.task]
         if trial.task not in self._known:
-            self._append(WORKLOADS, workload.as_json())
+            self.log.lines.append(workload.as_json())
+            self._append(WORKLOADS, self.log.lines[-1])
             self._known[trial.task] = len(self.log.workloads)
             self.log.workloads.append(trial.task)
         seconds = trial.seconds or (FAILED,)
