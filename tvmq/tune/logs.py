@@ -10,7 +10,7 @@ from typing import Any
 from tvmq.errors import TuningError
 from tvmq.files import atomic_write_text, data_folder
 from tvmq.tune import database
-from tvmq.tune.database import DEFAULT, FINAL, RECORDS, TARGET, WORKLOADS, Log, Trial, verdict
+from tvmq.tune.database import DEFAULT, FINAL, RECORDS, SEARCHED, TARGET, WORKLOADS, Log, Trial, verdict
 from tvmq.tune.records import SHIPPED, user_folder
 
 # Trials of a task that pruning keeps besides its defaults and verdicts: the fastest.
@@ -119,7 +119,7 @@ def prune(log: Log) -> Log:
         for trial in [
             *(t for t in trials if t.role == DEFAULT and t.seconds),
             *[t for t in trials if t.role == FINAL][-1:],
-            *sorted((t for t in trials if t.seconds), key=lambda t: t.best)[:_KEPT],
+            *sorted((t for t in trials if t.role == SEARCHED and t.seconds), key=lambda t: t.best)[:_KEPT],
         ]
     }
     with database.locked(log.folder):
