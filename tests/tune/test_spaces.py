@@ -19,21 +19,23 @@ from tvmq.tune.candidate import Forced
 LEVELS = ("sse2", "avx2", "avx512-vnni", "amx", "raspberry-pi-4b", "raspberry-pi-5")
 
 
-def some_cases():
+def some_cases(dtype: str = "uint8"):
     return [
         conv("float", floats((1, 14, 14, 32)), floats((64, 3, 3, 32)), padding=(1, 1, 1, 1)),
-        conv("strided", integers((2, 15, 15, 24), "uint8"), weights((40, 3, 3, 24)), strides=(2, 2), zero_point=4),
-        conv("grouped", integers((1, 9, 9, 32), "uint8"), weights((32, 3, 3, 8)), groups=4, zero_point=4),
+        conv("strided", integers((2, 15, 15, 24), dtype), weights((40, 3, 3, 24)), strides=(2, 2), zero_point=4),
+        conv("grouped", integers((1, 9, 9, 32), dtype), weights((32, 3, 3, 8)), groups=4, zero_point=4),
         conv("stem", floats((1, 20, 20, 3)), floats((16, 7, 7, 3)), strides=(2, 2), padding=(3, 3, 3, 3)),
-        matmul("rows", integers((1, 33, 30), "uint8"), weights((30, 50)), zero_point=9),
+        matmul("rows", integers((1, 33, 30), dtype), weights((30, 50)), zero_point=9),
         matmul("vector", floats((1, 100)), floats((100, 10))),
     ]
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_default_is_a_point_and_is_what_lowering_takes(level):
-    choices = lower(module_of(some_cases()), target_of(level)).choices
-    assert len(choices) == len(some_cases())
+    target = target_of(level)
+    cases = some_cases(target.isa.activation_dtype)
+    choices = lower(module_of(cases), target).choices
+    assert len(choices) == len(cases)
     for choice in choices.values():
         assert choice.source == DEFAULT
         assert choice.point in choice.space.points()
