@@ -10,7 +10,7 @@ import pytest
 from samples import calibration_of
 
 from tvmq.deploy.build import runs_here
-from tvmq.deploy.bundle import read
+from tvmq.deploy.bundle import Bundle, pack_parameters, read
 from tvmq.deploy.executor import load
 from tvmq.measure.verify import verify
 from tvmq.model import Model
@@ -50,10 +50,10 @@ def test_verify_finds_one_wrong_weight(bundle_of: Callable[..., Path]) -> None:
     """The weights of a bundle are what its oracle reads: outputs tell that they are not the model's."""
     bundle = read(bundle_of("residual", "bf16"))
     (name, *_) = (entry["parameter"] for (entry,) in bundle.manifest["packed"].values())
-    entry = next(e for e in bundle.manifest["parameters"] if e["name"] == name)
-    data = bytearray(bundle.members["params.bin"])
-    data[entry["offset"] : entry["offset"] + 2] = np.array([512.0], "bfloat16").tobytes()
-    changed = type(bundle)(bundle.manifest, {**bundle.members, "params.bin": bytes(data)})
+    parameters = bundle.parameters()
+    parameters[name].ravel()[0] = np.array(512.0, "bfloat16").view(parameters[name].dtype)
+    block, entries = pack_parameters(parameters)
+    changed = Bundle({**bundle.manifest, "parameters": entries}, {**bundle.members, "params.bin": block})
     assert not verify(changed).outputs_agree
 
 

@@ -21,6 +21,8 @@ WORDS = {
     "explain": "explain {bundle} --profile",
     "sparse": "sparse inspect {model}",
     "targets": "targets",
+    "tune": "tune {model} --trials 1 -o {folder}/logs",
+    "logs": "logs",
     "demo": "demo -o {folder}/demo",
 }
 
