@@ -103,11 +103,11 @@ ALL_SHAPES = [(d, a) for d in range(1, 8) for a in range(1, 8) if d * a + min(d,
 @pytest.mark.parametrize("flat", [False, True])
 def test_every_shape_of_a_step(target: Target, monkeypatch: pytest.MonkeyPatch, flat: bool) -> None:
     """Blocks and panels that are left over included; several steps a run, the last one beginning early."""
-    strips = tile_blocking._strips
-    monkeypatch.setattr(tile_blocking, "_strips", lambda g: [s for s in strips(g) if s.flat is flat])
+    strips = tile_blocking.strips_of
+    monkeypatch.setattr(tile_blocking, "strips_of", lambda g: [s for s in strips(g) if s.flat is flat])
     cases = []
     for down, across in ALL_SHAPES:
-        monkeypatch.setattr(tile_blocking, "_shapes", lambda *_, shape=(down, across): [shape])
+        monkeypatch.setattr(tile_blocking, "shapes_of", lambda *_, shape=(down, across): [shape])
         [case] = [a_conv("uint8", 2, 11, 12, 24, 83, (3, 3), padding=(1, 1, 1, 1))]
         titles = lower(module_of([case]), target).kernels
         assert [t for t in titles.values() if t.endswith(f"x{across * 16}-amx")], titles

@@ -68,6 +68,8 @@ def test_one_sided_tensors_keep_their_near_end(name: str, rule):
     data, seen = _seen(name)
     low, high = rule(seen, 4)
     assert (low == data.min()) if name == "relu" else (high == data.max())
+    if name == "relu" and rule is ranges.aciq:
+        return  # half of a normal distribution ends before the exponential one that aciq takes it for is cut
     assert abs(low) < abs(float(data.min())) or abs(high) < abs(float(data.max()))
 
 
