@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 	$(BIN)/tvmq demo -o $(DEMO)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow' --durations 25
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n 2

@@ -182,7 +182,9 @@ _LOAD = 1.3
 # What a panel vector costs beyond its load, since panels come from the second-level cache: fitted on Zen 4, where tiles
 # of 14 pixels by 2 vectors reach the peak and tiles of 6 by 4, with fewer loads, 70 to 93 % of it.
 _STREAM = 1.5
-_FINISH = 6
+FINISH = 6
+# Bytes of weights a slot that all cores together get from memory, for each lane of a vector: 32 GB/s on Zen 4.
+_BYTES_PER_LANE = 0.5
 # What a load costs NEON spans, which have few: their cores issue two to four instructions a cycle, in order or not.
 _UNHIDDEN = 0.5
 BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
@@ -199,7 +201,7 @@ def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
         for columns, across in split(geometry.width, tile.columns):
             pixels = rows * columns
             step = step_cost(micro, pixels, tile.vectors)
-            total += down * across * (steps * step + pixels * tile.vectors * _FINISH)
+            total += down * across * (steps * step + pixels * tile.vectors * FINISH)
     return total * panels * geometry.images
 
 
@@ -209,6 +211,11 @@ def step_cost(micro: Micro, pixels: int, vectors: int) -> float:
     if micro.span.steps > 1:
         return max(products, LATENCY) + _UNHIDDEN * loads
     return max(products, _LOAD * loads, LATENCY) + _STREAM * vectors
+
+
+def stream(micro: Micro, elements: int) -> float:
+    """Slots in which all cores together read so many elements of weights from memory."""
+    return BYTES[micro.w_dtype] * elements / (_BYTES_PER_LANE * micro.lanes)
 
 
 def split(extent: int, part: int) -> list[tuple[int, int]]:

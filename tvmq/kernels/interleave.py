@@ -212,8 +212,3 @@ def quantize(vectors: Sequence[Expr], step: ops.Quantize, lanes: int) -> Expr:
         words = [intrinsic(f"int16x{2 * lanes}", "llvm.sadd.sat", word, shift) for word in words]
     packed = intrinsic(f"uint8x{4 * lanes}", _PACK_16[lanes], *words)
     return tirx.max(packed, number(step.qmin, "uint8", 4 * lanes)) if step.qmin > 0 else packed
-
-
-def in_lanes(value: int, lanes: int) -> Expr:
-    """The byte `value` in each of the four rows."""
-    return number(int.from_bytes(bytes([value] * 4), "little", signed=True), "int32", lanes)

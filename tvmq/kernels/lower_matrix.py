@@ -18,7 +18,6 @@ from tvmq.kernels import (
     interleave,
     lower_sparse,
     lower_winograd,
-    sparse_blocking,
     tile_blocking,
 )
 from tvmq.kernels.decision import Choice, Space
@@ -125,7 +124,7 @@ def dense_slots(lowering: Lowering, call: Any, kernel: Array, geometry: gemm.Geo
     dot = lowering.tile_dot(m)
     if dot is not None:
         slots = min(slots, tile_blocking.choose(geometry, dot, target.cores, l1, l2)[1] * tile_blocking.SLOTS)
-    slots = max(slots / target.cores, sparse_blocking.stream(m, kernel.size))
+    slots = max(slots / target.cores, gemm.stream(m, kernel.size))
     if ir.is_call(call, "tvmq.conv2d") and kernel.dtype != np.int8:
         slots = min(slots, lower_winograd.cycles(lowering, call))
     return slots

@@ -30,8 +30,6 @@ Array = npt.NDArray[Any]
 
 # Cycles to transform a vector of a tile, in and out, by the outputs of the tile's side: measured on Zen 4.
 _TRANSFORMS = {2: (80, 90), 4: (250, 300)}
-# Bytes of weights a cycle that all cores together get from memory, for each lane of a vector: 32 GB/s on Zen 4.
-_BYTES_PER_LANE = 0.5
 # What fraction of the direct kernel's time is good enough to change the sums' rounding.
 _WORTH = 0.8
 # The most that results may differ from exact sums, relative to the largest result.
@@ -150,7 +148,7 @@ def _estimates(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: 
     weight = (s.out_channels, 3, 3, s.channels)
     geometry = gemm.conv_geometry(padded, weight, (s.images, *out, s.out_channels), (1, 1), (1, 1), 1)
     tile = gemm.choose(geometry, direct, cores, l2_bytes).tile
-    plain = max(gemm.cost(geometry, direct, tile) / cores, _stream(9 * s.channels * s.out_channels, direct))
+    plain = max(gemm.cost(geometry, direct, tile) / cores, gemm.stream(direct, 9 * s.channels * s.out_channels))
     cost, blocking = min(
         ((_cost(shape, micro, blocking, cores, l2_bytes), blocking) for blocking in _blockings(shape, micro, cores)),
         key=lambda option: option[0],
@@ -191,12 +189,7 @@ def _cost(shape: Shape, micro: Micro, blocking: Blocking, cores: int, l2_bytes: 
     if scratch > l2_bytes * 0.75:
         task *= 1.5
     total = math.ceil(tasks / cores) * task
-    return max(total, _stream(b.components * shape.channels * shape.out_channels, micro))
-
-
-def _stream(weights: int, micro: Micro) -> float:
-    """Cycles to read so many weights from memory."""
-    return gemm.BYTES[micro.w_dtype] * weights / (_BYTES_PER_LANE * micro.lanes)
+    return max(total, gemm.stream(micro, b.components * shape.channels * shape.out_channels))
 
 
 def error(kernel: Array, m: int) -> float:

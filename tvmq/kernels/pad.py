@@ -8,7 +8,6 @@ A row of pixels is copied as one run. Convolutions read a padded image, so that 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +102,3 @@ def for_each(count: int, lanes: int, run: Any) -> None:
             run(block * lanes, lanes)
     if count % lanes:
         run(tirx.const(count - count % lanes, "int32"), count % lanes)
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    """How many elements a shape has."""
-    return math.prod(shape)

@@ -26,10 +26,6 @@ _BEGIN = 8
 _LINE = 0.5
 # Words of 32 bits in a cache line.
 _LINE_WORDS = 16
-# What a vector of results takes to finish: as in `gemm`.
-_FINISH = 6
-# Bytes of weights a slot that all cores together get from memory, for each lane of a vector: as in `lower_winograd`.
-_BYTES_PER_LANE = 0.5
 _MOST_VECTORS = 4
 # Pixels a tile: from what hides a product's latency on.
 _COLUMNS = (4, 6, 8, 12, 16, 28)
@@ -70,12 +66,7 @@ def _plans(geometry: Geometry, micro: Micro, mask: npt.NDArray[np.bool_], machin
             blocking, parts = _tasks(geometry, micro, tile, machine)
             # With a place of four bytes to an entry.
             elements = int(pattern.sum()) * (vectors * micro.lanes * micro.product.kr + 4 // gemm.BYTES[micro.w_dtype])
-            yield Plan(blocking, parts, float(pattern.mean()), max(slots / machine.cores, stream(micro, elements)))
-
-
-def stream(micro: Micro, elements: int) -> float:
-    """Slots in which all cores together read so many elements of weights from memory."""
-    return gemm.BYTES[micro.w_dtype] * elements / (_BYTES_PER_LANE * micro.lanes)
+            yield Plan(blocking, parts, float(pattern.mean()), max(slots / machine.cores, gemm.stream(micro, elements)))
 
 
 def cost(
@@ -93,7 +84,7 @@ def cost(
         products = columns * tile.vectors * micro.single.products
         loads = columns + tile.vectors
         step = max(products, loads, gemm.LATENCY) + _ENTRY + missed
-        total += across * (entries * step + panels * (_BEGIN + columns * tile.vectors * _FINISH))
+        total += across * (entries * step + panels * (_BEGIN + columns * tile.vectors * gemm.FINISH))
     return total * geometry.height * geometry.images
 
 
