@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from harness import conv, integers, module_of, weights
-from tvm import rpc
-from tvm.rpc.server import Server
-from tvm.rpc.tracker import Tracker
+from servers import Farm, running
+from tvm.rpc.base import RPC_TRACKER_MAGIC
 
 from tvmq.errors import DeviceError
 from tvmq.kernels.lower import lower
@@ -21,6 +22,7 @@ from tvmq.target import load_target
 from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
 from tvmq.tune.fleet import Fleet, boards
+from tvmq.tune.tracker import Tracker
 
 JOBS = [Path(str(index)) for index in range(12)]
 
@@ -122,62 +124,104 @@ def test_closing_leaves_the_rest_undone():
 # --- TVM's own servers ----------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def tracker() -> Iterator[Tracker]:
-    found = Tracker("127.0.0.1", port=free_port(), port_end=65000, silent=True)
+def farm() -> Iterator[Farm]:
+    found = Farm()
     yield found
-    found.terminate()
+    found.close()
 
 
-def server(tracker: Tracker) -> Server:
-    port = free_port()
-    return Server("127.0.0.1", port, port + 1, key="pi", tracker_addr=("127.0.0.1", tracker.port), silent=True)
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A port at which nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        yield found
 
 
-def wait_for(tracker: Tracker, count: int) -> list:
+def boards_once_there(farm: Farm, key: str, count: int) -> list:
     """The boards, once the tracker knows them all; asking for them earlier would take those that there are."""
-    deadline = time.monotonic() + 60
-    while len(rpc.connect_tracker("127.0.0.1", tracker.port).summary()["server_info"]) < count:
+    tracker, deadline = Tracker("127.0.0.1", farm.tracker.port, 60.0), time.monotonic() + 60
+    while tracker.keys().count(key) < count:
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return boards(f"tracker://127.0.0.1:{tracker.port}/pi", Timing(1, repeat=2), timeout_s=60.0)
+        time.sleep(0.05)
+    # A board that is lost is waited for as long again.
+    return boards(f"tracker://127.0.0.1:{farm.tracker.port}/{key}", Timing(1, repeat=2), timeout_s=3.0)
 
 
-def test_boards_of_a_tracker_time_real_candidates_and_one_dies(tracker, tmp_path):
+def test_boards_of_a_tracker_time_real_candidates_and_one_dies(farm, tmp_path):
+    first, _ = farm.add("pi"), farm.add("pi")
     target = load_target("host")
     case = conv("c", integers((1, 6, 6, 16), "uint8"), weights((32, 3, 3, 16)), zero_point=3)
     (choice,) = lower(module_of([case]), target).choices.values()
     folder = candidate.build(choice.task, choice.decision, target, tmp_path)
-    servers = [server(tracker) for _ in range(2)]
-    fleet = Fleet(wait_for(tracker, 2), 60.0)
+    fleet = Fleet(boards_once_there(farm, "pi", 2), 60.0)
     try:
         found = [measured for _, measured in fleet.time([folder] * 4)]
         assert all(len(measured.seconds) == 2 and min(measured.seconds) > 0 for measured in found), found
         assert {measured.place for measured in found} == {"pi#0", "pi#1"}
-        servers[0].terminate()
+        first.kill()
         found = [measured for _, measured in fleet.time([folder] * 4)]
         assert all(measured.seconds for measured in found), found
         assert len(fleet.dropped) == 1
     finally:
         fleet.close()
-        servers[1].terminate()
 
 
-def test_a_key_without_boards(tracker):
+def test_a_key_without_boards(farm):
     with pytest.raises(DeviceError, match=r"tracker tracker://127.0.0.1:\d+: expected boards of the key 'none'"):
-        boards(f"tracker://127.0.0.1:{tracker.port}/none", Timing(1))
+        boards(f"tracker://127.0.0.1:{farm.tracker.port}/none", Timing(1))
 
 
-def test_no_tracker_at_the_address():
-    address = f"tracker://127.0.0.1:{free_port()}"
-    with pytest.raises(DeviceError, match=f"tracker {address}: expected an answer, saw"):
-        boards(f"{address}/pi", Timing(1), timeout_s=0.5)
+def test_no_tracker_at_the_address(listener):
+    port = listener.getsockname()[1]
+    listener.close()
+    with pytest.raises(DeviceError, match=f"tracker tracker://127.0.0.1:{port}: expected an answer, saw .* refused"):
+        boards(f"tracker://127.0.0.1:{port}/pi", Timing(1))
+    assert "tvmq-connect" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_silent_tracker(listener):
+    port = listener.getsockname()[1]
+    with pytest.raises(DeviceError, match="expected an answer, saw none in 0.2 s"):
+        boards(f"tracker://127.0.0.1:{port}/pi", Timing(1), timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        (b"HTTP", "expected a tracker, saw a server of something else"),
+        (b"", "saw connection reset"),
+        (struct.pack("<ii7s", RPC_TRACKER_MAGIC, 7, b"[-1, 0]"), "saw code -1"),
+    ],
+)
+def test_what_answers_is_no_tracker(listener, said, seen):
+    def answer() -> None:
+        link, _ = listener.accept()
+        with link:
+            link.recv(4)
+            link.sendall(said)
+            link.shutdown(socket.SHUT_WR)
+            link.recv(100)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    with pytest.raises(DeviceError, match=seen):
+        Tracker("127.0.0.1", listener.getsockname()[1], 9.0).keys()
+    thread.join()
+
+
+def test_servers_end_with_the_process_that_started_them(tmp_path):
+    """Also where that is killed, and so has no time to end them."""
+    program = "from servers import *; farm = Farm(); print(farm.tracker.process.pid, flush=True); input()"
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stdin=-1, stdout=-1, cwd=Path(__file__).parent) as parent:
+        tracker = int(parent.stdout.readline())
+        assert Path(f"/proc/{tracker}").exists()
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while running(tracker):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("device", ["tracker://h:1", "tracker://h/k", "tracker://h:99999/k", "ssh://h", "host"])

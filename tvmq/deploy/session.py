@@ -127,7 +127,7 @@ class RemoteSession:
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.name = url
-        self.remote = _connect(url, timeout_s)
+        self.remote = open_server(url, *_address(url), "", timeout_s)
         self.device = self.remote.cpu(0)
 
     def check(self, bundle: Bundle) -> None:
@@ -179,15 +179,17 @@ class RemoteSession:
 _LOST = (RPCError, RuntimeError, OSError)
 
 
-def _connect(url: str, timeout_s: float) -> Any:
-    """A session with the server at `url`. Raises DeviceError where none answers in `timeout_s` seconds."""
-    host, port = _address(url)
+def open_server(name: str, host: str, port: int, key: str, timeout_s: float) -> Any:
+    """TVM's session with the server at an address, called `name` in errors; key: what a tracker gave to ask with.
+
+    Raises DeviceError where none answers in `timeout_s` seconds.
+    """
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def connect() -> None:
         try:
             # TVM's own session_timeout ends a session that lasts longer, in the midst of a benchmark.
-            answer.put(rpc.connect(host, port))
+            answer.put(rpc.connect(host, port, key))
         except _LOST as error:
             answer.put(error)
 
@@ -196,14 +198,14 @@ def _connect(url: str, timeout_s: float) -> Any:
     try:
         result = answer.get(timeout=timeout_s)
     except queue.Empty as error:
-        raise _no_server(url, f"no answer in {timeout_s:g} s", "is another client using it?") from error
+        raise _no_server(name, f"no answer in {timeout_s:g} s", "is another client using it?") from error
     if isinstance(result, Exception):
-        raise _no_server(url, _reason(result), "is the server running there, and the port open?") from result
+        raise _no_server(name, _reason(result), "is the server running there, and the port open?") from result
     return result
 
 
-def _no_server(url: str, seen: str, hint: str) -> DeviceError:
-    return DeviceError(f"device {url}", expected="a TVM RPC server", seen=seen, hint=hint)
+def _no_server(name: str, seen: str, hint: str) -> DeviceError:
+    return DeviceError(f"device {name}", expected="a TVM RPC server", seen=seen, hint=hint)
 
 
 def _address(url: str) -> tuple[str, int]:

@@ -15,18 +15,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from tvm import rpc
-from tvm.error import RPCError
-
-from tvmq.deploy.session import CONNECT_TIMEOUT, RemoteSession
+from tvmq.deploy.session import CONNECT_TIMEOUT, RemoteSession, open_server
 from tvmq.errors import DeviceError, TvmqError
 from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
 from tvmq.tune.runners import Measured
+from tvmq.tune.tracker import Tracker
 
-_T = TypeVar("_T")
 _TRACKER = "tracker://"
 # How many boards a candidate may lose.
 _LOSSES = 2
@@ -99,28 +96,21 @@ def boards(device: str, timing: Timing, timeout_s: float = CONNECT_TIMEOUT) -> l
     if not device.startswith(_TRACKER):
         raise DeviceError(f"device {device!r}", expected="host, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
     host, port, key = _address(device)
-    tracker = f"{_TRACKER}{host}:{port}"
-    summary = _patiently(lambda: rpc.connect_tracker(host, port).summary(), timeout_s, f"tracker {tracker}")
-    keys = [str(server["key"]).removeprefix("server:") for server in summary["server_info"]]
+    tracker = Tracker(host, port, timeout_s)
+    keys = tracker.keys()
     if key not in keys:
         seen = ", ".join(sorted(set(keys))) or "no board at all"
-        raise DeviceError(f"tracker {tracker}", expected=f"boards of the key {key!r}", seen=seen)
+        raise DeviceError(tracker.name, expected=f"boards of the key {key!r}", seen=seen)
 
     def open_one(index: int) -> RpcBoard:
         name = f"{key}#{index}"
 
         def connect() -> RemoteSession:
-            what = f"board {name} at {tracker}"
-            return _Tracked(name, _patiently(lambda: _request(host, port, key), timeout_s, what))
+            return _Tracked(name, open_server(name, *tracker.board(key), timeout_s))
 
         return RpcBoard(name, connect, timing)
 
     return [open_one(index) for index in range(keys.count(key))]
-
-
-def _request(host: str, port: int, key: str) -> Any:
-    # A connection of its own for each: a tracker's answers come in the order of boards, not of askers.
-    return rpc.connect_tracker(host, port).request(key, session_timeout=0, max_retry=1)
 
 
 def _address(device: str) -> tuple[str, int, str]:
@@ -129,28 +119,6 @@ def _address(device: str) -> tuple[str, int, str]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536 or not key:
         raise DeviceError(f"device {device!r}", expected="tracker://HOST:PORT/KEY")
     return host, int(port), key
-
-
-def _patiently(action: Callable[[], _T], timeout_s: float, what: str) -> _T:
-    """The result of an action that may wait without end. Raises DeviceError after `timeout_s` seconds."""
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answer.put((action(), None))
-        except (RPCError, RuntimeError, OSError) as error:
-            answer.put((None, error))
-
-    threading.Thread(target=run, daemon=True, name="tvmq-connect").start()
-    try:
-        result, error = answer.get(timeout=timeout_s)
-    except queue.Empty as late:
-        raise DeviceError(what, expected="an answer", seen=f"none in {timeout_s:g} s") from late
-    if error is not None:
-        lines = str(error).strip().splitlines()
-        hint = "is it running, and the port open?"
-        raise DeviceError(what, expected="an answer", seen=lines[-1] if lines else type(error).__name__, hint=hint)
-    return result  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -3,14 +3,16 @@
     {"do": "build", "task": ..., "decision": ..., "target": ..., "cache": ...}   -> {"folder": ...}
     {"do": "time", "folder": ..., "timing": ...}                                 -> {"seconds": [...]}
 
-What goes wrong is answered as {"error": ...}. The process ends with its input, so with its parent.
+What goes wrong is answered as {"error": ...}. The process ends when its input is closed, so with its parent.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import sys
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,8 +70,22 @@ def serve(jobs: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
+def end_with_input() -> None:
+    """End this process when the other end of stdin is closed, whatever it is at: a candidate may never return."""
+    hung_up = select.poll()
+    # Asked for no event, it waits for the one that cannot be declined: that nobody writes any more.
+    hung_up.register(0, 0)
+
+    def wait() -> None:
+        hung_up.poll()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="tvmq-parent").start()
+
+
 def main() -> None:
     """Serve stdin. What libraries print goes to stderr."""
+    end_with_input()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, answers)
