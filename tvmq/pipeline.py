@@ -42,7 +42,7 @@ from tvmq.quantize.data import inferences
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan, source_decisions
 from tvmq.quantize.realize import realize
-from tvmq.quantize.refine import Samples, products_of, reshaped, with_corrected_biases
+from tvmq.quantize.refine import Samples, products_of, reshaped, unused_algorithms, with_corrected_biases
 from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
@@ -59,7 +59,8 @@ STAGES = ("layout", "calibrate", "plan", "annotate", "realize", "lower", "schedu
 class Quantized:
     """A model after quantization, before any target: the float module, the QDQ module, and what was decided.
 
-    unused_rules: the patterns of the recipe's rules that name no operator.
+    unused_rules: the patterns of the recipe's rules that name no operator. unused_algorithms: those of its algorithms
+    that found nothing to do.
     """
 
     module: tvm.IRModule
@@ -67,6 +68,7 @@ class Quantized:
     table: CalibrationTable | None
     decisions: tuple[Decision, ...]
     unused_rules: tuple[str, ...] = ()
+    unused_algorithms: tuple[str, ...] = ()
 
     def simulate(self, *inputs: Array) -> tuple[Array, ...]:
         """What the model computes with QDQ in float: every planned tensor rounded to its integers and back."""
@@ -90,13 +92,15 @@ class Realized:
 class Compiled:
     """A finished bundle: where it is, its size in bytes, and its operators as `explain` shows them.
 
-    unused_rules: the patterns of the recipe's rules that name no operator.
+    unused_rules: the patterns of the recipe's rules that name no operator. unused_algorithms: those of its algorithms
+    that found nothing to do.
     """
 
     path: Path
     size: int
     operators: list[dict[str, Any]]
     unused_rules: tuple[str, ...] = ()
+    unused_algorithms: tuple[str, ...] = ()
 
 
 def compile_model(
@@ -146,7 +150,8 @@ def compile_model(
     expected = interpret.run(realized, model.example)
     build.check(product, library, expected)
     report("bundle", 0)
-    return Compiled(*build.write_bundle(product, library, expected, out), quantized.unused_rules)
+    written = build.write_bundle(product, library, expected, out)
+    return Compiled(*written, quantized.unused_rules, quantized.unused_algorithms)
 
 
 def realized_module(
@@ -184,14 +189,16 @@ def quantize(
     """
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
+    asked = tuple(algorithm.value for algorithm in recipe.algorithms)
     if is_quantized(model.module):
         module = stages("layout", channels_last(model.module))
-        return Quantized(module, module, None, source_decisions(module))
+        return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
     calibration = _again(calibration, recipe)
     samples = _samples(model, calibration)
     module = stages("layout", prepared(model, recipe, calibration))
     if wanted_precisions(recipe) == {Precision.FP32}:
-        return Quantized(module, module, None, float_decisions(module, "the recipe asks for float"))
+        decisions = float_decisions(module, "the recipe asks for float")
+        return Quantized(module, module, None, decisions, unused_algorithms=asked)
     table = None
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
         report("calibrate", 0)
@@ -204,7 +211,8 @@ def quantize(
         module, plan = better, make_plan(better, table, recipe, model.paths, rates)
     report("annotate", 0)
     annotated = stages("annotate", annotate(module, plan, recipe, products))
-    return Quantized(module, annotated, table, plan.decisions, plan.unused)
+    unused = unused_algorithms(module, plan, recipe)
+    return Quantized(module, annotated, table, plan.decisions, plan.unused, unused)
 
 
 def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> tvm.IRModule:

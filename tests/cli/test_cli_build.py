@@ -132,9 +132,11 @@ def test_a_function_in_no_module(files, tvmq, tmp_path):
     assert "no_such_module" in outcome.line
 
 
-def test_a_rule_that_names_no_layer_is_reported(files, tvmq, tmp_path):
+def test_a_rule_and_an_algorithm_without_effect_are_reported(files, tvmq, tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('[[rules]]\nmatch = "no.such.layer"\nprecision = "fp32"\n', encoding="utf-8")
+    text = 'algorithms = ["squant"]\n[[rules]]\nmatch = "no.such.layer"\nprecision = "fp32"\n'
+    recipe.write_text(text, encoding="utf-8")
     made = tvmq("compile", files.model, "--recipe", recipe, "-o", tmp_path / "m.tvmq", "--precision", "bf16")
     assert made.code == 0
     assert "the recipe's rule 'no.such.layer' names no layer" in made.out
+    assert "the recipe's algorithm 'squant' finds nothing to do" in made.out

@@ -12,6 +12,7 @@ from tvmq import interpret, ir
 from tvmq.quantize import numerics
 from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import equalize
+from tvmq.quantize.refine import unused_algorithms
 from tvmq.quantize.smooth import channel_maxima, smooth
 from tvmq.recipe import Recipe
 
@@ -115,3 +116,53 @@ def test_smoothing_divides_outlying_channels_of_a_layer_norm(make_a_case) -> Non
     (name,) = (str(var.name) for group in Channels(case.module).groups.values() for var in group.read)
     before, after = (channel_maxima(m, case.batches, {name})[name] for m in (case.module, module))
     assert after.max() / np.median(after) < 0.3 * before.max() / np.median(before)
+
+
+class PostNorm(nn.Module):
+    """A layer norm with an outlying channel, read by two linear layers and by the addition after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.gate, self.down = (
+            nn.LayerNorm(16),
+            nn.Linear(16, 8),
+            nn.Linear(16, 8),
+            nn.Linear(8, 16),
+        )
+        with torch.no_grad():
+            self.norm.weight[3] = 50.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return y + self.down(functional.gelu(self.up(y)) + self.gate(y))
+
+
+def test_smoothing_gives_linear_readers_a_layer_norm_of_their_own(make_a_case) -> None:
+    torch.manual_seed(0)
+    case = make_a_case(PostNorm(), (2, 5, 16))
+    module = smooth(case.module, case.batches, 0.5)
+    _assert_same(case, module)
+    norms = [var for var, call in ir.calls(module) if ir.is_call(call, "nn.layer_norm")]
+    readers = [{ir.op_name(dict(ir.bindings(module))[reader]) for reader in ir.users(module)[var]} for var in norms]
+    assert sorted(readers, key=sorted) == [{"add"}, {"matmul"}]
+    reference = case.reference()[0]
+    after = dataclasses.replace(case, module=module, known={})
+    plain, smoothed = (
+        numerics.sqnr_db(reference, c.run(c.realized(Recipe(precision="int8")))[0]) for c in (case, after)
+    )
+    assert smoothed > plain + 3
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "unused"),
+    [
+        ("residual", "int8", ()),
+        ("clips", "int8", ("smooth",)),
+        ("transformer", "int8-dynamic", ("bias_correction",)),
+        ("transformer", "int8-weight", ("clip_weights", "bias_correction")),
+    ],
+)
+def test_algorithms_that_find_nothing_to_do_are_named(model_of, name: str, precision: str, unused: tuple) -> None:
+    case = model_of(name)
+    recipe = Recipe(precision=precision, algorithms=["smooth", "clip_weights", "gptq", "bias_correction"])
+    assert unused_algorithms(case.module, case.plan(recipe), recipe) == unused

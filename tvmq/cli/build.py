@@ -109,11 +109,14 @@ class Compile(Command):
             "recipe": recipe.to_dict(),
             "operators": done.operators,
             "unused_rules": list(done.unused_rules),
+            "unused_algorithms": list(done.unused_algorithms),
         }
         counts = ", ".join(f"{count} {precision}" for precision, count in sorted(precisions.items()))
         size = render.kilobytes(done.size)
         summary = f"{done.path}: {size} for {target.name}, operators: {counts}; see tvmq explain {done.path}"
-        out.result(document, summary, *(f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules))
+        rules = (f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules)
+        idle = (f"the recipe's algorithm {name!r} finds nothing to do" for name in done.unused_algorithms)
+        out.result(document, summary, *rules, *idle)
         return 0
 
 

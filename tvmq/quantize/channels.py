@@ -98,7 +98,7 @@ class Channels:
         if _is_anchor(call):
             makers.setdefault(var, []).append(var)
             readers.setdefault(call.args[0], []).append(var)
-        elif ir.is_call(call, "nn.layer_norm") and _has_constants(call):
+        elif is_scalable_norm(call):
             makers.setdefault(var, []).append(var)
             self._fix(call.args[0])
         elif ir.is_call(call, "add") and _is_bias(call):
@@ -159,9 +159,23 @@ def is_depthwise(call: Any) -> bool:
     return int(call.attrs.groups) == ir.shape_of(call.args[1])[0] > 1 and ir.shape_of(call.args[1])[3] == 1
 
 
+def is_linear(call: Any) -> bool:
+    """Whether a call is a product with a constant matrix."""
+    return ir.is_call(call, "matmul") and ir.is_constant(call.args[1]) and len(ir.shape_of(call.args[1])) == 2
+
+
+def is_scalable_norm(call: Any) -> bool:
+    """Whether a call is a layer norm over the last axis whose factors and offsets are constants."""
+    if not ir.is_call(call, "nn.layer_norm"):
+        return False
+    ndim = len(ir.shape_of(call))
+    last = [int(axis) % ndim for axis in call.attrs.axes] == [ndim - 1]
+    return last and all(ir.is_constant(arg) for arg in call.args[1:])
+
+
 def _is_anchor(call: Any) -> bool:
     if ir.is_call(call, "matmul"):
-        return ir.is_constant(call.args[1]) and len(ir.shape_of(call.args[1])) == 2
+        return is_linear(call)
     if not ir.is_call(call, "nn.conv2d") or not ir.is_constant(call.args[1]) or str(call.attrs.data_layout) != "NHWC":
         return False
     return int(call.attrs.groups) == 1 or is_depthwise(call)
@@ -174,12 +188,6 @@ def _axis(call: Any) -> bool:
 
 def _rows(weight: Array) -> Array:
     return weight.reshape(weight.shape[0], -1)
-
-
-def _has_constants(call: Any) -> bool:
-    ndim = len(ir.shape_of(call))
-    last = [int(axis) % ndim for axis in call.attrs.axes] == [ndim - 1]
-    return last and all(ir.is_constant(arg) for arg in call.args[1:])
 
 
 def _is_bias(call: Any) -> bool:

@@ -18,11 +18,12 @@ from tvmq import ir
 from tvmq.quantize import weights
 from tvmq.quantize.annotate import CHANNEL_AXIS, weight_floor
 from tvmq.quantize.bias_correction import corrected, mean_errors
+from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import equalize
 from tvmq.quantize.input_products import input_products
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.smooth import smooth
-from tvmq.recipe import Algorithm, Recipe
+from tvmq.recipe import Algorithm, Precision, Recipe
 
 Array = npt.NDArray[Any]
 Samples = Callable[[], Iterable[tuple[Array, ...]]]
@@ -66,3 +67,20 @@ def with_corrected_biases(
         chosen[chain.anchor] = np.asarray(weights.dequantized(q, scales, axis))
     errors = mean_errors(module, chains, chosen, plan.qparams, samples(), empirical=empirical)
     return corrected(module, chains, errors)
+
+
+def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple[str, ...]:
+    """The algorithms of a recipe that find nothing to do in `module`, as it is after `reshaped`, and `plan`."""
+    weighted = [chain for chain in plan.chains if chain.kind in CHANNEL_AXIS]
+    static = any(chain.end in plan.integer for chain in weighted)
+    by_channel = static or Precision.INT8_DYNAMIC in plan.linear.values()
+    useful = {
+        Algorithm.EQUALIZE: lambda: bool(Channels(module).groups),
+        Algorithm.SMOOTH: lambda: bool(Channels(module).groups),
+        Algorithm.CLIP_WEIGHTS: lambda: by_channel,
+        Algorithm.SQUANT: lambda: by_channel,
+        Algorithm.GPTQ: lambda: static or bool(plan.linear),
+        Algorithm.BIAS_CORRECTION: lambda: static,
+        Algorithm.BIAS_CORRECTION_ANALYTIC: lambda: static,
+    }
+    return tuple(algorithm.value for algorithm in recipe.algorithms if not useful[algorithm]())

