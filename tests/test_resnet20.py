@@ -5,14 +5,15 @@ The data is in `../shared/data`, beside the checkout; without it these tests are
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import cifar
 import numpy as np
 import pytest
 import torch
+from cifar import BATCH
 
 from tvmq import interpret, pipeline
 from tvmq.deploy.emulate import EmulatedBoard
@@ -23,22 +24,15 @@ from tvmq.quantize.realize import realize
 from tvmq.recipe import Recipe
 from tvmq.target import load_target
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-BATCH = 50
 INT8 = Recipe(precision="int8")
 
 
 @pytest.fixture(scope="module")
 def cifar10() -> ModuleType:
-    if not (DATA / "cifar10_jpeg.npz").is_file():
-        pytest.skip(f"no CIFAR-10 in {DATA}")
+    if not cifar.available():
+        pytest.skip(f"no CIFAR-10 in {cifar.DATA}")
     pytest.importorskip("PIL", reason="pillow decodes the images")
-    spec = importlib.util.spec_from_file_location("cifar10", DATA / "cifar10.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return cifar.cifar10()
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +48,6 @@ def model_of_batch(network: torch.nn.Module) -> Callable[[int], Model]:
 @pytest.fixture(scope="module")
 def model(model_of_batch: Callable[[int], Model]) -> Model:
     return model_of_batch(BATCH)
-
-
-def calibration(cifar10: ModuleType, count: int) -> np.ndarray:
-    """`count` training images, the last batch filled up with the first."""
-    x, _ = cifar10.images("train", limit=count)
-    x = np.concatenate([x, x[: -count % BATCH]])
-    return cifar10.normalize(x)
 
 
 def batches(x: np.ndarray) -> Iterator[np.ndarray]:
@@ -97,7 +84,7 @@ def accuracy(
 ) -> tuple[float, float]:
     """fp32 and int8 top-1 with `sizes` calibration and test images; 100 of these must equal the oracle."""
     calibrate_on, test_on = sizes
-    table = pipeline.calibrate(model, INT8, [*batches(calibration(cifar10, calibrate_on))])
+    table = pipeline.calibrate(model, INT8, [*batches(cifar.training_images(cifar10, calibrate_on))])
     compiled = pipeline.compile_model(model, "host", INT8, table, folder / "resnet20.tvmq")
     assert all(row["precision"] == "int8" for row in compiled.operators if row["kind"] in ("conv2d", "matmul"))
     executor = load(compiled.path)

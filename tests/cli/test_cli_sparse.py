@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from tvmq.deploy import bundle as bundles
 
@@ -41,12 +43,27 @@ def test_prune(files, tvmq, tmp_path) -> None:
     assert any("75% of the weights are zero" in note for note in notes)
 
 
+def test_curve(tvmq, tmp_path) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Flatten(), torch.nn.Linear(32, 4)).eval()
+    model, data, plot = tmp_path / "m.pt2", tmp_path / "data.npz", tmp_path / "curve.png"
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 3, 2, 2),)), model)
+    x = np.random.default_rng(0).standard_normal((8, 3, 2, 2)).astype(np.float32)
+    np.savez(data, x=x, labels=np.arange(8) % 4)
+    words = ("sparse", "curve", model, "--data", data, "--densities", "0.5", "--blocks", "4x1", "--plot", plot)
+    document = tvmq(*words, "--json").document
+    assert set(document) == {"schema", "command", "curve", "plot"}
+    assert [point["method"] for point in document["curve"]["points"]][-1] == "layer 4x1"
+    assert document["curve"]["samples"] == 8 and plot.stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("prun", "m.pt2"), "unknown action 'prun': expected one of inspect, what-if, prune"),
+        (("curve", "m.pt2"), "sparse curve: expected --data DATA, samples with labels, saw none"),
+        (("curve", "m.pt2", "--density", "0.1"), "--density: expected only with prune"),
+        (("prun", "m.pt2"), "unknown action 'prun': expected one of inspect, what-if, prune, curve"),
         (("inspect", "m.pt2", "--density", "0.1"), "--density: expected only with prune"),
-        (("prune", "m.pt2", "--densities", "0.1"), "--densities: expected only with what-if"),
+        (("prune", "m.pt2", "--densities", "0.1"), "--densities: expected only with what-if or curve"),
         (("prune", "m.pt2", "--method", "magnitud"), "--method 'magnitud': expected one of layer, global"),
         (("prune", "m.pt2", "--block", "16"), "block '16': expected rows and columns"),
         (("prune", "m.pt2", "--n-of-m", "2of4"), "--n-of-m '2of4': expected two numbers as in 2:4"),

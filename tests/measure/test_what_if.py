@@ -39,15 +39,13 @@ def test_less_is_faster(model: Model) -> None:
 
 def test_blocks_of_a_vector_are_worth_more(model: Model) -> None:
     coarse, fine = (estimates(model, blocks=[Block.parse(text)], densities=[0.1]).layers[0] for text in ("16x1", "1x1"))
-    assert coarse.options[0].ms < 0.3 * fine.options[0].ms
+    assert coarse.options[0].ms < 0.7 * fine.options[0].ms
 
 
-def test_narrow_vectors_need_smaller_blocks(model: Model) -> None:
-    def gain(target: str) -> float:
-        layer = estimates(model, target, blocks=[Block(4, 1)], densities=[0.1]).layers[0]
-        return layer.dense_ms / layer.options[0].ms
-
-    assert gain("raspberry-pi-4b") > 1.5 * gain("x86-64-avx512-vnni")
+def test_single_zeros_pay_at_low_densities(model: Model) -> None:
+    layer = estimates(model, blocks=[Block(1, 1)], densities=[0.1]).layers[0]
+    assert layer.dense_ms > 2 * layer.options[0].ms
+    assert layer.break_even is not None and layer.break_even > 0.25
 
 
 def test_int8_is_blocks_of_four_inputs(model: Model) -> None:

@@ -1,6 +1,6 @@
 """What each algorithm gains on CIFAR-10, alone and together: a Markdown table, from compiled bundles.
 
-    python tests/quantize/accuracy_table.py [--images 10000] [--models "resnet20;mobilenetv2"] [--rows "plain;equalize"]
+    python -m tests.quantize.accuracy_table [--images 10000] [--models "resnet20;mobilenetv2"] [--rows "plain;equalize"]
 
 Calibrates on 512 training images. `uneven` is the same network with random channels rescaled by up to 50, which changes
 nothing that it computes. The data are in `../shared/data`, beside the checkout.
@@ -9,7 +9,6 @@ nothing that it computes. The data are in `../shared/data`, beside the checkout.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 
 import tvmq
+from tests.cifar import DATA, cifar10
 from tvmq.measure.report import table
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 BATCH = 64
 ROWS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -42,16 +41,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "4-bit weights": {"weight_bits": 4},
     "4-bit weights, together": {"weight_bits": 4, "algorithms": ["clip_weights", "gptq", "bias_correction"]},
 }
-
-
-def cifar10(folder: Path) -> Any:
-    """The module that loads the data and the networks."""
-    spec = importlib.util.spec_from_file_location("cifar10", folder / "cifar10.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def uneven_resnet20(network: Any, largest: float = 50.0, seed: int = 0) -> Any:

@@ -49,6 +49,20 @@ def test_n_of_m(weight, n, m) -> None:
     assert all(row[~kept].max(initial=0) <= row[kept].min(initial=np.inf) for row, kept in groups)
 
 
+@settings(max_examples=50, deadline=None)
+@given(weight=matrices, density=st.floats(0, 1))
+def test_a_threshold_for_a_density_keeps_that_or_more_where_magnitudes_are_equal(weight, density) -> None:
+    alpha = masks.alpha_of([weight], density)
+    kept = masks.by_threshold(weight, alpha)
+    assert kept.sum() >= round(density * weight.size)
+    assert 0 <= alpha <= 1
+
+
+def test_a_threshold_is_of_each_layer_s_largest() -> None:
+    small, large = np.array([[0.01, 0.02, 0.03, 0.04]]), np.array([[1.0, 2.0, 3.0, 4.0]])
+    assert masks.alpha_of([small, large], 0.5) == 0.75
+
+
 def test_global_takes_from_layers_what_they_are_worth() -> None:
     small, large = np.full((8, 4), 0.1), np.full((8, 4), 1.0)
     kept = masks.by_block_globally([small, large], 0.5, Block(4, 1))

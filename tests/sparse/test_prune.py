@@ -13,7 +13,7 @@ from tvmq.errors import CalibrationError, InputError
 from tvmq.model import Model
 from tvmq.sparse.layers import layers
 from tvmq.sparse.masks import Block
-from tvmq.sparse.prune import Pruning, prune
+from tvmq.sparse.prune import Pruning, observe, prune
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def test_layers_are_convolutions_without_groups_and_linear_layers(model: Model) 
         (Pruning(density=0.5, block=Block(16, 1)), {"0": 0.5185, "3": 0.5, "6": 0.5}),
         (Pruning(method="n:m", n=1, m=4), {"0": 0.2593, "3": 0.25, "6": 0.25}),
         (Pruning(density=0.25, skip=("0", "6")), {"3": 0.25}),
+        (Pruning(method="threshold", density=0.2, skip=("0", "3")), {"6": 0.2}),
         (Pruning(method="threshold", alpha=0.0), {"0": 1.0, "3": 1.0, "6": 1.0}),
     ],
 )
@@ -104,6 +105,16 @@ def test_a_pruned_model_compiles_and_verifies(model: Model, tmp_path) -> None:
 def test_unsound_prunings(make, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_inputs_serve_several_prunings(model: Model) -> None:
+    batches = [np.random.default_rng(i).standard_normal((1, 3, 8, 8)).astype(np.float32) for i in range(6)]
+    inputs = observe(model, batches)
+    for density in (0.5, 0.2):
+        pruning = Pruning(density=density, update=True, skip=("3",))
+        pair = [layers(prune(model, pruning, data).model.module, model.paths) for data in (batches, inputs)]
+        for one, other in zip(*pair, strict=True):
+            np.testing.assert_array_equal(one.matrix, other.matrix)
 
 
 def test_corrections_need_data(model: Model) -> None:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from tvmq.measure.report import Report as Figures
     from tvmq.sparse.prune import Pruning
 
-ACTIONS = ("inspect", "what-if", "prune")
+ACTIONS = ("inspect", "what-if", "prune", "curve")
 # Which actions an option belongs to; those that are not here are of all.
 _OPTIONS = {
-    "densities": ("what-if",),
-    "blocks": ("what-if",),
+    "densities": ("what-if", "curve"),
+    "blocks": ("what-if", "curve"),
     "measure": ("what-if",),
-    "plot": ("what-if",),
+    "plot": ("what-if", "curve"),
     "device": ("what-if",),
     "threads": ("what-if",),
     "precision": ("what-if", "prune"),
@@ -36,9 +36,11 @@ _OPTIONS = {
     "block": ("prune",),
     "alpha": ("prune",),
     "n_of_m": ("prune",),
-    "skip": ("prune",),
+    "skip": ("prune", "curve"),
     "update": ("prune",),
-    "calibrate": ("prune",),
+    "calibrate": ("prune", "curve"),
+    "data": ("curve",),
+    "target": ("inspect", "what-if", "prune"),
     "recipe": ("prune",),
     "out": ("prune",),
 }
@@ -49,7 +51,8 @@ class Sparse(Command):
     """Inspect the zeros in a model's weights, estimate what more of them would bring, or prune and compile.
 
     inspect: the structure of each layer's zeros. what-if: how fast each layer would be at several densities, before any
-    training. prune: mask weights in one shot, without training, and compile.
+    training. prune: mask weights in one shot, without training, and compile. curve: the accuracy that each method of
+    pruning leaves at several densities.
     """
 
     name: ClassVar[str] = "sparse"
@@ -61,6 +64,7 @@ class Sparse(Command):
         "tvmq sparse prune model.pt2 --density 0.2 --block 16x1 -o pruned.tvmq",
         "tvmq sparse prune model.pt2 --method channels --density 0.5 -o smaller.tvmq",
         "tvmq sparse prune model.pt2 --method n:m --n-of-m 2:4 --update --calibrate data.npz -o pruned.tvmq",
+        "tvmq sparse curve model.pt2 --data labelled.npz --calibrate data.npz --plot curve.png",
     )
 
     action: str
@@ -76,11 +80,12 @@ class Sparse(Command):
     method: str = "layer"
     density: float = 0.2
     block: str = "1x1"
-    alpha: float = 0.05
+    alpha: float | None = None
     n_of_m: str = "2:4"
     skip: tuple[str, ...] = ()
     update: bool = False
     calibrate: str | None = None
+    data: str | None = None
     recipe: str | None = None
     out: str | None = None
 
@@ -92,15 +97,19 @@ class Sparse(Command):
         parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="as for tvmq compile")
         parser.add_argument("--precision", metavar="P", help="what-if: fp32 (default), bf16 or int8; prune: any")
         parser.add_argument(
-            "--densities", nargs="+", type=float, default=(), metavar="D", help="what-if: kept fractions"
+            "--densities", nargs="+", type=float, default=(), metavar="D", help="what-if, curve: kept fractions"
         )
         parser.add_argument(
-            "--blocks", nargs="+", default=(), metavar="RxC", help="what-if: default: what suits the target"
+            "--blocks",
+            nargs="+",
+            default=(),
+            metavar="RxC",
+            help="what-if, curve (default: what suits; 4x1 16x1)",
         )
         parser.add_argument(
             "--measure", action="store_true", help="what-if: also compile and run the model at each density"
         )
-        parser.add_argument("--plot", metavar="FILE.png", help="what-if: draw the estimates (needs matplotlib)")
+        parser.add_argument("--plot", metavar="FILE.png", help="what-if, curve: draw it (needs matplotlib)")
         add_device(parser)
         parser.add_argument(
             "--method", default="layer", metavar="M", help="prune: layer (default), global, threshold, n:m, channels"
@@ -112,16 +121,19 @@ class Sparse(Command):
             "--block", default="1x1", metavar="RxC", help="prune: output channels by inputs (default 1x1)"
         )
         parser.add_argument(
-            "--alpha", type=float, default=0.05, metavar="A", help="prune: threshold: |w| >= A * max|w| stay"
+            "--alpha", type=float, metavar="A", help="prune: threshold: |w| >= A * max|w| stay (default: by --density)"
         )
         parser.add_argument(
             "--n-of-m", default="2:4", metavar="N:M", help="prune: of every M inputs N stay (default 2:4)"
         )
-        parser.add_argument("--skip", nargs="+", default=(), metavar="GLOB", help="prune: layers that stay as they are")
+        parser.add_argument("--skip", nargs="+", default=(), metavar="GLOB", help="prune, curve: layers left alone")
         parser.add_argument(
             "--update", action="store_true", help="prune: correct the weights that stay, on --calibrate DATA"
         )
-        parser.add_argument("--calibrate", metavar="DATA", help="prune: as for tvmq compile; for --update and int8")
+        parser.add_argument(
+            "--calibrate", metavar="DATA", help="prune: as for tvmq compile; for --update and int8; curve: for updates"
+        )
+        parser.add_argument("--data", metavar="DATA", help='curve: samples with "labels" (see README.md)')
         parser.add_argument("--recipe", metavar="R.toml", help="prune: how to compile the result")
         parser.add_argument("-o", "--out", metavar="OUT.tvmq", help="prune: default: the model's name in this folder")
 
@@ -133,7 +145,8 @@ class Sparse(Command):
         self._check_options()
         with progress(out.errors, f"sparse {self.action}") as report:
             report("loading TVM", 0)
-            {"inspect": self._inspect, "what-if": self._what_if, "prune": self._prune}[self.action](out, report)
+            actions = {"inspect": self._inspect, "what-if": self._what_if, "prune": self._prune, "curve": self._curve}
+            actions[self.action](out, report)
         return 0
 
     def _check_options(self) -> None:
@@ -152,11 +165,11 @@ class Sparse(Command):
 
     def _what_if(self, out: Output, report: Report) -> None:
         import tvmq
-        from tvmq.measure import what_if, what_if_device
+        from tvmq.measure import chart, what_if, what_if_device
         from tvmq.sparse.masks import Block
 
         if self.plot is not None:
-            what_if_device.check_plot(self.plot)
+            chart.check(self.plot)
         target = tvmq.load_target(self.target)
         report("import", 0)
         model = tvmq.import_model(self.model)
@@ -170,6 +183,28 @@ class Sparse(Command):
         if self.plot is not None:
             what_if_device.draw(found, Path(self.plot))
         _show(out, {"what_if": found.to_dict(), "plot": self.plot}, found)
+
+    def _curve(self, out: Output, report: Report) -> None:
+        if self.data is None:
+            raise UsageError("sparse curve", expected="--data DATA, samples with labels", seen="none")
+        batches = None if self.calibrate is None else list(read_batches(self.calibrate))
+        data = read_batches(self.data)
+        import tvmq
+        from tvmq.measure import chart, pruning_curve
+        from tvmq.sparse.masks import Block
+
+        if self.plot is not None:
+            chart.check(self.plot)
+        report("import", 0)
+        model = tvmq.import_model(self.model)
+        densities = self.densities or pruning_curve.DENSITIES
+        blocks = [Block.parse(text) for text in self.blocks] or pruning_curve.BLOCKS
+        found = pruning_curve.curve(
+            model, data, batches, densities, blocks, tuple(self.skip), lambda text: report(text, 0)
+        )
+        if self.plot is not None:
+            pruning_curve.draw(found, Path(self.plot))
+        _show(out, {"curve": found.to_dict(), "plot": self.plot}, found)
 
     def _prune(self, out: Output, report: Report) -> None:
         pruning = self._pruning()

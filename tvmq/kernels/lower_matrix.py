@@ -25,6 +25,7 @@ from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.spaces import GemmSpace, TileSpace
 from tvmq.kernels.sparse_panels import SparsePanels
+from tvmq.kernels.sparse_pixels import SparsePixels
 from tvmq.kernels.sparse_stream import SparsePacking
 from tvmq.kernels.task import task_of
 from tvmq.kernels.tile_gemm import TileGemm
@@ -148,7 +149,7 @@ def _gemm(
     if integer and not m.widened:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
     rest = (epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands))
-    made: tuple[gemm.Gemm | TileGemm | SparsePanels, Packing | SparsePacking, str]
+    made: tuple[gemm.Gemm | TileGemm | SparsePanels | SparsePixels, Packing | SparsePacking, str]
     if sparse is not None:
         made = lower_sparse.template(lowering, m, kernel.shape, geometry, sparse, rest)
     else:

@@ -14,18 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.errors import ModelError
-from tvmq.kernels import builder, sparse_blocking
+from tvmq.kernels import builder, sparse_blocking, sparse_pixel_blocking
 from tvmq.kernels.gemm import Gemm, Geometry
 from tvmq.kernels.lowering import Lowering
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_panels import SparsePanels
+from tvmq.kernels.sparse_pixel_blocking import PixelPlan
+from tvmq.kernels.sparse_pixels import SparsePixels
 from tvmq.kernels.sparse_stream import SparsePacking, layout_of, to_words, union, word_dtype
 from tvmq.recipe import Sparse
+from tvmq.sparse.structure import n_of_m
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
 # Fewer zeros than this are an accident, and never worth a word.
 FEW_ZEROS = 0.05
+# N:M is a pattern where groups hold N weights but for a tenth of them; else it is chance.
+_FULL = 1.1
 # What fraction of the dense kernel's estimated time is good enough: estimates are off by less.
 WORTH = 0.9
 
@@ -34,8 +39,13 @@ WORTH = 0.9
 class Choice:
     """A product with a sparse weight: its plan, and the pattern of its words, bool [O, words]."""
 
-    plan: sparse_blocking.Plan
+    plan: sparse_blocking.Plan | PixelPlan
     mask: npt.NDArray[np.bool_]
+
+    def rows(self, m: Micro) -> int:
+        """Output channels that share places."""
+        plan = self.plan
+        return plan.rows if isinstance(plan, PixelPlan) else plan.blocking.tile.vectors * m.lanes
 
 
 def considers(lowering: Lowering, kernel: Array) -> bool:
@@ -59,6 +69,7 @@ def choose(
     if kernel.dtype.kind != "i" and not np.isfinite(kernel.astype(np.float32)).all():
         raise ModelError(f"weights of {name}", expected="finite numbers, to find their zeros", seen="NaN or infinity")
     share = f"{zeros:.0%} of the weights are zero"
+    share += _fraction(kernel)
     if geometry.groups != 1:
         lowering.note(name, f"dense: {share}, but products in groups have no sparse kernel")
         return None
@@ -67,31 +78,47 @@ def choose(
     gain = dense_slots / plan.slots
     taken = lowering.sparse is Sparse.FORCE or plan.slots < WORTH * dense_slots
     what = "sparse" if taken else "dense"
-    panel = f"{plan.blocking.tile.vectors * m.lanes}x{m.product.kr}"
+    panel = f"{made.rows(m)}x{m.product.kr}"
     lowering.note(
         name, f"{what}: {share}, density {plan.density:.2f} in blocks of {panel}, estimated {gain:.2f} times as fast"
     )
     return made if taken else None
 
 
+def _fraction(kernel: Array) -> str:
+    """The N:M of a weight, where its zeros are such, and not only so few somewhere."""
+    found = n_of_m(kernel.reshape(kernel.shape[0], -1) != 0)
+    if found is None:
+        return ""
+    n, m = map(int, found.split(":"))
+    return f" ({found})" if n / m <= _FULL * (1 - share_of_zeros(kernel)) else ""
+
+
 def plan_of(target: Target, m: Micro, kernel: Array, geometry: Geometry) -> Choice:
     """The best sparse product with the zeros that `kernel` has, whether it pays or not."""
     mask = to_words(kernel, len(geometry.taps), m.product.kr, word_dtype(m)) != 0
     machine = sparse_blocking.Machine(target.cores, target.l1d_kib * 1024, target.l2_kib * 1024)
-    return Choice(sparse_blocking.choose(geometry, m, mask, machine), mask)
+    found: list[sparse_blocking.Plan | PixelPlan] = [sparse_blocking.choose(geometry, m, mask, machine)]
+    found += sparse_pixel_blocking.plans(geometry, m, mask, machine.cores, machine.l1_bytes)
+    return Choice(min(found, key=lambda plan: plan.slots), mask)
 
 
 def template(
     lowering: Lowering, m: Micro, kernel: tuple[int, ...], geometry: Geometry, choice: Choice, rest: tuple[Any, ...]
-) -> tuple[SparsePanels, SparsePacking, str]:
+) -> tuple[SparsePanels | SparsePixels, SparsePacking, str]:
     """The kernel of a choice, how it packs a weight of shape `kernel`, and its part of the name.
 
     `rest`: what dense kernels are told besides.
     """
-    plan = choice.plan
-    rows = plan.blocking.tile.vectors * m.lanes
+    plan, rows = choice.plan, choice.rows(m)
+    word, kr, rounding = word_dtype(m), m.product.kr, builder.rounding_llvm(lowering.target.isa)
+    if isinstance(plan, PixelPlan):
+        layout = layout_of(union(choice.mask, rows), rows, 1)
+        pixels = plan.vectors * m.lanes
+        packing = SparsePacking("sparse", kernel, m.w_dtype, word, kr, (0,), pixels, astuple(layout))
+        spec = SparsePixels(geometry, m.by_words(), layout, plan.vectors, plan.parts, rounding, *rest)
+        return spec, packing, f"sparse-pixels-{pixels}x{rows}-{m.name}"
     layout = layout_of(union(choice.mask, rows), rows, plan.parts)
-    word, kr = word_dtype(m), m.product.kr
     packing = SparsePacking("sparse", kernel, m.w_dtype, word, kr, geometry.taps, kr, astuple(layout))
-    dense = Gemm(geometry, m.by_words(), plan.blocking, "", builder.rounding_llvm(lowering.target.isa), *rest)
+    dense = Gemm(geometry, m.by_words(), plan.blocking, "", rounding, *rest)
     return SparsePanels(dense, layout), packing, f"sparse-{plan.blocking.tile.pixels}x{rows}-{m.name}"

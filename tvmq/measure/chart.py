@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from tvmq.errors import InputError
 from tvmq.files import atomic_path
 from tvmq.measure.suite_report import OURS, Row, Suite
 
@@ -23,6 +24,12 @@ _CUT = 1.25
 def available() -> bool:
     """Whether charts can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def check(path: str) -> None:
+    """Raise InputError where no chart can be drawn: before the work, not after it."""
+    if not available():
+        raise InputError(f"cannot draw {path}", hint=NOT_INSTALLED)
 
 
 def draw(suite: Suite, path: Path) -> None:

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tvmq.deploy.executor import load
-from tvmq.errors import InputError
 from tvmq.files import atomic_path, scratch_folder
-from tvmq.measure import chart
 from tvmq.measure.benchmark import interleaved
 from tvmq.measure.what_if import WhatIf
 from tvmq.model import Model
@@ -63,12 +61,6 @@ def _masked(model: Model, found: WhatIf, density: float) -> Model:
         if layer.name in blocks
     }
     return dataclasses.replace(model, module=with_matrices(model.module, matrices))
-
-
-def check_plot(path: str) -> None:
-    """Raise InputError where no chart can be drawn: before the work, not after it."""
-    if not chart.available():
-        raise InputError(f"cannot draw {path}", hint=chart.NOT_INSTALLED)
 
 
 def draw(found: WhatIf, path: Path) -> None:

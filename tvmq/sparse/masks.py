@@ -106,7 +106,13 @@ def by_threshold(weight: Array, alpha: float) -> Mask:
     """Weights that are not under `alpha` times the largest one: `|w| >= alpha * max|w|`. Raises InputError."""
     if not 0 <= alpha <= 1:
         raise InputError("alpha", expected="a number from 0 to 1", seen=alpha)
-    return np.asarray(np.abs(weight) >= alpha * np.abs(weight).max(initial=0.0))
+    return np.asarray(_relative(weight) >= alpha)
+
+
+def alpha_of(weights: Sequence[Array], density: float) -> float:
+    """The threshold of `by_threshold` that keeps `density` of several matrices together."""
+    ranked = np.sort(np.concatenate([_relative(weight).ravel() for weight in weights]))[::-1]
+    return float(ranked[max(round(check_density(density) * ranked.size), 1) - 1]) if ranked.size else 1.0
 
 
 def n_of_m(weight: Array, n: int, m: int) -> Mask:
@@ -121,6 +127,13 @@ def n_of_m(weight: Array, n: int, m: int) -> Mask:
     kept = np.zeros(groups.shape, bool)
     np.put_along_axis(kept, order[:, :, :n], True, axis=2)
     return kept.reshape(rows, -1)[:, :columns]
+
+
+def _relative(weight: Array) -> Array:
+    """Magnitudes as fractions of the largest one."""
+    largest_one = float(np.abs(weight).max(initial=0.0))
+    relative: Array = np.abs(weight.astype(np.float64)) / (largest_one or 1.0)
+    return relative
 
 
 def _sizes(shape: tuple[int, ...], block: Block) -> Array:

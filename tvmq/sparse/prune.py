@@ -50,15 +50,16 @@ class Method(str, enum.Enum):
 class Pruning:
     """What to prune. Raises InputError.
 
-    density: the kept fraction, of the methods by size. block: what is kept or dropped together. alpha: of the
-    threshold. n, m: of N:M. skip: globs of the paths or names of layers that stay as they are. update: with calibration
-    data, weights are chosen by what they do to a layer's results, and the others are corrected (see `obs`).
+    density: the kept fraction; N:M has its own. block: what is kept or dropped together. alpha: of the threshold; None
+    means the one that keeps `density` of all layers together. n, m: of N:M. skip: globs of the paths or names of layers
+    that stay as they are. update: with calibration data, weights are chosen by what they do to a layer's results, and
+    the others are corrected (see `obs`).
     """
 
     method: Method = Method.LAYER
     density: float = 0.2
     block: Block = SINGLE
-    alpha: float = 0.05
+    alpha: float | None = None
     n: int = 2
     m: int = 4
     skip: tuple[str, ...] = ()
@@ -90,21 +91,40 @@ class Pruned:
     density: float
 
 
-def prune(model: Model, pruning: Pruning, calibration: Iterable[Any] | None = None) -> Pruned:
-    """`model` with weights pruned. calibration: batches, for `update`. Raises InputError, CalibrationError."""
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration tells of the inputs of each layer, by its variable: the inverse of X^T X (see `obs`)."""
+
+    inverses: Mapping[str, Array]
+
+
+def observe(model: Model, calibration: Iterable[Any] | None, skip: tuple[str, ...] = ()) -> Inputs:
+    """The inputs of the layers of `model` over all batches, for several prunings of it. Raises CalibrationError."""
+    if calibration is None:
+        raise CalibrationError("calibration data", expected="some, to correct the weights that stay", seen="none")
+    module = to_nhwc(model.module)
+    chosen = _chosen(module, model, Pruning(skip=skip))
+    sums = zip(chosen, _grams(module, model, chosen, calibration), strict=True)
+    return Inputs({layer.name: obs.inverse(h) for layer, h in sums})
+
+
+def prune(model: Model, pruning: Pruning, calibration: Iterable[Any] | Inputs | None = None) -> Pruned:
+    """`model` with weights pruned. calibration: batches, or what `observe` made of them, for `update`.
+
+    Raises InputError, CalibrationError.
+    """
     if pruning.method is Method.CHANNELS:
         return _without_channels(model, pruning)
     # Channels last, so that a convolution's inputs are read as its matrix is.
     module = to_nhwc(model.module)
-    chosen = [layer for layer in layers(module, model.paths) if pruning.takes(layer)]
+    chosen = _chosen(module, model, pruning)
     matrices = [masks.check_finite(layer.matrix, layer.path) for layer in chosen]
     if not pruning.update:
         kept = _masks(matrices, pruning)
         new = [matrix * mask for matrix, mask in zip(matrices, kept, strict=True)]
     else:
-        if calibration is None:
-            raise CalibrationError("calibration data", expected="some, to correct the weights that stay", seen="none")
-        inverses = [obs.inverse(h) for h in _grams(module, model, chosen, calibration)]
+        inputs = calibration if isinstance(calibration, Inputs) else observe(model, calibration, pruning.skip)
+        inverses = [inputs.inverses[layer.name] for layer in chosen]
         scores = [obs.saliency(*pair) for pair in zip(matrices, inverses, strict=True)]
         kept = _masks(scores, pruning)
         new = [obs.update(*three) for three in zip(matrices, kept, inverses, strict=True)]
@@ -112,6 +132,10 @@ def prune(model: Model, pruning: Pruning, calibration: Iterable[Any] | None = No
     densities = {layer.path: float(mask.mean()) for layer, mask in zip(chosen, kept, strict=True)}
     share = sum(int(mask.sum()) for mask in kept) / max(sum(mask.size for mask in kept), 1)
     return Pruned(dataclasses.replace(model, module=with_matrices(module, named)), densities, share)
+
+
+def _chosen(module: tvm.IRModule, model: Model, pruning: Pruning) -> list[Layer]:
+    return [layer for layer in layers(module, model.paths) if pruning.takes(layer)]
 
 
 def _without_channels(model: Model, pruning: Pruning) -> Pruned:
@@ -134,7 +158,8 @@ def _masks(scores: Sequence[Array], pruning: Pruning) -> list[Mask]:
         case Method.GLOBAL:
             return masks.by_block_globally(scores, pruning.density, pruning.block)
         case Method.THRESHOLD:
-            return [masks.by_threshold(score, pruning.alpha) for score in scores]
+            alpha = masks.alpha_of(scores, pruning.density) if pruning.alpha is None else pruning.alpha
+            return [masks.by_threshold(score, alpha) for score in scores]
         case Method.N_OF_M:
             return [masks.n_of_m(score, pruning.n, pruning.m) for score in scores]
         case _:
