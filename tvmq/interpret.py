@@ -528,7 +528,8 @@ class _Carrier:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(_text: str, carrier: _Carrier) -> Any:
-    executable = relax.build(carrier.module, target=tvm.target.Target({"kind": "llvm"}))
+    # Each call runs once or twice: optimizing its code would take longer than it saves.
+    executable = relax.build(carrier.module, target=tvm.target.Target({"kind": "llvm", "opt-level": 0}))
     return relax.VirtualMachine(executable, tvm.cpu())
 
 

@@ -158,8 +158,8 @@ def judge(name: str, operator: Any, stock: bool = False) -> Verdict:
     return worst
 
 
-def judge_sample(call: Call, stock: bool = False) -> tuple[str, str]:
-    """(verdict, detail) of one sample."""
+def judge_sample(call: Any, stock: bool = False) -> tuple[str, str]:
+    """(verdict, detail) of one sample: a module with its example inputs."""
     with torch.no_grad():
         results = pytree.tree_leaves(call(*(x.clone() for x in call.example)))
     expected = [value.resolve_neg().numpy() for value in results if isinstance(value, torch.Tensor)]
@@ -172,20 +172,20 @@ def judge_sample(call: Call, stock: bool = False) -> tuple[str, str]:
         return CRASHED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1][:300]}"
     if len(found) != len(expected):
         return WRONG, f"{len(found)} results, not {len(expected)}"
-    for value, reference in zip(found, expected, strict=True):
+    for index, (value, reference) in enumerate(zip(found, expected, strict=True)):
         if (value.shape, value.dtype) != (reference.shape, reference.dtype):
             return WRONG, f"{value.dtype}{value.shape} where PyTorch has {reference.dtype}{reference.shape}"
         if not deviation(value, reference) <= TOLERANCE:
-            return WRONG, f"deviates by {deviation(value, reference):.3g}"
+            return WRONG, f"result {index} deviates by {deviation(value, reference):.3g}"
     return PASSES, ""
 
 
-def _ours(call: Call) -> tuple[Any, ...]:
+def _ours(call: Any) -> tuple[Any, ...]:
     model = load.import_model(call, call.example, check=False)
     return interpret.run(model.module, model.example)
 
 
-def _stock(call: Call, example: list[Any]) -> tuple[Any, ...]:
+def _stock(call: Any, example: list[Any]) -> tuple[Any, ...]:
     from tvm.relax.frontend.torch import from_exported_program
 
     return interpret.run(from_exported_program(torch.export.export(call, call.example)), example)

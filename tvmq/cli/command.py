@@ -44,7 +44,9 @@ class Command(ABC):
 
 def add_model(parser: Parser) -> None:
     """MODEL."""
-    parser.add_argument("model", metavar="MODEL", help="a .pt2 or .onnx file, or package.module:function")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .pt2 or .onnx file, a folder of transformers, or package.module:function"
+    )
 
 
 def add_device(parser: Parser) -> None:

@@ -60,7 +60,7 @@ class Tune(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
-        parser.add_argument("model", metavar="MODEL", help="a .pt2 file, package.module:function, or a .tvmq bundle")
+        parser.add_argument("model", metavar="MODEL", help="as of tvmq compile, or a .tvmq bundle")
         parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="as of tvmq compile")
         parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
         parser.add_argument("--recipe", metavar="R.toml", help="as of tvmq compile")

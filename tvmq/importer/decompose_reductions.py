@@ -27,16 +27,27 @@ def table() -> dict[Any, Callable[..., Any]]:
         aten.max.dim,
         aten.min.dim,
         aten.prod.dim_int,
-        aten.cumsum.default,
-        aten.cumprod.default,
         aten.sort.stable,
     )
     return {
         **{operator: _of_scalars(operator) for operator in scalars},
+        aten.cumsum.default: _running(aten.cumsum.default),
+        aten.cumprod.default: _running(aten.cumprod.default),
         aten.linalg_vector_norm.default: _vector_norm,
         aten.var.correction: _var,
         aten.var_mean.correction: _var_mean,
     }
+
+
+def _running(operator: Any) -> Callable[..., Any]:
+    """Running sums and products of integers are of int64 (torch.cumsum). TVM's are as narrow as the integers."""
+
+    def decompose(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+        if dtype is None and not x.is_floating_point() and x.dtype != torch.int64:
+            return operator(x.to(torch.int64), dim)
+        return _of_scalars(operator)(x, dim, dtype=dtype)
+
+    return decompose
 
 
 def _of_scalars(operator: Any) -> Callable[..., Any]:

@@ -27,11 +27,12 @@ def import_model(
 
     `source`: a torch.nn.Module, a torch.export.ExportedProgram, a path to a `.pt2` file that torch.export.save wrote
     or to an `.onnx` file (which also runs in ONNX Runtime, or in ONNX's reference, to compare with),
+    or to a folder in the transformers layout (config.json and safetensors; see `hf.py`),
     or "package.module:function" (imported with the working directory on the path), a function that returns
     (module, example_inputs). `example_inputs`: a tensor or array, a tuple of them, or a dict by name; a module needs
-    them, an exported program brings its own unless they are given. `check`: compare every tensor with PyTorch's, within
-    `tolerance` (`check.deviation` is the formula). `converters`: operator with overload ("exp2.default") -> function,
-    as in `converters.py`. `name`: default the class, the file's stem, or the function.
+    them, an exported program brings its own and a folder's follow from its configuration, unless they are given.
+    `check`: compare every tensor with PyTorch's, within `tolerance` (`check.deviation` is the formula).
+    `converters`: operator with overload ("exp2.default") -> function, as in `converters.py`. `name`: default the class, the file's stem, or the function.
 
     Raises ModelError for a source that cannot be read, UnsupportedOpError for an operator without a converter,
     ImportMismatchError where the translation computes something else, SignatureError for example inputs that do not

@@ -17,6 +17,22 @@ from tvmq.importer.onnx_inputs import DTYPES
 
 OLDEST_OPSET = 13
 _SEED = 0
+_RUNTIME_ERRORS = (
+    "EPFail",
+    "EngineError",
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "ModelLoaded",
+    "ModelLoadCanceled",
+    "ModelRequiresCompilation",
+    "NoModel",
+    "NoSuchFile",
+    "NotFound",
+    "NotImplemented",
+    "RuntimeException",
+)
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -123,25 +139,29 @@ def reference(model: onnx.ModelProto, feeds: dict[str, Any]) -> tuple[list[Any],
     Raises ModelError where neither can.
     """
     try:
-        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as runtime
     except ImportError:
-        onnxruntime = None
-    if onnxruntime is not None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            return list(session.run(None, feeds)), "ONNX Runtime"
-        # Its errors have no base of their own: they are RuntimeError or Exception by version.
-        except Exception as error:  # noqa: BLE001
-            why = error
+        return _evaluated(model, feeds), "the reference of ONNX"
+    # What the runtime raises has no base class of its own; a session's options and inputs fail with Python's.
+    own: list[type[Exception]] = [getattr(runtime, name) for name in _RUNTIME_ERRORS if hasattr(runtime, name)]
+    errors: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, *own)
+    try:
+        return _by_runtime(model, feeds), "ONNX Runtime"
+    except errors as error:
+        why = str(error).splitlines()[:1]
         try:
             return _evaluated(model, feeds), "the reference of ONNX"
         except ModelError:
-            raise ModelError("ONNX Runtime cannot run the model", seen=str(why).splitlines()[0][:200]) from why
-    return _evaluated(model, feeds), "the reference of ONNX"
+            raise ModelError("ONNX Runtime cannot run the model", seen=why[0][:200] if why else None) from error
+
+
+def _by_runtime(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
 
 
 def _evaluated(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any]:

@@ -23,7 +23,8 @@ from tvmq.importer import program as programs
 from tvmq.importer import pt2, torch_export
 
 _KINDS = (
-    "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 or .onnx file, or 'package.module:function'"
+    "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 or .onnx file or to a folder of transformers, "
+    "or 'package.module:function'"
 )
 
 
@@ -50,10 +51,11 @@ def read(source: object, example_inputs: object = None, name: str | None = None)
         path = Path(source)
         if path.suffix == ".onnx":
             return _from_onnx(path, example_inputs, name or path.stem)
+        if path.is_dir() and path.suffix != ".pt2":
+            return _from_folder(path, example_inputs, name or path.resolve().name)
         if path.suffix != ".pt2":
-            raise ModelError(
-                f"{path}", expected="a .pt2 or .onnx file or 'package.module:function'", seen=path.suffix or "no suffix"
-            )
+            wanted = "a .pt2 or .onnx file, a folder with config.json, or 'package.module:function'"
+            raise ModelError(f"{path}", expected=wanted, seen=path.suffix or "no suffix")
         return _from_program(pt2.load(path), example_inputs, name or path.stem)
     if isinstance(source, str):
         model, example, function = _call(source)
@@ -97,6 +99,18 @@ def _from_onnx(path: Path, example_inputs: object, name: str) -> Source:
     args, kwargs = _arguments(() if example_inputs is None else example_inputs)
     program, example, reference = onnx_source.read(path, args, kwargs)
     return dataclasses.replace(_from_program(program, example, name), reference=reference)
+
+
+def _from_folder(path: Path, example_inputs: object, name: str) -> Source:
+    try:
+        from tvmq.importer import hf
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "safetensors"):
+            raise
+        what, hint = "the package transformers to read it", "pip install 'tvmq[hf]'"
+        raise ModelError(f"{path}", expected=what, seen="none installed", hint=hint) from error
+    module, example = hf.read(path)
+    return _from_module(module, example if example_inputs is None else example_inputs, name)
 
 
 def _arguments(example_inputs: object) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
