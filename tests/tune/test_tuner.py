@@ -129,8 +129,10 @@ def test_ctrl_c_keeps_the_trial_in_flight_and_ends(tmp_path, target):
 
 
 def test_time_runs_out(tmp_path, target):
-    summary, _, _ = tune(tmp_path, target, Budget(seconds=100))
+    summary, events, _ = tune(tmp_path, target, Budget(seconds=100))
     assert summary.ended == "the budget is spent"
+    # The trial in flight is the last, in the midst of a batch; of 100 seconds two are kept for comparing.
+    assert max(event["elapsed"] for event in events if event["event"] == "trial") < 98 + 4
 
 
 def test_events_are_plain_data(tmp_path, target):

@@ -29,12 +29,14 @@ BENCHMARKS = {
     "matvec": "linear layers of 4096 x 4096 in each precision beside PyTorch's float32, weights from memory",
     "sparse": "linear layers with sparse weights beside dense ones, SciPy's and PyTorch's sparse products",
     "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
+    "tuning": "tvmq's tuner beside stock MetaSchedule: the same models, time and threads, both from no records",
 }
 # Which of them an option belongs to; the options that are not here are of several.
 _OPTIONS = {
-    "models": ("suite", "compile"),
-    "precisions": ("suite", "compile"),
-    "target": ("suite", "compile"),
+    "models": ("suite", "compile", "tuning"),
+    "precisions": ("suite", "compile", "tuning"),
+    "target": ("suite", "compile", "tuning"),
+    "budget": ("tuning",),
     "peers": ("suite",),
     "per_op": ("suite",),
     "out": tuple(BENCHMARKS),
@@ -58,6 +60,7 @@ class Bench(Command):
         "tvmq bench --matvec --threads 1",
         "tvmq bench --sparse",
         "tvmq bench --compile --models resnet18 resnet50",
+        "tvmq bench --tuning --models resnet18 --budget 10m",
     )
 
     bundles: tuple[str, ...] = ()
@@ -67,6 +70,8 @@ class Bench(Command):
     matvec: bool = False
     sparse: bool = False
     compile: bool = False
+    tuning: bool = False
+    budget: str = "10m"
     models: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     peers: bool = True
@@ -97,6 +102,9 @@ class Bench(Command):
         )
         parser.add_argument("--no-peers", dest="peers", action="store_false", help="tvmq alone")
         parser.add_argument("--per-op", action="store_true", help="of the suite: also where tvmq's time goes")
+        parser.add_argument(
+            "--budget", default="10m", metavar="TIME", help="of tuning: for each tuner and model (default 10m)"
+        )
         parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="to compile for (default host)")
         parser.add_argument(
             "-o", "--out", default="bench-out", metavar="DIR", help="for a benchmark's files (default bench-out)"
@@ -128,6 +136,7 @@ class Bench(Command):
                 "matvec": self._matvec,
                 "sparse": self._sparse,
                 "compile": self._compile,
+                "tuning": self._tuning,
             }
             self._benchmark(out, name, measures[name])
         return 0
@@ -218,3 +227,23 @@ class Bench(Command):
 
         models, precisions = self.models or cost.MODELS, self.precisions or cost.PRECISIONS
         return cost.run(models, precisions, target=self.target, progress=show), [], []
+
+    def _tuning(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """Both tuners, and a chart of their progress."""
+        from tvmq.measure import chart, tuning_bench, tuning_chart
+        from tvmq.tune.budget import seconds_of
+
+        found = tuning_bench.run(
+            self.models or tuning_bench.MODELS,
+            self.precisions or tuning_bench.PRECISIONS,
+            target=self.target,
+            threads=self.threads,
+            seconds=seconds_of(self.budget),
+            rounds=self.repeat,
+            progress=show,
+        )
+        if not chart.available():
+            return found, [], [chart.NOT_INSTALLED]
+        path = Path(self.out) / "tuning.png"
+        tuning_chart.draw(found, path)
+        return found, [path], []

@@ -56,6 +56,7 @@ class Tune(Command):
     stop_at: float = 1.0
     flush: bool = False
     seed: int = 0
+    fresh: bool = False
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -79,6 +80,7 @@ class Tune(Command):
         )
         parser.add_argument("--flush", action="store_true", help="time kernels with their weights out of the caches")
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
+        parser.add_argument("--fresh", action="store_true", help="learn from no other log, build every candidate anew")
 
     def run(self, out: Output) -> int:
         """Import, tune, print what came of it; what happens meanwhile goes to stderr."""
@@ -106,6 +108,7 @@ class Tune(Command):
                 threads=self.threads,
                 flush=self.flush,
                 seed=self.seed,
+                fresh=self.fresh,
                 event=event,
             )
         out.result(asdict(summary), *_text(summary))

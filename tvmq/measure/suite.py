@@ -56,7 +56,7 @@ def run(
     `per_op`: also time tvmq's kernels one by one, and measure what the machine can do.
     Raises InputError for an unknown model or precision, TargetError.
     """
-    _check_names(models, precisions)
+    check_names(models, precisions)
     machine = detect_host()
     count = threads or machine.cores
     spec = runnable(target, count)
@@ -82,7 +82,8 @@ def runnable(target: str | Path | Target, threads: int) -> Target:
     return replace(spec, cores=threads)
 
 
-def _check_names(models: Sequence[str], precisions: Sequence[str]) -> None:
+def check_names(models: Sequence[str], precisions: Sequence[str]) -> None:
+    """Raise InputError for a model or a precision that there is not."""
     for name in models:
         zoo.builder(name)
     known = [precision.value for precision in Precision]
@@ -116,7 +117,7 @@ class _Contest:
             if with_peers:
                 self._peers(subject)
             self.report(f"{self.name}: {rounds} rounds")
-            times = _interleave(self.runners, rounds)
+            times = interleave(self.runners, rounds)
         self.suite.rows.extend(
             Row(self.name, *key, float(np.median(values)), float(values.min()), float(values.max()))
             for key, values in times.items()
@@ -158,7 +159,7 @@ def compiled(subject: Subject, precision: str, target: Target) -> Executor:
     return load(path, threads=subject.threads)
 
 
-def _interleave(runners: dict[tuple[str, str], Run], rounds: int) -> dict[tuple[str, str], Array]:
+def interleave(runners: dict[tuple[str, str], Run], rounds: int) -> dict[tuple[str, str], Array]:
     """Milliseconds of each runner, one figure a round: the mean over a burst of inferences after a warm-up."""
     bursts = {}
     for key, runner in runners.items():

@@ -70,6 +70,11 @@ class Spending:
         late = b.seconds is not None and self.elapsed >= b.seconds - self.reserve
         return late or (b.trials is not None and self.trials >= b.trials)
 
+    @property
+    def over(self) -> bool:
+        """Whether the last comparison must end too."""
+        return self.budget.seconds is not None and self.elapsed >= self.budget.seconds
+
     def left(self, count: int) -> int:
         """How many of `count` more trials the budget allows."""
         return count if self.budget.trials is None else min(count, self.budget.trials - self.trials)

@@ -15,6 +15,7 @@ from tvmq.deploy import bundle as bundles
 from tvmq.deploy.build import runs_here
 from tvmq.deploy.bundle import Bundle
 from tvmq.errors import TuningError
+from tvmq.files import scratch_folder
 from tvmq.kernels.lower import lower
 from tvmq.kernels.task import Task, module_of
 from tvmq.measure.verify import realized_module
@@ -49,6 +50,7 @@ def tune(
     threads: int = 0,
     flush: bool = False,
     seed: int = 0,
+    fresh: bool = False,
     event: Event = lambda _event: None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Summary:
@@ -58,8 +60,8 @@ def tune(
     limit. stop_at: the share of the model's time at which what is left to gain is not worth more. logs: the folder of
     the records, which `compile` takes with `logs=`; None means the user's own, which it takes by itself. threads: 0
     means the target's cores. device: "host", "rpc://HOST:PORT", or "tracker://HOST:PORT/KEY" for all boards of a key at
-    once. flush: time each candidate with its weights out of the caches. event: called with plain
-    data as things happen. Ctrl-C ends it after the trial in flight.
+    once. flush: time each candidate with its weights out of the caches. fresh: learn from no other log, and build every
+    candidate anew. event: called with plain data as things happen. Ctrl-C ends it after the trial in flight.
     Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
@@ -68,12 +70,12 @@ def tune(
     runner = _runner(spec, device, flush)
     tasks = tasks_in(model, spec, recipe or Recipe(), calibration, progress)
     folder = Path(logs) if logs is not None else records.user_folder() / spec.name
-    with asked_to_stop() as stopped, Writer(folder, spec) as writer:
+    with asked_to_stop() as stopped, Writer(folder, spec) as writer, scratch_folder() as scratch:
         # The clock starts when there is something to measure: importing a model is not tuning.
         spending = Spending(allowed)
-        builder = Builders(spec, os.cpu_count() or 1)
+        builder = Builders(spec, os.cpu_count() or 1, scratch if fresh else None)
         try:
-            known = [writer.log, *records.load(spec).logs]
+            known = [writer.log, *([] if fresh else records.load(spec).logs)]
             others = _others(known, {tuned.task for tuned in tasks}, spec)
             tuner = Tuner(
                 tasks, spec, writer, builder, runner, spending, others=others, seed=seed, event=event, stopped=stopped

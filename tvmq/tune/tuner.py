@@ -63,6 +63,11 @@ class Progress:
             return self.verdict.best
         return min(self.seconds.values(), default=self.default)
 
+    @property
+    def saved(self) -> float:
+        """Seconds of an inference that the best so far saves."""
+        return self.tuned.count * ((self.default or 0.0) - (self.best or 0.0))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
@@ -78,8 +83,9 @@ class Progress:
 
 @dataclass
 class Summary:
-    """What a run came to. default_ms, tuned_ms: of all tuned kernels of one inference. curve: (seconds, ms) so far.
+    """What a run came to. default_ms, tuned_ms: of all tuned kernels of one inference.
 
+    curve: (seconds, ms of an inference with the best so far) after each trial, once all defaults are known.
     failures: reason -> how many trials. ended: why the run ended. interrupted: by the user.
     """
 
@@ -200,7 +206,7 @@ class Tuner:
             task.searched = True
             task.outlook.batch(before, task.candidates.best, self.noise)
             self._learn()
-            self.event({"event": "batch", **task.to_dict()})
+            self.event({"event": "batch", "elapsed": self.spending.elapsed, **task.to_dict()})
         return self._why()
 
     def _next(self) -> tuple[float, Progress | None]:
@@ -227,14 +233,15 @@ class Tuner:
                 self._note(task, decision, role, Measured((), failed.error))
         if self.stopped():
             return
-        for index, result in self._timed([folder for _, folder in ready]):
+        for index, result in self._timed([folder for _, folder in ready], lambda: self.spending.spent):
             self._note(task, ready[index][0], role, result)
 
-    def _timed(self, folders: Sequence[Any]) -> Iterator[tuple[int, Measured]]:
+    def _timed(self, folders: Sequence[Any], spent: Callable[[], bool]) -> Iterator[tuple[int, Measured]]:
+        """The results, until the user stops or time is `spent`: the trial in flight is the last."""
         results = self.runner.time(folders)
         for item in results:
             yield item
-            if self.stopped():
+            if self.stopped() or spent():
                 results.close()  # type: ignore[attr-defined]
                 return
 
@@ -245,10 +252,11 @@ class Tuner:
         self._take(task, trial)
         if result.error:
             self.failures[result.error] += 1
-        self.curve.append((self.spending.elapsed, self._total() * 1e3))
+        self._mark()
         self.event(
             {
                 "event": "trial",
+                "elapsed": self.spending.elapsed,
                 "task": str(task.tuned.task),
                 "decision": str(decision),
                 "ms": trial.best * 1e3 if trial.seconds else None,
@@ -257,17 +265,26 @@ class Tuner:
             }
         )
 
+    def _mark(self) -> None:
+        """Note how fast the model is by now, once every task was timed."""
+        if all(task.best is not None for task in self.tasks):
+            self.curve.append((self.spending.elapsed, self._total() * 1e3))
+
     def _learn(self) -> None:
         self.model.learn([*self.others, *(task.candidates for task in self.tasks)])
 
     # --- verdicts ---
 
     def _verdicts(self) -> None:
-        """Compare the best candidates of each task with its default, in turns, which stays unless it is beaten."""
-        for task in self.tasks:
-            if task.searched and not self.stopped():
+        """Compare the best candidates of each task with its default, in turns, which stays unless it is beaten.
+
+        Those that gained most come first: what the time does not allow is left to `database.verdict`.
+        """
+        for task in sorted(self.tasks, key=lambda task: task.saved, reverse=True):
+            if task.searched and not self.stopped() and not self.spending.over:
                 self._compare(task)
-                self.event({"event": "verdict", **task.to_dict()})
+                self.event({"event": "verdict", "elapsed": self.spending.elapsed, **task.to_dict()})
+        self._mark()
 
     def _compare(self, task: Progress) -> None:
         default = task.tuned.default
@@ -277,7 +294,7 @@ class Tuner:
         ready = [(d, folder) for d, folder in zip(finalists, folders, strict=True) if folder is not None]
         times: dict[Decision, list[float]] = {decision: [] for decision, _ in ready}
         for _ in range(_ROUNDS):
-            for index, result in self._timed([folder for _, folder in ready]):
+            for index, result in self._timed([folder for _, folder in ready], lambda: False):
                 times[ready[index][0]] += [min(result.seconds)] if result.seconds else []
         if self.stopped() or not times.get(default):
             return
