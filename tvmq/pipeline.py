@@ -29,6 +29,7 @@ from tvmq.deploy import build
 from tvmq.errors import CalibrationError
 from tvmq.files import atomic_write_text, require_folder
 from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.graph.zeros import fold_zero_products
 from tvmq.importer.canonical import fold_constants
 from tvmq.importer.quantized import is_quantized
 from tvmq.kernels.lower import lower
@@ -275,8 +276,8 @@ def calibrate(
 
 
 def channels_last(module: tvm.IRModule) -> tvm.IRModule:
-    """Image tensors in NHWC, without the transposes that cancel or that are of constants."""
-    return fold_constants(drop_transposes(to_nhwc(module)))
+    """Image tensors in NHWC, without the transposes that cancel or that are of constants, and products by zeros."""
+    return fold_constants(fold_zero_products(drop_transposes(to_nhwc(module))))
 
 
 def wants_integers(recipe: Recipe) -> bool:

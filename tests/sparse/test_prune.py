@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import nn
 import tvmq
 from tvmq import interpret
 from tvmq.errors import CalibrationError, InputError
+from tvmq.measure.sparsity import inspect
+from tvmq.measure.what_if import what_if
 from tvmq.model import Model
-from tvmq.sparse.layers import layers
+from tvmq.sparse.layers import layers, with_matrices
 from tvmq.sparse.masks import Block
 from tvmq.sparse.prune import Pruning, observe, prune
 
@@ -115,6 +119,25 @@ def test_inputs_serve_several_prunings(model: Model) -> None:
         pair = [layers(prune(model, pruning, data).model.module, model.paths) for data in (batches, inputs)]
         for one, other in zip(*pair, strict=True):
             np.testing.assert_array_equal(one.matrix, other.matrix)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(model: Model, value: float) -> None:
+    bad = next(layer for layer in layers(model.module, model.paths) if layer.path == "3")
+    matrix = bad.matrix.copy()
+    matrix[1, 2] = value
+    broken = dataclasses.replace(model, module=with_matrices(model.module, {bad.name: matrix}))
+    host = tvmq.load_target("x86-64-avx512-vnni")
+    for call in (
+        lambda: prune(broken, Pruning(density=0.5)),
+        lambda: prune(broken, Pruning(method="channels", density=0.5)),
+        lambda: inspect(broken, host),
+        lambda: what_if(broken, host),
+    ):
+        with pytest.raises(InputError, match="^weights of 3: expected finite numbers, saw NaN or infinity"):
+            call()
+    # What is not pruned is not looked at.
+    assert prune(broken, Pruning(density=0.5, skip=("3",))).density == pytest.approx(0.5, abs=1e-3)
 
 
 def test_corrections_need_data(model: Model) -> None:
