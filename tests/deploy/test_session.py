@@ -14,6 +14,7 @@ import tvm
 
 from tvmq.cpuinfo import host_features
 from tvmq.deploy import session as sessions
+from tvmq.deploy.address import reason
 from tvmq.deploy.bundle import Bundle, read
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.deploy.executor import load
@@ -89,7 +90,7 @@ def test_threads_here_leave_the_caller_unpinned() -> None:
 
 @pytest.mark.parametrize("device", ["", "gpu", "host2", "http://a:1", "rpc:/a:1"])
 def test_an_unknown_device(device: str) -> None:
-    with pytest.raises(DeviceError, match="expected host or rpc://HOST:PORT"):
+    with pytest.raises(DeviceError, match="expected host, rpc://HOST:PORT or tracker://HOST:PORT/KEY"):
         connect(device)
 
 
@@ -194,5 +195,5 @@ def test_errors_of_tvm_are_its_last_line() -> None:
     error = tvm.error.InternalError(
         "Traceback (most recent call last):\n  File x\n  frame\nInternalError: it is gone\n"
     )
-    assert sessions._reason(error) == "InternalError: it is gone"
-    assert sessions._reason(OSError()) == "OSError"
+    assert reason(error) == "InternalError: it is gone"
+    assert reason(OSError()) == "OSError"

@@ -16,13 +16,13 @@ from harness import conv, integers, module_of, weights
 from servers import Farm, running
 from tvm.rpc.base import RPC_TRACKER_MAGIC
 
+from tvmq.deploy.tracker import Tracker
 from tvmq.errors import DeviceError
 from tvmq.kernels.lower import lower
 from tvmq.target import load_target
 from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
 from tvmq.tune.fleet import Fleet, boards
-from tvmq.tune.tracker import Tracker
 
 JOBS = [Path(str(index)) for index in range(12)]
 

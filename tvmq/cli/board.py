@@ -1,9 +1,12 @@
-"""`tvmq board`: an emulated board on this machine, and what instructions a bundle takes there."""
+"""`tvmq board`: the server of a board, an emulated board, and what instructions a bundle takes there."""
 
 from __future__ import annotations
 
+import ipaddress
 import signal
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
@@ -16,78 +19,148 @@ from tvmq.errors import nearest
 if TYPE_CHECKING:
     from tvmq.measure.counts import Counts
 
-ACTIONS = ("emulate",)
+# Each action, and the options that it takes.
+ACTIONS = {"serve": ("host", "port", "secret", "tracker", "key"), "emulate": ("cpu", "port", "count")}
 # Of 64-bit ARM processors as qemu calls them; `qemu-aarch64 -cpu help` lists all.
 DEFAULT_CPU = "max"
+LOOPBACK = "127.0.0.1"
 NO_TIMES = "an emulated board: it proves results, its times mean nothing (instructions: tvmq board emulate --count)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Board(Command):
-    """Start an emulated 64-bit ARM board that serves until Ctrl-C, or count the instructions of bundles on one."""
+    """Serve this machine as a board, or an emulated 64-bit ARM board, until Ctrl-C; or count instructions on one."""
 
     name: ClassVar[str] = "board"
     examples: ClassVar[tuple[str, ...]] = (
+        "tvmq board serve --host 0.0.0.0 --port 9090 --secret ~/.config/tvmq/secret",
+        "tvmq board serve --tracker 192.168.1.2:9190 --key pi4",
         "tvmq board emulate --cpu cortex-a76 --port 9090",
         "tvmq board emulate --cpu cortex-a53 --count model.tvmq",
     )
 
     action: str
-    cpu: str = DEFAULT_CPU
-    port: int = 0
-    count: tuple[str, ...] = ()
+    host: str | None = None
+    port: int | None = None
+    secret: str | None = None
+    tracker: str | None = None
+    key: str | None = None
+    cpu: str | None = None
+    count: tuple[str, ...] | None = None
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
-        parser.add_argument("action", metavar="emulate", help="a board under qemu-user; prepared once, 110 MB to load")
         parser.add_argument(
-            "--cpu", default=DEFAULT_CPU, metavar="CPU", help="cortex-a53, a72, a76, neoverse-n1, max (default), ..."
+            "action",
+            metavar="ACTION",
+            help="serve: this machine; emulate: under qemu-user, prepared once, 110 MB to load",
         )
-        parser.add_argument("--port", type=int, default=0, metavar="N", help="to listen on (default: any free one)")
+        parser.add_argument("--port", type=int, metavar="N", help="to listen on (default: any free one)")
+        parser.add_argument("--host", metavar="H", help=f"serve: the address to listen on (default: {LOOPBACK})")
         parser.add_argument(
-            "--count", nargs="+", default=(), metavar="BUNDLE", help="count instructions on one thread, and end"
+            "--secret", metavar="FILE", help="serve: clients must know what is in it, mode 0600; none: let everybody in"
+        )
+        parser.add_argument(
+            "--tracker", metavar="HOST:PORT", help="serve: offer the board at TVM's tracker; needs --key"
+        )
+        parser.add_argument("--key", metavar="KEY", help="serve: what the tracker calls boards like this one")
+        parser.add_argument(
+            "--cpu", metavar="CPU", help="emulate: cortex-a53, a72, a76, neoverse-n1, max (default), ..."
+        )
+        parser.add_argument(
+            "--count", nargs="+", metavar="BUNDLE", help="emulate: count instructions on one thread, and end"
         )
 
     def run(self, out: Output) -> int:
         """Serve until interrupted, or count."""
+        self._check()
+        if self.count:
+            self._count(out)
+        elif self.action == "serve":
+            self._serve(out)
+        else:
+            self._emulate(out)
+        return 0
+
+    def _check(self) -> None:
         if self.action not in ACTIONS:
-            hint = nearest(self.action, ACTIONS)
+            hint = nearest(self.action, tuple(ACTIONS))
             raise UsageError(f"unknown action {self.action!r}", expected=f"one of {', '.join(ACTIONS)}", hint=hint)
-        if not 0 <= self.port < 65536:
+        for option in sorted({name for names in ACTIONS.values() for name in names} - set(ACTIONS[self.action])):
+            if getattr(self, option) is not None:
+                raise UsageError(f"--{option}", expected=f"another action than {self.action}")
+        if not 0 <= (self.port or 0) < 65536:
             raise UsageError("--port", expected="a port from 0 to 65535", seen=self.port)
         if self.count and self.port:
             raise UsageError("--port", expected="only without --count")
-        if self.count:
-            self._count(out)
-        else:
-            self._serve(out)
-        return 0
+        if (self.tracker is None) != (self.key is None):
+            raise UsageError("--tracker HOST:PORT and --key KEY", expected="both or none")
+        if self.secret is None and not _is_loopback(self.host or LOOPBACK):
+            hint = "who reaches this board may run any code on it; --secret none lets everybody"
+            raise UsageError(f"--host {self.host}", expected="--secret FILE with it", hint=hint)
 
     def _serve(self, out: Output) -> None:
+        from tvmq.deploy.address import host_and_port
+        from tvmq.deploy.secret import NONE, read_secret
+        from tvmq.deploy.server import Server
+
+        _stop_on_sigterm()
+        with_secret = self.secret not in (None, NONE)
+        secret = read_secret(Path(str(self.secret)).expanduser()) if with_secret else None
+        with Server(self.host or LOOPBACK, self.port or 0, secret, _say) as server:
+            if self.tracker is not None:
+                server.register(*host_and_port(self.tracker, "--tracker"), str(self.key))
+            url = f"rpc://{server.host}:{server.port}"
+            try:
+                server.prepare()
+                asks = "asks for the secret" if with_secret else "lets everybody in who reaches it"
+                _say(f"{url} serves and {asks}; Ctrl-C stops it")
+                server.serve()
+            except KeyboardInterrupt:
+                out.result({"device": url}, "stopped")
+
+    def _emulate(self, out: Output) -> None:
         with progress(out.errors, "board") as report:
             report("preparing", 0)
             from tvmq.deploy.emulate import EmulatedBoard, prepare
 
             board = EmulatedBoard(prepare())
-        # A service manager's way to stop it; Ctrl-C is Python's own.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with board.start(cpu=self.cpu, port=self.port):
-            out.errors.print(f"{board.url} is {NO_TIMES}\nCtrl-C stops it")
-            document = {"device": board.url, "cpu": self.cpu}
+        _stop_on_sigterm()
+        cpu = self.cpu or DEFAULT_CPU
+        with board.start(cpu=cpu, port=self.port or 0):
+            _say(f"{board.url} is {NO_TIMES}\nCtrl-C stops it")
+            document = {"device": board.url, "cpu": cpu}
             try:
                 board.wait()
             except KeyboardInterrupt:
                 out.result(document, "stopped")
 
     def _count(self, out: Output) -> None:
+        cpu = self.cpu or DEFAULT_CPU
         with progress(out.errors, "board") as report:
             report("loading TVM", 0)
             from tvmq.measure.counts import count
 
-            found = [count(path, self.cpu, lambda text: report(text, 0)) for path in self.count]
+            found = [count(path, cpu, lambda text: report(text, 0)) for path in self.count or ()]
         text = [part for counts in found for part in _text(counts)]
-        out.result({"cpu": self.cpu, "bundles": [counts.to_dict() for counts in found]}, *text)
+        out.result({"cpu": cpu, "bundles": [counts.to_dict() for counts in found]}, *text)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _stop_on_sigterm() -> None:
+    # A service manager's way to stop it; Ctrl-C is Python's own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _text(counts: Counts) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.command import Command, add_device
+from tvmq.cli.command import DEVICE_HELP, Command, add_device
 from tvmq.cli.data import read_batches
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
@@ -37,7 +37,7 @@ class Verify(Command):
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
         parser.add_argument("bundle", metavar="BUNDLE", help="a .tvmq file")
-        parser.add_argument("--device", default="host", metavar="D", help="host (default) or rpc://HOST:PORT")
+        parser.add_argument("--device", default="host", metavar="D", help=DEVICE_HELP)
         parser.add_argument(
             "--save", metavar="DIR", help="write the tensors of the first operator that differs, as .npy"
         )

@@ -39,6 +39,9 @@ class Command(ABC):
         return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls)})
 
 
+DEVICE_HELP = "host (default), rpc://HOST:PORT or tracker://HOST:PORT/KEY; ?secret=FILE where the board asks for one"
+
+
 # ---- Options that several commands share ----
 
 
@@ -51,7 +54,7 @@ def add_model(parser: Parser) -> None:
 
 def add_device(parser: Parser) -> None:
     """--device and --threads."""
-    parser.add_argument("--device", default="host", metavar="D", help="host (default) or rpc://HOST:PORT")
+    parser.add_argument("--device", default="host", metavar="D", help=DEVICE_HELP)
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="0 (default): every core here, the target's on a board"
     )

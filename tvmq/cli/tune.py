@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tvmq.cli import render
 from tvmq.cli.build import read_recipe
-from tvmq.cli.command import Command
+from tvmq.cli.command import DEVICE_HELP, Command
 from tvmq.cli.data import read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
@@ -69,9 +69,7 @@ class Tune(Command):
         parser.add_argument(
             "-o", "--out", metavar="DIR", help="the folder of the records (default: your own, which compile reads)"
         )
-        parser.add_argument(
-            "--device", default="host", metavar="D", help="host (default), rpc://HOST:PORT, tracker://HOST:PORT/KEY"
-        )
+        parser.add_argument("--device", default="host", metavar="D", help=f"{DEVICE_HELP}; all boards of a KEY")
         parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 (default): the target's cores")
         parser.add_argument("--budget", metavar="TIME", help="as 90s, 10m, 1h (default: 10m, unless --trials is given)")
         parser.add_argument("--trials", type=int, metavar="N", help="the most candidates to measure")

@@ -59,7 +59,7 @@ class OpTime:
 
 
 def load(path: str | Path | Bundle, device: str = "host", *, threads: int = 0) -> Executor:
-    """An executor for the bundle at `path` on `device` ("host" or "rpc://host:port").
+    """An executor for the bundle at `path` on `device`: "host", "rpc://HOST:PORT", "tracker://HOST:PORT/KEY".
 
     `threads`: 0 means all real cores here, and the target's cores on a board.
     Raises BundleError, IsaError, DeviceError.

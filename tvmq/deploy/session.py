@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import queue
-import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import rpc
-from tvm.error import RPCError
 
 from tvmq.cpuinfo import host_features
+from tvmq.deploy.address import CONNECT_TIMEOUT, LOST, Address, parse, reason
 from tvmq.deploy.bundle import LIBRARY, Bundle
 from tvmq.detect import detect_host
 from tvmq.errors import DeviceError, IsaError
@@ -23,8 +20,6 @@ from tvmq.files import scratch_folder
 
 Array = npt.NDArray[Any]
 _T = TypeVar("_T")
-# Seconds to wait for a board to answer.
-CONNECT_TIMEOUT = 10.0
 
 
 class Session(Protocol):
@@ -53,12 +48,8 @@ class Session(Protocol):
 
 
 def connect(device: str, timeout_s: float = CONNECT_TIMEOUT) -> Session:
-    """The session behind a device address: "host" or "rpc://host:port". Raises DeviceError."""
-    if device == "host":
-        return LocalSession()
-    if device.startswith("rpc://"):
-        return RemoteSession(device, timeout_s)
-    raise DeviceError(f"device {device!r}", expected="host or rpc://HOST:PORT")
+    """The session behind a device address: see tvmq.deploy.address. Raises DeviceError."""
+    return LocalSession() if device == "host" else RemoteSession(parse(device), timeout_s)
 
 
 class LocalSession:
@@ -98,7 +89,7 @@ class LocalSession:
                 return tvm.runtime.load_module(str(path))
             except (RuntimeError, OSError) as error:
                 hint = "does its file system let files run? set TMPDIR to another"
-                raise DeviceError("this machine", expected=f"to load {path}", seen=_reason(error), hint=hint) from error
+                raise DeviceError("this machine", expected=f"to load {path}", seen=reason(error), hint=hint) from error
 
     def tensor(self, array: Array) -> Any:
         """A tensor in this process."""
@@ -123,11 +114,11 @@ class LocalSession:
 
 
 class RemoteSession:
-    """A board that serves TVM's RPC."""
+    """A board that serves TVM's RPC; `name`: what errors call it, None for its address. Raises DeviceError."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        self.name = url
-        self.remote = open_server(url, *_address(url), "", timeout_s)
+    def __init__(self, address: Address, timeout_s: float = CONNECT_TIMEOUT, name: str | None = None) -> None:
+        self.name = name or address.name
+        self.remote = address.open(timeout_s)
         self.device = self.remote.cpu(0)
 
     def check(self, bundle: Bundle) -> None:
@@ -143,9 +134,9 @@ class RemoteSession:
             self.call(lambda: self.remote.upload(str(path)))
         try:
             return self.remote.load_module(name)
-        except _LOST as error:
+        except LOST as error:
             expected, hint = f"to load a library for {triple}", "is the bundle's target this board?"
-            raise DeviceError(f"device {self.name}", expected=expected, seen=_reason(error), hint=hint) from error
+            raise DeviceError(f"device {self.name}", expected=expected, seen=reason(error), hint=hint) from error
 
     def tensor(self, array: Array) -> Any:
         """A tensor on the board."""
@@ -159,9 +150,9 @@ class RemoteSession:
         """The result of an action on the board. Raises DeviceError where it is lost."""
         try:
             return action()
-        except _LOST as error:
+        except LOST as error:
             hint = "reconnect and load again; code for another processor ends a board's server"
-            raise DeviceError(f"device {self.name}", expected="an answer", seen=_reason(error), hint=hint) from error
+            raise DeviceError(f"device {self.name}", expected="an answer", seen=reason(error), hint=hint) from error
 
     def instructions(self, module: Any, name: str, *args: Any) -> int:
         """How many instructions a call of a function takes, on a board that counts them. Raises DeviceError."""
@@ -173,49 +164,3 @@ class RemoteSession:
             # Mode 1 prefers the fast cores of a machine that has two kinds.
             self.call(lambda: self.remote.get_function("runtime.config_threadpool")(1, count))
         return count
-
-
-# What TVM raises where the other end is gone, or said that something failed there.
-_LOST = (RPCError, RuntimeError, OSError)
-
-
-def open_server(name: str, host: str, port: int, key: str, timeout_s: float) -> Any:
-    """TVM's session with the server at an address, called `name` in errors; key: what a tracker gave to ask with.
-
-    Raises DeviceError where none answers in `timeout_s` seconds.
-    """
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def connect() -> None:
-        try:
-            # TVM's own session_timeout ends a session that lasts longer, in the midst of a benchmark.
-            answer.put(rpc.connect(host, port, key))
-        except _LOST as error:
-            answer.put(error)
-
-    # TVM waits without limit for a server that is silent, or busy with another client.
-    threading.Thread(target=connect, daemon=True, name="tvmq-connect").start()
-    try:
-        result = answer.get(timeout=timeout_s)
-    except queue.Empty as error:
-        raise _no_server(name, f"no answer in {timeout_s:g} s", "is another client using it?") from error
-    if isinstance(result, Exception):
-        raise _no_server(name, _reason(result), "is the server running there, and the port open?") from result
-    return result
-
-
-def _no_server(name: str, seen: str, hint: str) -> DeviceError:
-    return DeviceError(f"device {name}", expected="a TVM RPC server", seen=seen, hint=hint)
-
-
-def _address(url: str) -> tuple[str, int]:
-    host, _, port = url.removeprefix("rpc://").rstrip("/").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise DeviceError(f"device {url!r}", expected="rpc://HOST:PORT with a port from 1 to 65535")
-    return host, int(port)
-
-
-def _reason(error: BaseException) -> str:
-    """The line of a TVM error that says what happened: the last one that is no frame of a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("  ")]
-    return lines[-1][:200] if lines else type(error).__name__

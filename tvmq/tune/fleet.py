@@ -12,21 +12,22 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from tvmq.deploy.session import CONNECT_TIMEOUT, RemoteSession, open_server
+from tvmq.deploy.address import CONNECT_TIMEOUT, Address, Tracked, parse
+from tvmq.deploy.session import RemoteSession
 from tvmq.errors import DeviceError, TvmqError
 from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
 from tvmq.tune.runners import Measured
-from tvmq.tune.tracker import Tracker
 
-_TRACKER = "tracker://"
 # How many boards a candidate may lose.
 _LOSSES = 2
+# Seconds that a lost board has to come back: other boards wait for its candidate.
+_REOPEN_S = 3.0
 # Seconds between looks at boards that are silent.
 _LOOK = 0.2
 
@@ -49,11 +50,11 @@ class Board(Protocol):
 
 
 class RpcBoard:
-    """A TVM RPC server. `open`: connects to it. Raises DeviceError where that fails at first."""
+    """A TVM RPC server at an address, given `timeout_s` seconds to answer. Raises DeviceError where it does not."""
 
-    def __init__(self, name: str, connect: Callable[[], RemoteSession], timing: Timing) -> None:
-        self.name, self._connect, self.timing = name, connect, timing
-        self.session: RemoteSession | None = connect()
+    def __init__(self, name: str, address: Address, timing: Timing, timeout_s: float) -> None:
+        self.name, self._address, self.timing = name, address, timing
+        self.session: RemoteSession | None = RemoteSession(address, timeout_s, name)
 
     def time(self, folder: Path) -> list[float]:
         """See `Board`."""
@@ -72,7 +73,7 @@ class RpcBoard:
         """See `Board`."""
         self.close()
         try:
-            self.session = self._connect()
+            self.session = RemoteSession(self._address, _REOPEN_S, self.name)
         except TvmqError:
             return False
         return True
@@ -82,43 +83,13 @@ class RpcBoard:
         self.session = None
 
 
-class _Tracked(RemoteSession):
-    """A session that a tracker gave."""
-
-    def __init__(self, name: str, remote: Any) -> None:
-        self.name, self.remote, self.device = name, remote, remote.cpu(0)
-
-
 def boards(device: str, timing: Timing, timeout_s: float = CONNECT_TIMEOUT) -> list[Board]:
     """The boards at an address. Raises DeviceError where there is none."""
-    if device.startswith("rpc://"):
-        return [RpcBoard(device, lambda: RemoteSession(device, timeout_s), timing)]
-    if not device.startswith(_TRACKER):
-        raise DeviceError(f"device {device!r}", expected="host, rpc://HOST:PORT or tracker://HOST:PORT/KEY")
-    host, port, key = _address(device)
-    tracker = Tracker(host, port, timeout_s)
-    keys = tracker.keys()
-    if key not in keys:
-        seen = ", ".join(sorted(set(keys))) or "no board at all"
-        raise DeviceError(tracker.name, expected=f"boards of the key {key!r}", seen=seen)
-
-    def open_one(index: int) -> RpcBoard:
-        name = f"{key}#{index}"
-
-        def connect() -> RemoteSession:
-            return _Tracked(name, open_server(name, *tracker.board(key), timeout_s))
-
-        return RpcBoard(name, connect, timing)
-
-    return [open_one(index) for index in range(keys.count(key))]
-
-
-def _address(device: str) -> tuple[str, int, str]:
-    place, _, key = device.removeprefix(_TRACKER).partition("/")
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536 or not key:
-        raise DeviceError(f"device {device!r}", expected="tracker://HOST:PORT/KEY")
-    return host, int(port), key
+    address = parse(device)
+    if not isinstance(address, Tracked):
+        return [RpcBoard(address.name, address, timing, timeout_s)]
+    count = address.count(timeout_s)
+    return [RpcBoard(f"{address.key}#{index}", address, timing, timeout_s) for index in range(count)]
 
 
 @dataclass
