@@ -1,8 +1,8 @@
 """TVM's tracker, asked in its own protocol: TVM's client retries for a minute, whatever limit it is given.
 
-Boards offer themselves to it by key, and it gives one to each client that asks. A greeting of four bytes goes both ways;
-then each message is its length, an int32, and JSON. A board says a new key of its own with each offer, which the tracker passes
-on to the one client that it gives the board to.
+Boards offer themselves to it by key, and it gives one to each client that asks. A greeting of four bytes goes both
+ways; then each message is its length, an int32, and JSON. A board says a new key of its own with each offer, which the
+tracker passes on to the one client that it gives the board to.
 """
 
 from __future__ import annotations
