@@ -157,7 +157,17 @@ def test_files_that_cannot_be_read(tmp_path: Path):
 def test_the_percentile_may_be_100_and_recipes_are_values():
     assert Recipe(percentile=100).percentile == 100
     assert hash(Recipe(precision="int8")) == hash(Recipe(precision="int8"))
-    assert set(KINDS) == {"conv2d", "matmul", "add", "unary", "avg_pool2d", "max_pool2d", "concat"}
+    assert set(KINDS) == {
+        "conv2d",
+        "matmul",
+        "add",
+        "subtract",
+        "multiply",
+        "unary",
+        "avg_pool2d",
+        "max_pool2d",
+        "concat",
+    }
 
 
 def test_moving_average_is_an_aggregate_of_the_extremes():

@@ -28,7 +28,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import tvm
 from tvm import relax
@@ -91,6 +91,22 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Minus:
+    """Take a float tensor operand of the result's shape off; integers are added with a negative scale."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Multiply by a tensor operand: as it is when a float; else by `float32(q - zero_point) * float32(scale)`.
+
+    It has the result's shape; in a map it may have extents of 1 between the first axis and the last.
+    """
+
+    scale: float | None = None
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
 class Clip:
     """Limit to [low, high]; None leaves a side open."""
 
@@ -127,15 +143,13 @@ class QuantizeRows:
     dtype: str
 
 
-Step = Bias | Scale | RowScale | Dequantize | Multiply | Residual | Clip | Activate | Quantize | QuantizeRows
+OperandStep = Bias | Scale | RowScale | Residual | Minus | Times
+Step = OperandStep | Dequantize | Multiply | Clip | Activate | Quantize | QuantizeRows
 Epilogue = tuple[Step, ...]
 
-_STEPS = {
-    step.__name__.lower(): step
-    for step in (Bias, Scale, RowScale, Dequantize, Multiply, Residual, Clip, Activate, Quantize, QuantizeRows)
-}
+_STEPS = {step.__name__.lower(): step for step in get_args(Step)}
 # Steps that read one tensor operand each, in order, after the anchor's own operands.
-OPERAND_STEPS = (Bias, Scale, RowScale, Residual)
+OPERAND_STEPS = get_args(OperandStep)
 
 
 def encode(epilogue: Epilogue) -> list[list[Any]]:

@@ -110,7 +110,7 @@ class PowerOfTwo(str, enum.Enum):
 
 
 GROUP_SIZES = (32, 64, 128)
-KINDS = ("conv2d", "matmul", "add", "unary", "avg_pool2d", "max_pool2d", "concat")
+KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
 
 
 @dataclass(frozen=True)

@@ -146,11 +146,6 @@ def test_convolution_with_a_computed_weight_stays() -> None:
     tvm.ir.assert_structural_equal(to_nhwc(module), module, map_free_vars=True)
 
 
-def test_images_of_other_ranks_stay() -> None:
-    module = import_model(nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU()), torch.randn(1, 2, 8)).module
-    tvm.ir.assert_structural_equal(to_nhwc(module), module, map_free_vars=True)
-
-
 def _module(build: Callable[..., relax.Expr], shape: tuple[int, ...]) -> tvm.IRModule:
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(shape, "float32"))

@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 import pytest
-from harness import Case, check, floats, integers, runnable
+from harness import Case, check, floats, integers, lowered_titles, runnable
 
 from tvmq import functions, ir, ops
 from tvmq.quantize import numerics
@@ -70,6 +70,47 @@ def test_every_integer_step(name: str, dtype: str) -> None:
         ],
         runnable(name),
     )
+
+
+@levels
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_products_and_differences_of_tensors(name: str, dtype: str) -> None:
+    zero = 3 if dtype == "int8" else 131
+    q, x, shared = integers((2, 3, 5, 33), dtype), floats((2, 3, 5, 33)), integers((2, 1, 1, 33), dtype, 1)
+    to_integer = ops.Quantize(zero, *numerics.INT_RANGE[dtype], dtype)
+    dequantize = ops.Dequantize(0.0217, zero)
+    exact(
+        [
+            a_map("times", q, (dequantize, ops.Times(0.013, 7), ops.Multiply(31.0), to_integer), (), (q[::-1],)),
+            a_map("times_float", q, (dequantize, ops.Times(), ops.Residual()), (), (x, x[::-1])),
+            a_map("minus", q, (dequantize, ops.Residual(-0.017, 9), ops.Multiply(31.0), to_integer), (), (q[::-1],)),
+            a_map("minus_float", q, (dequantize, ops.Minus(), ops.Multiply(31.0), to_integer), (), (x,)),
+            a_map("shared", q, (dequantize, ops.Times(0.013, 7), ops.Multiply(31.0), to_integer), (), (shared,)),
+            a_map("shared_float", x, (ops.Times(), ops.Clip(-1.0, 2.0)), (), (x[:, :1, :1],)),
+        ],
+        runnable(name),
+    )
+
+
+@pytest.mark.parametrize("name", ["sse2", "avx512-vnni", "host"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_activations_of_integers_are_looked_up(name: str, dtype: str) -> None:
+    target = runnable(name)
+    zero = 3 if dtype == "int8" else 131
+    to_integer = ops.Quantize(zero, *numerics.INT_RANGE[dtype], dtype)
+    every = np.arange(256, dtype=np.uint8).view(dtype)
+    sizes = [every, every[:63], np.resize(every, 4096 * 2 + 129)]
+    cases = [
+        a_map(
+            f"{function}{len(x)}",
+            x,
+            (ops.Dequantize(0.03, zero), ops.Activate(function), ops.Multiply(90.0), to_integer),
+        )
+        for function in ("sigmoid", "gelu", "hardswish")
+        for x in sizes
+    ]
+    assert all("lookup" in title for title in lowered_titles(cases, target))
+    check(cases, target, exact=True)
 
 
 @levels

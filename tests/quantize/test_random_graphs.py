@@ -67,6 +67,8 @@ class _Grower:
         *(lambda g, x: op.add(x, g.some()),) * 3,
         lambda g, x: op.add(x, g.constant()),
         lambda g, x: op.multiply(x, g.some()),
+        lambda g, x: op.multiply(x, g.emit(op.sigmoid(g.emit(op.mean(x, [1, 2], True))))),
+        lambda g, x: op.subtract(x, g.some()),
         lambda g, x: op.add(g.some(), g.emit(op.mean(x, [1, 2], True))),
         lambda _, x: op.nn.relu(x),
         lambda _, x: op.sigmoid(x),

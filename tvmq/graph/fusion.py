@@ -24,6 +24,8 @@ ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu"
 CLIPS = ("nn.relu", "clip")
 # Operators that compute something of their own, and so start chains before adds and activations may.
 ANCHORS = ("conv2d", "matmul", "avg_pool2d", "layer_norm", "softmax")
+# Anchors of two activations.
+BINARY = ("add", "subtract", "multiply")
 # Anchors that always read floats.
 FLOAT_ANCHORS = ("layer_norm", "softmax")
 
@@ -37,7 +39,15 @@ class AddBias:
 
 @dataclass(frozen=True)
 class AddTensor:
-    """Add another tensor of the same shape."""
+    """Add another tensor of the same shape; or subtract it."""
+
+    operand: Any
+    negative: bool = False
+
+
+@dataclass(frozen=True)
+class TimesTensor:
+    """Multiply by another tensor of the same shape, or, as an anchor, [N, 1, ..., 1, C] of it."""
 
     operand: Any
 
@@ -57,14 +67,14 @@ class Apply:
     function: str
 
 
-Follower = AddBias | AddTensor | Limit | Apply
+Follower = AddBias | AddTensor | TimesTensor | Limit | Apply
 
 
 @dataclass(frozen=True)
 class Chain:
     """One future kernel: `anchor` is the variable of the anchor call, `members` all variables from it to the end.
 
-    `kind` is conv2d, matmul, avg_pool2d, layer_norm, softmax, add or unary; `x` the anchor's first operand.
+    `kind` is conv2d, matmul, avg_pool2d, layer_norm, softmax, add, subtract, multiply or unary.
     """
 
     kind: str
@@ -75,7 +85,9 @@ class Chain:
 
     @property
     def x(self) -> Any:
-        """The activation that the anchor reads."""
+        """The activation that the anchor reads; of a product, the one that has its shape."""
+        if self.kind == "multiply" and ir.shape_of(self.call.args[0]) != ir.shape_of(self.call):
+            return self.call.args[1]
         return self.call.args[0]
 
     @property
@@ -85,8 +97,8 @@ class Chain:
 
     @property
     def activations(self) -> tuple[Any, ...]:
-        """All activations that the chain reads: the anchor's, then those that are added."""
-        return (self.x, *(f.operand for f in self.followers if isinstance(f, AddTensor)))
+        """All activations that the chain reads: the anchor's, then those that are added or multiply."""
+        return (self.x, *(f.operand for f in self.followers if isinstance(f, AddTensor | TimesTensor)))
 
 
 def find_chains(module: tvm.IRModule) -> list[Chain]:
@@ -102,7 +114,7 @@ def find_chains(module: tvm.IRModule) -> list[Chain]:
             chains.append(_grow(var, values, readers, taken))
             taken.update(chains[-1].members)
     for var, call in ir.calls(module):
-        if var not in taken and anchor_kind(call) in ("add", "unary"):
+        if var not in taken and anchor_kind(call) in (*BINARY, "unary"):
             chains.append(_grow(var, values, readers, taken))
             taken.update(chains[-1].members)
     return sorted(chains, key=lambda chain: order[chain.anchor])
@@ -163,6 +175,15 @@ def _same_shape_tensors(call: Any) -> bool:
     return all(isinstance(arg, relax.Var) and ir.shape_of(arg) == ir.shape_of(call) for arg in call.args)
 
 
+def _can_multiply(call: Any) -> bool:
+    """Whether both operands are activations of the result's shape, or one is [N, 1, ..., 1, C] of it."""
+    if not all(isinstance(arg, relax.Var) and ir.is_static(arg) for arg in call.args):
+        return False
+    shape, shapes = ir.shape_of(call), [ir.shape_of(arg) for arg in call.args]
+    spread = (*shape[:1], *([1] * (len(shape) - 2)), *shape[-1:])
+    return shape in shapes and all(other in (shape, spread) for other in shapes) and len(shape) > 1
+
+
 def _normalizes_last_axis(call: Any) -> bool:
     constants = all(ir.is_constant(arg) for arg in call.args[1:])
     return constants and bool(call.attrs.center) and bool(call.attrs.scale) and _is_last(call, *call.attrs.axes)
@@ -178,6 +199,8 @@ _ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "matmul": (("matmul",), _has_matrix_weight),
     "avg_pool2d": (("nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean"), _is_window_mean),
     "add": (("add",), _same_shape_tensors),
+    "subtract": (("subtract",), _same_shape_tensors),
+    "multiply": (("multiply",), _can_multiply),
     "layer_norm": (("nn.layer_norm",), _normalizes_last_axis),
     "softmax": (("nn.softmax",), lambda call: _is_last(call, call.attrs.axis)),
     "unary": ((*CLIPS, *ACTIVATIONS), lambda _call: True),
@@ -188,8 +211,11 @@ def _grow(var: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]],
     call = values[var]
     kind = anchor_kind(call) or ""
     members, followers = [var], list[Follower]()
-    if kind == "add":
-        followers.append(AddTensor(call.args[1]))
+    if kind in ("add", "subtract"):
+        followers.append(AddTensor(call.args[1], kind == "subtract"))
+    elif kind == "multiply":
+        first, second = call.args
+        followers.append(TimesTensor(second if ir.shape_of(first) == ir.shape_of(call) else first))
     elif kind == "unary":
         followers.append(_unary_follower(call))
     while True:
@@ -215,12 +241,18 @@ def _follower(running: Any, call: Any) -> Follower | None:
         return None
     if ir.is_call(call, *CLIPS, *ACTIVATIONS):
         return _unary_follower(call)
-    if not ir.is_call(call, "add"):
+    if not ir.is_call(call, *BINARY):
         return None
-    other = call.args[1] if call.args[0].same_as(running) else call.args[0]
+    first = call.args[0].same_as(running)
+    other = call.args[1] if first else call.args[0]
     if ir.is_constant(other):
-        return _bias(ir.to_numpy(other), ir.shape_of(running)[-1] if ir.shape_of(running) else 1)
-    return AddTensor(other) if ir.shape_of(other) == ir.shape_of(running) else None
+        channels = ir.shape_of(running)[-1] if ir.shape_of(running) else 1
+        return _bias(ir.to_numpy(other), channels) if ir.is_call(call, "add") else None
+    if ir.shape_of(other) != ir.shape_of(running):
+        return None
+    if ir.is_call(call, "multiply"):
+        return TimesTensor(other)
+    return AddTensor(other, ir.is_call(call, "subtract")) if first or ir.is_call(call, "add") else None
 
 
 def _unary_follower(call: Any) -> Follower:

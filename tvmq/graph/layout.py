@@ -6,7 +6,8 @@
 
 Each rewritten operator leaves its result in both orders; the transposes that nobody reads disappear, so adjacent ones
 vanish and operators with a rule of their own below (element-wise, pooling, concat, reductions, pad, slice) stay
-channels-last.
+channels-last. Lines [N, C, W] and volumes [N, C, D, H, W] are images [N, 1, W, C] and [N * D, H, W, C]; see
+`convolutions.py` for what becomes of theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.graph import convolutions
+from tvmq.graph.convolutions import Shuffle
 
 TO_NHWC = (0, 2, 3, 1)
 TO_NCHW = (0, 3, 1, 2)
@@ -49,6 +52,7 @@ def to_nhwc(module: tvm.IRModule) -> tvm.IRModule:
 class _Layout:
     def __init__(self) -> None:
         self.last: dict[Any, Any] = {}  # a channels-first variable -> its channels-last twin
+        self.shuffles: dict[Any, tuple[Any, Shuffle]] = {}  # a twin -> the image before its shuffle, and that
 
     def visit(self, state: ir.Rewrite, name: str, value: Any) -> Any:
         if not ir.is_call(value):
@@ -57,10 +61,16 @@ class _Layout:
         new = rule(self, state, name, value) if rule else None
         if new is None:
             return None
-        twin = state.emit(new, name)
-        native = state.emit(relax.op.permute_dims(twin, TO_NCHW), f"{name}_nchw")
+        twin = new if isinstance(new, relax.Var) else state.emit(new, name)
+        native = state.emit(_native(state.emit, twin, ir.shape_of(value), name), f"{name}_nchw")
         self.last[native] = twin
         return native
+
+    def shuffled(self, state: ir.Rewrite, name: str, image: Any, shuffle: Shuffle) -> Any:
+        """The twin that `shuffle` makes of an image: what follows element by element is computed before it."""
+        twin = state.emit(shuffle.apply(state.emit, image, f"{name}_pixels"), name)
+        self.shuffles[twin] = image, shuffle
+        return twin
 
     def twin(self, state: ir.Rewrite, x: Any) -> Any:
         """`x` in channels-last order, transposing it where it is not."""
@@ -73,10 +83,53 @@ class _Layout:
         call = state.value(x)
         if ir.is_call(call, "quantize", "dequantize") and not ir.shape_of(call.args[1]):
             return relax.Call(call.op, [self.twin(state, call.args[0]), *call.args[1:]], call.attrs)
-        return relax.op.permute_dims(x, TO_NHWC)
+        return _image(state.emit, x, f"{getattr(x, 'name', 'constant')}_nhwc")
 
     def has_twin(self, x: Any) -> bool:
         return isinstance(x, relax.Var) and x in self.last
+
+
+def _native(emit: convolutions.Emit, twin: Any, shape: tuple[int, ...], name: str) -> Any:
+    """The channels-first tensor of `shape` that an image stands for."""
+    if len(shape) == 4:
+        return relax.op.permute_dims(twin, TO_NCHW)
+    last = emit(relax.op.reshape(twin, (shape[0], *shape[2:], shape[1])), name)
+    return relax.op.permute_dims(last, [0, len(shape) - 1, *range(1, len(shape) - 1)])
+
+
+def _image(emit: convolutions.Emit, x: Any, name: str) -> Any:
+    """The image of a channels-first tensor."""
+    shape = ir.shape_of(x)
+    if len(shape) == 4:
+        return relax.op.permute_dims(x, TO_NHWC)
+    last = emit(relax.op.permute_dims(x, [0, *range(2, len(shape)), 1]), name)
+    rows = (shape[0], 1) if len(shape) == 3 else (shape[0] * shape[2], shape[3])
+    return relax.op.reshape(last, (*rows, shape[-1], shape[1]))
+
+
+def _line_or_volume(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    if not ir.is_static(call) or not ir.is_static(call.args[0]) or not ir.is_constant(call.args[1]):
+        return None
+    x = layout.twin(state, call.args[0])
+    if ir.is_call(call, "nn.conv1d"):
+        return convolutions.conv1d(x, call)
+    return convolutions.conv3d(state.emit, x, ir.shape_of(call)[0], call, name)
+
+
+def _transposed_conv(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    if not ir.is_static(call) or not ir.is_static(call.args[0]) or not ir.is_constant(call.args[1]):
+        return None
+    found = convolutions.transposed(layout.twin(state, call.args[0]), call)
+    return None if found is None else layout.shuffled(state, name, state.emit(found[0], f"{name}_image"), found[1])
+
+
+def _one_row(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    """A line as an image of one row, or back: one twin for both."""
+    x = call.args[0]
+    shapes = {len(ir.shape_of(t)): ir.shape_of(t) for t in (x, call)}
+    if not layout.has_twin(x) or set(shapes) != {3, 4} or shapes[4] != (*shapes[3][:2], 1, shapes[3][2]):
+        return None
+    return layout.twin(state, x)
 
 
 def _conv2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
@@ -99,18 +152,26 @@ def _conv2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     )
 
 
-def _unary(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+def _unary(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
     if not layout.has_twin(call.args[0]):
         return None
+    if layout.twin(state, call.args[0]) in layout.shuffles:
+        image, shuffle = layout.shuffles[layout.twin(state, call.args[0])]
+        before = relax.Call(call.op, [image, *call.args[1:]], call.attrs)
+        return layout.shuffled(state, name, state.emit(before, f"{name}_image"), shuffle)
     return relax.Call(call.op, [layout.twin(state, call.args[0]), *call.args[1:]], call.attrs)
 
 
-def _binary(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+def _binary(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
     if not any(layout.has_twin(arg) for arg in call.args) or not ir.is_static(call):
         return None
     shape = ir.shape_of(call)
+    whole = ir.is_constant(call.args[1]) and ir.shape_of(call.args[0]) == shape
+    if whole and _is_by_channel(ir.to_numpy(call.args[1]), shape):
+        return _with_channels(layout, state, name, call)
     if len(shape) != 4:
-        return None
+        twins = all(layout.has_twin(arg) and ir.shape_of(arg) == shape for arg in call.args)
+        return relax.Call(call.op, [layout.twin(state, arg) for arg in call.args], call.attrs) if twins else None
     args = []
     for arg in call.args:
         if ir.is_constant(arg):
@@ -121,6 +182,22 @@ def _binary(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
         else:
             return None
     return relax.Call(call.op, args, call.attrs)
+
+
+def _is_by_channel(value: np.ndarray[Any, Any], shape: tuple[int, ...]) -> bool:
+    """Whether a constant has one number a channel (axis 1) of `shape`, or one for all."""
+    aligned = (1,) * (len(shape) - value.ndim) + value.shape
+    return len(shape) > 2 and all(extent == 1 for axis, extent in enumerate(aligned) if axis != 1)
+
+
+def _with_channels(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """An operator on an image and a number a channel."""
+    twin, value = layout.twin(state, call.args[0]), ir.to_numpy(call.args[1]).reshape(1, 1, 1, -1)
+    if twin not in layout.shuffles:
+        return relax.Call(call.op, [twin, ir.constant(value)], call.attrs)
+    image, shuffle = layout.shuffles[twin]
+    before = relax.Call(call.op, [image, ir.constant(shuffle.spread(value).reshape(1, 1, 1, -1))], call.attrs)
+    return layout.shuffled(state, name, state.emit(before, f"{name}_image"), shuffle)
 
 
 def _pool(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
@@ -143,14 +220,14 @@ def _concat(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
 
 def _reduce(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     """Only with kept dimensions; the others are mended by `drop_transposes`."""
-    if not layout.has_twin(call.args[0]) or call.attrs.axis is None or not bool(call.attrs.keepdims):
+    if not _is_image(layout, call.args[0]) or call.attrs.axis is None or not bool(call.attrs.keepdims):
         return None
     axes = sorted(_axis(int(a)) for a in call.attrs.axis)
     return getattr(relax.op, ir.op_name(call))(layout.twin(state, call.args[0]), axis=axes, keepdims=True)
 
 
 def _pad(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
-    if not layout.has_twin(call.args[0]):
+    if not _is_image(layout, call.args[0]):
         return None
     widths = np.array([int(w) for w in call.attrs.pad_width]).reshape(4, 2)[list(TO_NHWC)].ravel()
     return relax.op.nn.pad(
@@ -159,7 +236,7 @@ def _pad(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
 
 
 def _strided_slice(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
-    if not layout.has_twin(call.args[0]):
+    if not _is_image(layout, call.args[0]):
         return None
     axes = [_axis(_int(a)) for a in _items(call.args[1])]
     begin, end, *strides = ([_int(v) for v in _items(arg)] for arg in call.args[2:])
@@ -185,6 +262,11 @@ def _resize2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     )
 
 
+def _is_image(layout: _Layout, x: Any) -> bool:
+    """Whether `x` has a twin whose axes are its own."""
+    return layout.has_twin(x) and len(ir.shape_of(x)) == 4
+
+
 def _axis(axis: int) -> int:
     """A channels-first axis as a channels-last one."""
     return TO_NHWC.index(axis % 4)
@@ -201,6 +283,9 @@ def _items(value: Any) -> Sequence[Any]:
 _Rule = Callable[[_Layout, ir.Rewrite, str, Any], Any]
 _RULES: dict[str, _Rule] = {
     "nn.conv2d": _conv2d,
+    **dict.fromkeys(("nn.conv1d", "nn.conv3d"), _line_or_volume),
+    **dict.fromkeys(("nn.conv2d_transpose", "nn.conv1d_transpose"), _transposed_conv),
+    **dict.fromkeys(("expand_dims", "squeeze"), _one_row),
     **dict.fromkeys(UNARY, _unary),
     **dict.fromkeys(BINARY, _binary),
     **dict.fromkeys(("nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d"), _pool),

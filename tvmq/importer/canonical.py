@@ -16,14 +16,35 @@ Array = npt.NDArray[Any]
 _TRANSPARENT = ("dropout", "nn.dropout", "stop_lift_params")
 _MAYBE_NO_OPS = ("reshape", "astype", "broadcast_to", "expand_dims", "squeeze", "strided_slice", "permute_dims")
 _CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
+_TRANSPOSED = ("nn.conv1d_transpose", "nn.conv2d_transpose")
 
 
 def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
     """The stages of this file, in order."""
-    stages = (drop_no_ops, fold_constants, quantized.signed, commute_constants, fold_batch_norm, fold_constants)
-    for stage in (*stages, commute_constants):
+    stages = (split_by_slices, drop_no_ops, fold_constants, quantized.signed, commute_constants)
+    for stage in (*stages, fold_batch_norm, fold_constants, commute_constants):
         module = stage(module)
     return module
+
+
+def split_by_slices(module: tvm.IRModule) -> tvm.IRModule:
+    """The parts of a tensor as slices, which move one at a time, in any layout and dtype.
+
+    split(x, 2, axis)[1]  ->  strided_slice(x, [axis], [half], [whole])
+    """
+
+    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
+        if not isinstance(value, relax.TupleGetItem):
+            return None
+        split = state.value(value.tuple_value)
+        if not ir.is_call(split, "split") or not ir.is_static(split.args[0]):
+            return None
+        axis = int(split.attrs.axis) % len(ir.shape_of(split.args[0]))
+        extents = [int(part.shape.values[axis]) for part in split.ty.fields]
+        begin = sum(extents[: value.index])
+        return relax.op.strided_slice(split.args[0], [axis], [begin], [begin + extents[value.index]])
+
+    return ir.rewrite(module, visit)
 
 
 def drop_no_ops(module: tvm.IRModule) -> tvm.IRModule:
@@ -146,7 +167,7 @@ def _into_layer(
         call = state.value(x)
     if ir.is_call(call, *_CONVOLUTIONS) and axis == 1:
         channel = 0
-    elif ir.is_call(call, "matmul") and axis == len(ir.shape_of(x)) - 1 and len(ir.shape_of(call.args[1])) == 2:
+    elif _makes_columns(call, axis, len(ir.shape_of(x))):
         channel = 1
     else:
         return None
@@ -156,6 +177,13 @@ def _into_layer(
     scaled = weight * a.reshape([-1 if i == channel else 1 for i in range(weight.ndim)])
     layer = relax.Call(call.op, [call.args[0], ir.constant(scaled.astype(weight.dtype))], call.attrs)
     return layer, bias, str(state.old_of[result].name)
+
+
+def _makes_columns(call: Any, axis: int, ndim: int) -> bool:
+    """Whether the second axis of a layer's weight is `axis` of its result."""
+    if ir.is_call(call, "matmul"):
+        return axis == ndim - 1 and len(ir.shape_of(call.args[1])) == 2
+    return ir.is_call(call, *_TRANSPOSED) and axis == 1 and int(call.attrs.groups) == 1
 
 
 def _is_along(shape: tuple[int, ...], axis: int, ndim: int) -> bool:

@@ -302,34 +302,44 @@ def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequenc
     """The steps of an epilogue on a vector of results of `dtype`; the meaning is `numerics.epilogue`."""
     remaining = iter(operands)
     for step in steps:
-        operand = next(remaining) if isinstance(step, ops.OPERAND_STEPS) else None
-        value, dtype = _step(value, dtype, step, operand, place)
+        if isinstance(step, ops.OperandStep):
+            value, dtype = _with_operand(value, dtype, step, next(remaining), place)
+        else:
+            value, dtype = _step(value, dtype, step, place)
     return value
 
 
-def _step(value: Expr, dtype: str, step: ops.Step, operand: Readable | None, place: Place) -> tuple[Expr, str]:
+def _with_operand(value: Expr, dtype: str, step: ops.OperandStep, operand: Readable, place: Place) -> tuple[Expr, str]:
     lanes = place.lanes
     match step:
         case ops.Bias():
-            assert operand is not None
             return value + operand.load(place.channel, lanes), dtype
         case ops.Scale():
-            assert operand is not None
             return fenced(_to_float(value, dtype, lanes) * operand.load(place.channel, lanes), lanes), FLOAT
         case ops.RowScale():
-            assert operand is not None
             factor = splat(operand.load(place.row), lanes)
             return fenced(_to_float(value, dtype, lanes) * factor, lanes), FLOAT
-        case ops.Dequantize(scale, zero_point):
-            return fenced(_centred(value, zero_point, lanes) * number(scale, FLOAT, lanes), lanes), FLOAT
-        case ops.Multiply(factor):
-            return fenced(_to_float(value, dtype, lanes) * number(factor, FLOAT, lanes), lanes), FLOAT
+        case ops.Minus():
+            return value - operand.load(place.flat, lanes), dtype
         case ops.Residual(scale, zero_point):
-            assert operand is not None
             added = operand.load(place.flat, lanes)
             if scale is None:
                 return value + added, dtype
             return fma(_centred(added, zero_point, lanes), number(scale, FLOAT, lanes), value, lanes), FLOAT
+        case ops.Times(scale, zero_point):
+            factor = operand.load(place.flat, lanes)
+            if scale is not None:
+                factor = fenced(_centred(factor, zero_point, lanes) * number(scale, FLOAT, lanes), lanes)
+            return fenced(value * factor, lanes), FLOAT
+
+
+def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, str]:
+    lanes = place.lanes
+    match step:
+        case ops.Dequantize(scale, zero_point):
+            return fenced(_centred(value, zero_point, lanes) * number(scale, FLOAT, lanes), lanes), FLOAT
+        case ops.Multiply(factor):
+            return fenced(_to_float(value, dtype, lanes) * number(factor, FLOAT, lanes), lanes), FLOAT
         case ops.Clip(low, high):
             return _limit(value, low, high, dtype, lanes), dtype
         case ops.Activate(name):
@@ -342,6 +352,8 @@ def _step(value: Expr, dtype: str, step: ops.Step, operand: Readable | None, pla
             return cast(integer + number(zero_point, "int32", lanes) if zero_point else integer, stored, lanes), stored
         case ops.QuantizeRows():
             raise AssertionError("kernels of whole rows take it off first")
+        case _:
+            raise AssertionError("has an operand")
 
 
 def _to_float(value: Expr, dtype: str, lanes: int) -> Expr:

@@ -20,7 +20,10 @@ _GRAIN = 4096
 
 @dataclass(frozen=True)
 class Map:
-    """An epilogue over a tensor; `operands` are the (shape, dtype) of its tensors."""
+    """An epilogue over a tensor; `operands` are the (shape, dtype) of its tensors.
+
+    Those that multiply may have extents of 1 between the first axis and the last, where the tensor has others.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -36,20 +39,40 @@ class Map:
     def _emit(self, f: builder.Function) -> None:
         x, *operands, out = f.arguments((self.shape, self.dtype), *self.operands, (self.shape, self.out_dtype))
         channels = self.shape[-1] if self.shape else 1
+        count = math.prod(self.shape)
+        read = [self._spread(operand, shape) for operand, (shape, _) in zip(operands, self.operands, strict=True)]
 
         def run(row: Expr, at: Expr, lanes: int) -> None:
             flat = row * channels + at
             place = Place(at, flat, lanes, row)
-            out.store(
-                builder.run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, operands, place), flat, lanes
-            )
+            out.store(builder.run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, read, place), flat, lanes)
 
-        if any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale) for step in self.epilogue):
-            rows = math.prod(self.shape) // channels
-            with builder.parallel(rows) as row:
+        by_row = any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale) for step in self.epilogue)
+        if by_row or any(isinstance(operand, _Repeated) for operand in read):
+            with builder.parallel(count // channels) as row:
                 for_each(channels, self.lanes, lambda at, lanes: run(row, at, lanes))
         else:
-            in_blocks(math.prod(self.shape), self.lanes, lambda at, lanes: run(tirx.const(0, "int32"), at, lanes))
+            in_blocks(count, self.lanes, lambda at, lanes: run(tirx.const(0, "int32"), at, lanes))
+
+    def _spread(self, operand: builder.Flat, shape: tuple[int, ...]) -> builder.Readable:
+        """An operand [N, 1, ..., 1, C] as one of the result's shape; any other as it is."""
+        if len(shape) < 2 or len(shape) < len(self.shape) or shape == self.shape:
+            return operand
+        return _Repeated(operand, self.shape[-1], math.prod(self.shape) // math.prod(shape))
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """An operand each of whose rows of `channels` belongs to `times` rows of the result."""
+
+    flat: builder.Flat
+    channels: int
+    times: int
+
+    def load(self, index: Expr, lanes: int = 1) -> Expr:
+        """The elements that belong to `index` of the result and the next, all of one row."""
+        row = tirx.floordiv(index, self.channels * self.times)
+        return self.flat.load(row * self.channels + tirx.floormod(index, self.channels), lanes)
 
 
 def in_blocks(count: int, lanes: int, run: Callable[[Expr, int], None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder
+from tvmq.kernels import builder, lookup
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.batch_matmul import BatchMatmul
 from tvmq.kernels.builder import BF16
@@ -68,10 +68,22 @@ def elementwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> 
     x, *operands = call.args
     out_dtype = ir.dtype_of(call)
     dtype = dtype_of(x)
+    if lookup.is_looked_up(call, dtype):
+        return _looked_up(lowering, state, name, call)
     spec = Map(ir.shape_of(x), dtype, out_dtype, ops.epilogue_of(call), declared(operands), lowering.float.lanes)
     title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-map"
     lowering.names[name] = title
     return lowering.call(spec, title, [x, *lowering.lift(state, name, operands)], ir.shape_of(call), out_dtype)
+
+
+def _looked_up(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """A map of 8 bits to 8 bits by its table."""
+    x, dtype, out_dtype = call.args[0], dtype_of(call.args[0]), ir.dtype_of(call)
+    entries = lowering.parameter(state, f"{name}_table", lookup.table(ops.epilogue_of(call), dtype))
+    spec = lookup.Lookup(ir.shape_of(x), dtype, out_dtype, lookup.permute_llvm(lowering.target.isa))
+    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-lookup"
+    lowering.names[name] = title
+    return lowering.call(spec, title, [x, entries], ir.shape_of(call), out_dtype)
 
 
 def concat(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:

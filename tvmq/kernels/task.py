@@ -114,6 +114,8 @@ def _without_numbers(step: ops.Step) -> ops.Step:
             return ops.Multiply(1.0)
         case ops.Residual(scale, zero_point):
             return ops.Residual(None if scale is None else 1.0, _sign(zero_point))
+        case ops.Times(scale, zero_point):
+            return ops.Times(None if scale is None else 1.0, _sign(zero_point))
         case ops.Clip(low, high):
             return ops.Clip(None if low is None else low * 0, None if high is None else high * 0 + 1)
         case ops.Quantize():

@@ -82,7 +82,7 @@ class ChainEpilogue:
         self.unit = self.out.scale if self.out is not None and self._linear() else 1.0
         if integers is None:
             self.unit = 1.0
-        elif chain.kind in ("add", "unary"):
+        elif chain.kind in (*fusion.BINARY, "unary"):
             self.steps.append(ops.Dequantize(float(np.float32(integers.scale / self.unit)), integers.zero_point))
         elif chain.kind == "avg_pool2d":
             self.steps.append(ops.Multiply(float(np.float32(integers.scale / self.unit))))
@@ -122,15 +122,21 @@ class ChainEpilogue:
         match follower:
             case fusion.AddBias(value):
                 self._operand(ops.Bias(), ir.constant((value / np.float32(self.unit)).astype(np.float32)))
-            case fusion.AddTensor(operand):
+            case fusion.AddTensor(operand, negative):
                 source = self.source(operand)
-                if source is None:
-                    self._operand(ops.Residual(), self.state.new_of.get(operand, operand))
-                elif not source.is_integer:
-                    self._operand(ops.Residual(), source.var)
+                if source is None or not source.is_integer:
+                    var = self.state.new_of.get(operand, operand) if source is None else source.var
+                    self._operand(ops.Minus() if negative else ops.Residual(), var)
                 else:
                     scale = float(np.float32(source.scale / self.unit))
-                    self._operand(ops.Residual(scale, source.zero_point), source.var)
+                    self._operand(ops.Residual(-scale if negative else scale, source.zero_point), source.var)
+            case fusion.TimesTensor(operand):
+                source = self.source(operand)
+                if source is None:
+                    self._operand(ops.Times(), self.state.new_of.get(operand, operand))
+                else:
+                    factor = (source.scale, source.zero_point) if source.is_integer else ()
+                    self._operand(ops.Times(*factor), source.var)
             case fusion.Limit(None, None):
                 pass
             case fusion.Limit(low, high):
@@ -140,7 +146,7 @@ class ChainEpilogue:
 
     def _linear(self) -> bool:
         added = [f.operand for f in self.followers if isinstance(f, fusion.AddTensor)]
-        activated = any(isinstance(f, fusion.Apply) for f in self.followers)
+        activated = any(isinstance(f, fusion.Apply | fusion.TimesTensor) for f in self.followers)
         sources = [self.source(operand) for operand in added]
         return not activated and all(source is not None and source.is_integer for source in sources)
 

@@ -111,6 +111,8 @@ def no_stored_form(call: Any) -> str | None:
         str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0.0
     ):
         return "pads with another value than zero"
+    if ir.is_call(call, "image.resize2d") and str(call.attrs.method) != "nearest_neighbor":
+        return "interpolates: no integer or bfloat16 kernel"
     if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
         return "max pooling in this layout or with ceil_mode has no kernel"
     return None

@@ -239,29 +239,34 @@ def epilogue(v: Array, operands: Sequence[Array], steps: ops.Epilogue) -> Any:
         if isinstance(step, ops.QuantizeRows):
             quantized = quantize_rows(v, step.zero_point, step.dtype)
             return (v, *quantized) if step.keep else quantized
-        v = _step(v, step, next(remaining) if isinstance(step, ops.OPERAND_STEPS) else None)
+        v = _with_operand(v, step, next(remaining)) if isinstance(step, ops.OperandStep) else _step(v, step)
     return v
 
 
-def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
+def _with_operand(v: Array, step: ops.OperandStep, operand: Array) -> Array:
     match step:
         case ops.Bias():
-            assert operand is not None
             return v + operand
         case ops.Scale():
             return v.astype(F32) * np.asarray(operand, F32)
         case ops.RowScale():
-            assert operand is not None
             return v.astype(F32) * np.asarray(operand, F32)[..., None]
+        case ops.Minus():
+            return v - operand
+        case ops.Residual(scale, zero_point):
+            if scale is None:
+                return v + operand
+            return fma((operand.astype(np.int32) - zero_point).astype(F32), scale, v)
+        case ops.Times(scale, zero_point):
+            return v * (operand if scale is None else dequantize(operand, scale, zero_point))
+
+
+def _step(v: Array, step: ops.Step) -> Array:
+    match step:
         case ops.Dequantize(scale, zero_point):
             return dequantize(v, scale, zero_point)
         case ops.Multiply(factor):
             return v.astype(F32) * F32(factor)
-        case ops.Residual(scale, zero_point):
-            assert operand is not None
-            if scale is None:
-                return v + operand
-            return fma((operand.astype(np.int32) - zero_point).astype(F32), scale, v)
         case ops.Clip(low, high):
             v = v if low is None else np.maximum(v, F32(low))
             return v if high is None else np.minimum(v, F32(high))
@@ -271,6 +276,8 @@ def _step(v: Array, step: ops.Step, operand: Array | None) -> Array:
             return to_integer(v, zero_point, qmin, qmax, dtype)
         case ops.QuantizeRows():
             raise AssertionError("is last, and has several results")
+        case _:
+            raise AssertionError("has an operand")
 
 
 def activation(v: Array, function: str) -> Array:

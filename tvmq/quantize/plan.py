@@ -25,7 +25,7 @@ from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import LINEAR, Precision, Recipe
 
 # Operators whose result holds elements of their input only, so that both have one range.
-PASS_THROUGH = (*MOVES, "nn.max_pool2d")
+PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")
 
 
 @dataclass(frozen=True)

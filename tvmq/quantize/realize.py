@@ -47,7 +47,7 @@ class _Weight:
 
 
 # Anchors of kernels that see whole rows.
-_ROWWISE = ("layer_norm", "softmax", "add", "unary")
+_ROWWISE = ("layer_norm", "softmax", "add", "subtract", "unary")
 
 
 def realize(module: tvm.IRModule, storage: str = "int8") -> tvm.IRModule:

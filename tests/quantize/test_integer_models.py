@@ -1,0 +1,72 @@
+"""Models whose operators between convolutions all become integer: compiled for this machine, equal to the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tvmq.deploy.executor import load
+from tvmq.importer.load import import_model
+from tvmq.pipeline import compile_model
+from tvmq.recipe import Recipe
+
+
+class Gates(nn.Module):
+    """Squeeze-and-excite, products, differences, parts, and larger images, between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 8, H, W] -> [N, 8, 2 H, 2 W]."""
+        x = self.a(x)
+        x = x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+        x = x * torch.tanh(self.b(x)) - functional.max_pool2d(x, 3, 1, 1)
+        first, second = self.c(x).chunk(2, 1)
+        return self.d(functional.interpolate(torch.cat([second, first], 1), scale_factor=2))
+
+
+def a_line() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(8, 3, 2))
+
+
+def a_volume() -> nn.Module:
+    return nn.Sequential(nn.Conv3d(3, 8, 1), nn.ReLU(), nn.Conv3d(8, 4, 3, (2, 1, 1), padding=1))
+
+
+def a_decoder() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3))
+
+
+MODELS = {
+    "gates": (Gates, (2, 8, 6, 5)),
+    "line": (a_line, (2, 4, 14)),
+    "volume": (a_volume, (1, 3, 5, 6, 5)),
+    "decoder": (a_decoder, (1, 4, 5, 4)),
+}
+# What moves the model's own inputs and outputs between layouts.
+EDGES = ("permute_dims", "reshape")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_between_convolutions_is_integer(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    network = make().eval()
+    x = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    model = import_model(network, (torch.from_numpy(x[0]),))
+    compiled = compile_model(model, "host", Recipe(precision="int8"), list(x), tmp_path / "m.tvmq")
+    floats = [row for row in compiled.operators if row["precision"] != "int8" and row["kind"] not in EDGES]
+    assert not floats
+    executor = load(compiled.path)
+    # Compiling compared it with the oracle, bit for bit.
+    assert executor.bundle.manifest["exact"]
+    with torch.no_grad():
+        want = network(torch.from_numpy(x[1])).numpy()
+    assert np.corrcoef(executor(x[1])[0].ravel(), want.ravel())[0, 1] > 0.99
