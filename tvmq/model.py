@@ -75,7 +75,7 @@ class Model:
 
     `module`: one function `main` in inference form, parameters bound as constants, batch norms and constants folded.
     `paths`: variable name -> path of the layer in the source model. `example`: inputs that fit the signature.
-    `reference`: what the source model computes on them. `converters`: operator -> "tvm" or "tvmq", which
+    `reference`: what the source model computes on them. `converters`: operator -> "tvm", "tvmq" or "yours", which
     converted it, or "decomposed" into others.
     """
 

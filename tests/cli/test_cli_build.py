@@ -27,6 +27,10 @@ def nothing():
     return iter(())
 
 value = 3
+
+def table():
+    from tvm import relax
+    return {"relu.default": lambda node, importer: importer.block_builder.emit(relax.op.abs(importer.env[node.args[0]]))}
 """
 
 
@@ -48,6 +52,38 @@ def test_the_bundle_of_a_file(files, tvmq, tmp_path):
     assert document["bytes"] == out.stat().st_size
     assert {row["precision"] for row in document["operators"]} == {"fp32"}
     assert (tmp_path / "stages" / "00_layout.py").exists()
+
+
+def test_your_own_converters(here, tvmq, tmp_path):
+    words = ("compile", f"{here}:model", "--converters", here, "-o", tmp_path / "m.tvmq")
+    refused = tvmq(*words)
+    assert refused.code == 2 and "relu.default in 1 (variable _1) computes something else than" in refused.err
+    outcome = tvmq(*words, "--no-check", "-v")
+    said = [
+        "1 operators converted by TVM: convolution.default",
+        "1 operators by you: relu.default",
+        "1 operators decomposed before: conv2d.default",
+    ]
+    assert outcome.code == 0 and outcome.out.splitlines()[-3:] == said
+    assert tvmq("explain", tmp_path / "m.tvmq", "-v").out.splitlines()[-3:] == said
+    document = tvmq("explain", tmp_path / "m.tvmq", "--json").document
+    assert document["converters"] == {
+        "conv2d.default": "decomposed",
+        "convolution.default": "tvm",
+        "relu.default": "yours",
+    }
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("json", "converters json: expected a module with a function table() that returns operator -> converter"),
+        ("no_such_module_at_all", "no module 'no_such_module_at_all'"),
+    ],
+)
+def test_converters_that_are_none(files, tvmq, tmp_path, reference, says):
+    outcome = tvmq("compile", files.model, "--converters", reference, "-o", tmp_path / "m.tvmq")
+    assert outcome.code == 2 and says in outcome.line
 
 
 @pytest.mark.parametrize("precision", ["bf16", "auto"])

@@ -298,4 +298,4 @@ def test_a_users_converter_comes_first() -> None:
 
     model = import_model(nn.ReLU(), torch.ones(2), converters={"relu.default": double}, check=False)
     np.testing.assert_array_equal(interpret.run(model.module, model.example)[0], [2, 2])
-    assert model.converters == {"relu.default": "tvmq"}
+    assert model.converters == {"relu.default": "yours"}

@@ -1,5 +1,8 @@
 """Translation: names and paths, and what is said where it cannot be done."""
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -155,9 +158,39 @@ def test_float16_is_compared_in_its_own_units() -> None:
     assert model.signature.outputs[0].dtype == "float16"
 
 
-def test_bfloat16_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"p_weight of Linear: expected float32, saw bfloat16; call module.float\(\)"):
-        import_model(nn.Linear(2, 3).bfloat16(), torch.ones(1, 2).bfloat16())
+class Narrow(nn.Module):
+    """Weights, an input, a constant and a conversion in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3).bfloat16()
+        self.register_buffer("shift", torch.tensor([0.1, 0.2, 0.3]).bfloat16())
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.linear(x) + self.shift * torch.ones(3, dtype=torch.bfloat16)
+        return {"y": y, "sum": y.float().sum() + mask.to(torch.bfloat16).sum()}
+
+
+def test_bfloat16_is_widened(tmp_path: Path) -> None:
+    module, x, mask = Narrow(), torch.randn(2, 6).bfloat16(), torch.tensor([True, False])
+    program = torch.export.export(module, (x, mask))
+    torch.export.save(program, tmp_path / "narrow.pt2")
+    wide = copy.deepcopy(module)
+    wide.linear.float()
+    wide.shift = wide.shift.float()
+    with torch.no_grad():
+        expected = wide.linear(x.float()) + wide.shift
+    for source in (module, program, tmp_path / "narrow.pt2"):
+        model = import_model(source, (x, mask))
+        assert [spec.dtype for spec in (*model.signature.inputs, *model.signature.outputs)] == [
+            "float32",
+            "bool",
+            "float32",
+            "float32",
+        ]
+        np.testing.assert_allclose(model.reference[0], expected, rtol=1e-6, atol=1e-6)
+    assert module.linear.weight.dtype == torch.bfloat16
+    assert program.state_dict["linear.weight"].dtype == torch.bfloat16
 
 
 def test_shared_and_transposed_weights() -> None:

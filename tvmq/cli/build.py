@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.command import Command, add_model
+from tvmq.cli.command import Command, add_converters, add_model
 from tvmq.cli.data import read_batches, read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
@@ -44,6 +44,8 @@ class Compile(Command):
     untuned: bool = False
     dump: str | None = None
     check: bool = True
+    converters: str | None = None
+    verbose: bool = False
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -74,6 +76,8 @@ class Compile(Command):
         parser.add_argument(
             "--no-check", dest="check", action="store_false", help="do not compare the imported model with PyTorch"
         )
+        add_converters(parser)
+        parser.add_argument("-v", "--verbose", action="store_true", help="also print who converted which operators")
 
     def run(self, out: Output) -> int:
         """Import, calibrate where asked, compile, write."""
@@ -87,7 +91,7 @@ class Compile(Command):
 
             target = tvmq.load_target(self.target)
             report("import", 0)
-            model = tvmq.import_model(self.model, check=self.check)
+            model = tvmq.import_model(self.model, check=self.check, converters=self.converters)
             path = self.out if self.out is not None else f"{model.name}.tvmq"
             done = tvmq.compile(
                 model,
@@ -108,6 +112,7 @@ class Compile(Command):
             "target": target.name,
             "recipe": recipe.to_dict(),
             "operators": done.operators,
+            "converters": dict(model.converters),
             "unused_rules": list(done.unused_rules),
             "unused_algorithms": list(done.unused_algorithms),
         }
@@ -116,7 +121,8 @@ class Compile(Command):
         summary = f"{done.path}: {size} for {target.name}, operators: {counts}; see tvmq explain {done.path}"
         rules = (f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules)
         idle = (f"the recipe's algorithm {name!r} finds nothing to do" for name in done.unused_algorithms)
-        out.result(document, summary, *rules, *idle)
+        who = render.converters(model.converters) if self.verbose else []
+        out.result(document, summary, *rules, *idle, *who)
         return 0
 
 
@@ -137,6 +143,7 @@ class Calibrate(Command):
     calibrate: str
     recipe: str | None = None
     out: str
+    converters: str | None = None
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -147,6 +154,7 @@ class Calibrate(Command):
         )
         parser.add_argument("--recipe", metavar="R.toml", help="the observer, and how scales are chosen")
         parser.add_argument("-o", "--out", required=True, metavar="TABLE.json", help="the table")
+        add_converters(parser)
 
     def run(self, out: Output) -> int:
         """Import, run the data through, write."""
@@ -160,7 +168,7 @@ class Calibrate(Command):
             from tvmq.quantize import sufficiency
 
             report("import", 0)
-            model = tvmq.import_model(self.model)
+            model = tvmq.import_model(self.model, converters=self.converters)
             extremes = sufficiency.Extremes()
             table = pipeline.calibrate(model, recipe, batches, lambda n: report("inference", n), extremes=extremes)
         table.save(self.out)

@@ -82,6 +82,7 @@ class Explain(Command):
     data: str | None = None
     samples: int = 32
     plot: str | None = None
+    verbose: bool = False
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -97,6 +98,7 @@ class Explain(Command):
             "--samples", type=int, default=32, metavar="N", help="for --accuracy: inferences (default 32)"
         )
         parser.add_argument("--plot", metavar="FILE.png", help="for --accuracy: also draw a chart")
+        parser.add_argument("-v", "--verbose", action="store_true", help="also print who converted which operators")
         parser.add_argument("--profile", action="store_true", help="time each operator on the device")
         add_device(parser)
 
@@ -113,8 +115,11 @@ class Explain(Command):
             "target": bundle.manifest["target"]["name"],
             "activation_bytes": size,
             "operators": rows,
+            "converters": bundle.converters,
         }
         text: list[Any] = [render.operators(rows, timed=self.profile), f"activations: {size:,} bytes"]
+        if self.verbose:
+            text += render.converters(bundle.converters)
         if times is not None:
             total = sum(time.ms for time in times)
             document["total_ms"] = total

@@ -52,6 +52,15 @@ def add_model(parser: Parser) -> None:
     )
 
 
+def add_converters(parser: Parser) -> None:
+    """--converters."""
+    parser.add_argument(
+        "--converters",
+        metavar="PACKAGE.MODULE",
+        help="your own converters of operators: what its table() returns (docs/operators.md)",
+    )
+
+
 def add_device(parser: Parser) -> None:
     """--device and --threads."""
     parser.add_argument("--device", default="host", metavar="D", help=DEVICE_HELP)

@@ -49,6 +49,13 @@ def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
     return table(columns, cells, right=("ms",))
 
 
+def converters(found: Mapping[str, str]) -> list[str]:
+    """One line a converter: the operators that it converted, or that were decomposed before."""
+    kinds = {"tvm": "converted by TVM", "tvmq": "by tvmq", "yours": "by you", "decomposed": "decomposed before"}
+    names = {who: [name for name in sorted(found) if found[name] == who] for who in kinds}
+    return [f"{len(names[who])} operators {text}: {', '.join(names[who])}" for who, text in kinds.items() if names[who]]
+
+
 def tensors(rows: Iterable[Mapping[str, Any]]) -> Table:
     """One row an output, as `tvmq run --json` lists them."""
     columns = ("output", "shape", "dtype", "min", "max", "largest at")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tvmq.cli import render
 from tvmq.cli.build import read_recipe
-from tvmq.cli.command import DEVICE_HELP, Command
+from tvmq.cli.command import DEVICE_HELP, Command, add_converters
 from tvmq.cli.data import read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
@@ -57,6 +57,7 @@ class Tune(Command):
     flush: bool = False
     seed: int = 0
     fresh: bool = False
+    converters: str | None = None
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -79,6 +80,7 @@ class Tune(Command):
         parser.add_argument("--flush", action="store_true", help="time kernels with their weights out of the caches")
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
         parser.add_argument("--fresh", action="store_true", help="learn from no other log, build every candidate anew")
+        add_converters(parser)
 
     def run(self, out: Output) -> int:
         """Import, tune, print what came of it; what happens meanwhile goes to stderr."""
@@ -91,7 +93,8 @@ class Tune(Command):
             import tvmq
 
             report("import", 0)
-            model = self.model if self.model.endswith(".tvmq") else tvmq.import_model(self.model)
+            bundled = self.model.endswith(".tvmq")
+            model = self.model if bundled else tvmq.import_model(self.model, converters=self.converters)
         with _shown(out.errors, self.json) as event:
             summary = tvmq.tune(
                 model,

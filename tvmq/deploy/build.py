@@ -168,6 +168,7 @@ def _manifest(product: Product) -> dict[str, Any]:
         "tolerance": product.tolerance,
         "activation_bytes": memory.activation_bytes(product.lowered.module),
         "operators": operators(product),
+        "converters": dict(product.model.converters),
         "parameters": index,
         "packed": {
             name: [{"parameter": parameter, **dataclasses.asdict(packing)} for parameter, packing in constants]

@@ -65,6 +65,12 @@ class Bundle:
         return Signature(*(tuple(_spec(s) for s in self.manifest["signature"][side]) for side in ("inputs", "outputs")))
 
     @property
+    def converters(self) -> dict[str, str]:
+        """Operator of the source -> who converted it (see `Model`); empty for an older bundle, which does not say."""
+        found = self.manifest.get("converters")
+        return {str(name): str(who) for name, who in found.items()} if isinstance(found, dict) else {}
+
+    @property
     def required_features(self) -> tuple[str, ...]:
         """LLVM features that a machine must have to run it."""
         return tuple(self.manifest["isa"]["required_features"])

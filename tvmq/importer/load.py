@@ -20,7 +20,7 @@ def import_model(
     *,
     check: bool = True,
     tolerance: float = 1e-4,
-    converters: Mapping[str, torch_export.Converter] | None = None,
+    converters: Mapping[str, torch_export.Converter] | str | None = None,
     name: str | None = None,
 ) -> Model:
     """A PyTorch model as canonical Relax, compared with PyTorch on the example inputs.
@@ -32,18 +32,20 @@ def import_model(
     (module, example_inputs). `example_inputs`: a tensor or array, a tuple of them, or a dict by name; a module needs
     them, an exported program brings its own and a folder's follow from its configuration, unless they are given.
     `check`: compare every tensor with PyTorch's, within `tolerance` (`check.deviation` is the formula).
-    `converters`: operator with overload ("exp2.default") -> function, as in `converters.py`. `name`: default the class, the file's stem, or the function.
+    `converters`: operator with overload ("exp2.default") -> function, as in `converters.py`, or the name of a module
+    whose `table()` returns them. `name`: default the class, the name of the file or folder, or the function.
 
     Raises ModelError for a source that cannot be read, UnsupportedOpError for an operator without a converter,
     ImportMismatchError where the translation computes something else, SignatureError for example inputs that do not
     fit; nothing is imported then.
     """
+    own = sources.read_converters(converters) if isinstance(converters, str) else converters
     found = sources.read(source, example_inputs, name)
     inputs = Signature(programs.inputs(found.program), ())
     example = inputs.arrays(found.example)
     reference = programs.run(found.program, example)
     signature = Signature(inputs.inputs, programs.outputs(found.program, reference))
-    translation = torch_export.translate(found.program, converters)
+    translation = torch_export.translate(found.program, own)
     if check and found.reference is not None:
         checks.compare_runtimes(translation, reference, *found.reference(), tolerance)
     if check:

@@ -34,13 +34,9 @@ def dynamic_shapes(what: str) -> ModelError:
 
 
 def check_interface(program: ExportedProgram, name: str) -> None:
-    """Raise ModelError unless inputs and outputs are tensors of static shape, and nothing is bfloat16."""
+    """Raise ModelError unless inputs and outputs are tensors of static shape."""
     if program.range_constraints:
         raise dynamic_shapes(name)
-    for node in program.graph.find_nodes(op="placeholder"):
-        if getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16:
-            hint = "call module.float(), and choose the precision at compile time"
-            raise ModelError(f"{node.name} of {name}", expected="float32", seen="bfloat16", hint=hint)
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, TensorArgument):
             hint = "bind it in a wrapper module"

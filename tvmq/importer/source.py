@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tvmq.errors import ModelError, nearest
 from tvmq.importer import program as programs
-from tvmq.importer import pt2, torch_export
+from tvmq.importer import pt2, torch_export, widen
 
 _KINDS = (
     "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 or .onnx file or to a folder of transformers, "
@@ -77,6 +77,7 @@ def _from_module(module: torch.nn.Module, example_inputs: object, name: str | No
 
 def _from_program(program: ExportedProgram, example_inputs: object, name: str) -> Source:
     programs.check_interface(program, name)
+    program = widen.widened(program)
     if example_inputs is None:
         if not program.example_inputs:
             raise ModelError(f"{name} carries no example inputs", hint="pass import_model(..., example_inputs)")
@@ -85,7 +86,7 @@ def _from_program(program: ExportedProgram, example_inputs: object, name: str) -
     names = programs.input_names(program)
     if kwargs and set(kwargs) != set(names):
         raise ModelError(f"example inputs of {name}", expected=names, seen=sorted(kwargs))
-    return Source(program, name, args or tuple(kwargs[key] for key in names))
+    return Source(program, name, tuple(map(widen.wide, args or (kwargs[key] for key in names))))
 
 
 def _from_onnx(path: Path, example_inputs: object, name: str) -> Source:
@@ -149,6 +150,19 @@ def _call(reference: str) -> tuple[object, object, str]:
     if not _is_pair(result):
         raise ModelError(f"{reference}", expected=wanted, seen=f"one that returns {_described(result)}")
     return result[0], result[1], function_name
+
+
+def read_converters(reference: str) -> Mapping[str, torch_export.Converter]:
+    """What `table()` of the module "package.module" returns; the working directory is importable. Raises ModelError."""
+    wanted = "a module with a function table() that returns operator -> converter"
+    with _importable(Path.cwd()):
+        module = _import(reference)
+        table = getattr(module, "table", None)
+        found = table() if callable(table) else None
+    if not isinstance(found, Mapping) or not all(map(callable, found.values())):
+        seen = "no such function" if not callable(table) else type(found).__name__
+        raise ModelError(f"converters {reference}", expected=wanted, seen=seen, hint="docs/operators.md shows one")
+    return found
 
 
 def _is_pair(value: object) -> bool:

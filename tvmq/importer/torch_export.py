@@ -45,8 +45,8 @@ class Translation:
     """The result of translating an exported program, before any folding.
 
     `module`: Relax as TVM's importer emits it. `variables`: fx node name -> Relax variable name, for tensors.
-    `paths`: Relax variable name -> layer path. `converters`: operator -> "tvm" or "tvmq", which converted it, or
-    "decomposed".
+    `paths`: Relax variable name -> layer path. `converters`: operator -> "tvm", "tvmq" or "yours", which converted it,
+    or "decomposed".
     """
 
     module: tvm.IRModule
@@ -108,6 +108,7 @@ def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = 
     _check_types(importer)
     who = {name: "decomposed" for name in exported - _operators(program)}
     who |= {name: "tvmq" if name in own else "tvm" for name in _operators(program)}
+    who |= {name: "yours" for name in extra or {} if name in who}
     return _named(module, importer, program, dict(sorted(who.items())))
 
 
