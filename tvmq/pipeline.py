@@ -36,6 +36,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.rates import rates_of
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
+from tvmq.quantize import levels
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
@@ -198,7 +199,8 @@ def quantize(
     samples = _samples(model, calibration)
     module = stages("layout", prepared(model, recipe, calibration))
     if wanted_precisions(recipe) == {Precision.FP32}:
-        decisions = float_decisions(module, "the recipe asks for float")
+        module = levels.levelled(module, recipe)
+        decisions = float_decisions(module, "the recipe asks for float", levels.described(recipe))
         return Quantized(module, module, None, decisions, unused_algorithms=asked)
     table = None
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):

@@ -109,6 +109,18 @@ class PowerOfTwo(str, enum.Enum):
     ALL = "all"
 
 
+class WeightLevels(str, enum.Enum):
+    """Values that weights of float layers are rounded to, 2**weight_bits a group; stored and multiplied as floats."""
+
+    NONE = "none"
+    UNIFORM = "uniform"
+    ASYMMETRIC = "asymmetric"
+    LOG2 = "log2"
+    NORMAL_FLOAT = "normal_float"
+    CODEBOOK = "codebook"
+    STOCHASTIC = "stochastic"
+
+
 GROUP_SIZES = (32, 64, 128)
 KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
 
@@ -145,7 +157,8 @@ class Recipe:
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
     operator kinds that may become integer. algorithms: what is done for accuracy; smoothing: SmoothQuant's alpha, the
-    share that goes by activations. integer_io: the bundle takes and returns int8, and the conversions are
+    share that goes by activations. weight_levels: weights of an fp32 model rounded to few values, a simulation of kinds
+    without kernels: see `quantize.levels`. integer_io: the bundle takes and returns int8, and the conversions are
     apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float.
     winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether
     products leave out weights that are zero. rules: exceptions.
@@ -166,6 +179,7 @@ class Recipe:
     kinds: tuple[str, ...] = KINDS
     algorithms: tuple[Algorithm, ...] = ()
     smoothing: float = 0.5
+    weight_levels: WeightLevels = WeightLevels.NONE
     integer_io: bool = False
     simulate: bool = False
     winograd: bool = True
@@ -178,6 +192,7 @@ class Recipe:
         object.__setattr__(self, "sparse", _enum(Sparse, "sparse", self.sparse))
         object.__setattr__(self, "aggregate", _enum(Aggregate, "aggregate", self.aggregate))
         object.__setattr__(self, "power_of_two", _enum(PowerOfTwo, "power_of_two", self.power_of_two))
+        object.__setattr__(self, "weight_levels", _enum(WeightLevels, "weight_levels", self.weight_levels))
         self._spell_out_moving_average()
         chosen = (_enum(Algorithm, "algorithms", item) for item in _items("algorithms", self.algorithms))
         object.__setattr__(self, "algorithms", tuple(chosen))
@@ -197,6 +212,12 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
                 raise RecipeError(f"recipe: {name}", expected="an integer from 2 to 8", seen=repr(value))
+
+        if self.weight_levels is not WeightLevels.NONE:
+            others = {self.precision, *(rule.precision for rule in self.rules)} - {Precision.FP32}
+            if others:
+                expected = "precision fp32 everywhere, since such weights are multiplied as floats"
+                raise RecipeError("recipe: weight_levels", expected=expected, seen=min(other.value for other in others))
 
     def _spell_out_moving_average(self) -> None:
         """`observer = "moving_average"` means the extremes of samples, averaged."""
@@ -242,7 +263,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and TOML."""
         data = dataclasses.asdict(self)
-        for name in ("precision", "observer", "aggregate", "power_of_two", "sparse"):
+        for name in ("precision", "observer", "aggregate", "power_of_two", "weight_levels", "sparse"):
             data[name] = getattr(self, name).value
         data["kinds"] = list(self.kinds)
         data["algorithms"] = [algorithm.value for algorithm in self.algorithms]

@@ -276,13 +276,22 @@ def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
     return tuple(found)
 
 
-def float_decisions(module: tvm.IRModule, reason: str) -> tuple[Decision, ...]:
-    """The decisions for a module that stays float: one an operator that becomes a kernel."""
+def float_decisions(module: tvm.IRModule, reason: str, weighted: str | None = None) -> tuple[Decision, ...]:
+    """The decisions for a module that stays float: one an operator that becomes a kernel.
+
+    weighted: what else there is to say of convolutions and linear layers.
+    """
+    both = f"{reason}; {weighted}" if weighted else reason
     chains = find_chains(module)
     inside = {member for chain in chains for member in chain.members[:-1]}
     kinds = {chain.end: chain.kind for chain in chains}
     return tuple(
-        Decision(str(var.name), kinds.get(var, ir.op_name(call)), Precision.FP32, reason)
+        Decision(
+            str(var.name),
+            kinds.get(var, ir.op_name(call)),
+            Precision.FP32,
+            both if kinds.get(var) in ("conv2d", "matmul") else reason,
+        )
         for var, call in ir.calls(module)
         if var not in inside
     )
