@@ -9,9 +9,13 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 DEMO := demo-out
 BENCH := bench-out
+# The levels whose logs are shipped, how long each model is tuned in each precision, and where all records are kept.
+LEVELS := x86-64-avx512-vnni x86-64-avx2
+BUDGET := 5m
+LOGS := logs-out
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-all lint types bench clean
+.PHONY: help venv install demo test test-all lint types bench logs clean
 
 help:
 	@echo "make demo       train, quantize and compile a small network; one table, bundles in $(DEMO)"
@@ -20,6 +24,7 @@ help:
 	@echo "make lint       ruff: rules and format"
 	@echo "make types      mypy, strict"
 	@echo "make bench      tvmq and its peers on a model zoo, kernels, compile time: files in $(BENCH)"
+	@echo "make logs       tunes the suite's models, $(BUDGET) each, for the logs that are shipped (resumes from $(LOGS))"
 	@echo "make install    the environment $(VENV) with tvmq and its tools (the others do it first)"
 	@echo "make clean      remove what make made"
 
@@ -59,6 +64,13 @@ bench: $(PEERS)
 	$(BIN)/tvmq bench --kernels --repeat 20 -o $(BENCH)
 	$(BIN)/tvmq bench --matvec --repeat 20 -o $(BENCH)
 	$(BIN)/tvmq bench --compile -o $(BENCH)
+
+# Of levels that this machine can run; each thread count that a user may have would be another log's worth of trials.
+logs: $(INSTALLED)
+	for level in $(LEVELS); do \
+		$(BIN)/tvmq tune --suite -t $$level --threads $$(nproc) --budget $(BUDGET) -o $(LOGS)/$$level || exit 1; \
+		rm -rf tuning_logs/$$level && $(BIN)/tvmq logs export $(LOGS)/$$level tuning_logs/$$level || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

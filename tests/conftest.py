@@ -33,6 +33,7 @@ from tvmq.quantize.plan import Decision, Plan, make_plan
 from tvmq.quantize.realize import realize
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
+from tvmq.tune import logs, records
 
 INT8 = Recipe(precision="int8")
 
@@ -106,6 +107,17 @@ def make_case(torch_module: nn.Module, *shapes: tuple[int, ...], batches: int = 
     inputs = tuple(spec(param, str(param.name)) for param in ir.main(module).params)
     outputs = tuple(spec(output, f"output{i}") for i, output in enumerate(ir.outputs(module)))
     return Case(torch_module, module, Signature(inputs, outputs), dict(translation.paths), data)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_tuning_logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are the analytic ones, whatever is shipped, and whatever the developer has tuned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        none = tmp_path_factory.mktemp("shipped")
+        for user in (records, logs):
+            patch.setattr(user, "data_folder", lambda name: none / name)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import two_tasks
 from samples import calibration_of
 from torch import nn
 
@@ -17,6 +19,7 @@ from tvmq.deploy.bundle import read as read_bundle
 from tvmq.deploy.executor import load
 from tvmq.errors import TuningError
 from tvmq.importer.load import import_model
+from tvmq.kernels.decision import LIKE, NEAR, TUNED, decision_of
 from tvmq.model import Model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Recipe
@@ -61,6 +64,38 @@ def test_own_records_are_found(model, tmp_path):
     assert (records.user_folder() / "host" / database.RECORDS).is_file()
     compile_model(model, out=tmp_path / "m.tvmq")
     assert "tuned" in sources(tmp_path / "m.tvmq").values()
+
+
+def ship(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ship a log of a target that says: the second point of every convolution."""
+    target = dataclasses.replace(load_target(name), cores=2)
+    with database.Writer(folder / records.SHIPPED / name, target) as writer:
+        for tuned in two_tasks(target):
+            other = decision_of(tuned.spaces[0], tuned.spaces[0].points()[1])
+            for role, decision in ((database.DEFAULT, tuned.default), (database.FINAL, other)):
+                writer.add(database.Trial(tuned.task, decision, role, (1e-3,), 2), tuned.spaces)
+    monkeypatch.setattr(records, "data_folder", lambda kind: folder / kind)
+
+
+@pytest.mark.parametrize(
+    ("mine", "cores", "sources"),
+    [
+        ("x86-64-avx512-vnni", 2, {TUNED}),  # the very target
+        ("like", 2, {LIKE}),
+        ("like", 8, {NEAR}),
+        ("x86-64-avx2", 2, set()),
+    ],
+)
+def test_shipped_records_serve_the_target_and_like_cpus(mine, cores, sources, tmp_path, monkeypatch):
+    ship(tmp_path, "x86-64-avx512-vnni", monkeypatch)
+    target = load_target("x86-64-avx512-vnni" if mine == "like" else mine)
+    if mine == "like":
+        target = dataclasses.replace(target, name=mine, cpu="icelake-server", features=(), l2_kib=2048)
+    target = dataclasses.replace(target, cores=cores)
+    found = records.load(target)
+    (task, *_) = (tuned.task for tuned in two_tasks(load_target("x86-64-avx512-vnni")))
+    assert {source for _, source in found.decisions(task)} - {NEAR} == sources - {NEAR}
+    assert bool(found.decisions(task)) == bool(sources)
 
 
 def test_own_records_of_another_machine_are_passed_over(model, tmp_path):

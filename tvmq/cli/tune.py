@@ -17,7 +17,7 @@ from tvmq.cli.build import read_recipe
 from tvmq.cli.command import DEVICE_HELP, Command, add_converters
 from tvmq.cli.data import read_calibration
 from tvmq.cli.output import Output
-from tvmq.cli.parser import Parser
+from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
 from tvmq.recipe import Precision
 
@@ -40,10 +40,14 @@ class Tune(Command):
         "tvmq tune model.pt2 --precision int8 --calibrate data.npz --trials 200 -o tuning_logs/host",
         "tvmq tune model.tvmq --budget 5m",
         "tvmq tune model.pt2 -t raspberry-pi-4b --device tracker://192.168.1.2:9190/pi4 --budget 1h",
+        "tvmq tune --suite -t x86-64-avx2 --budget 5m -o tuning_logs/x86-64-avx2",
         "tvmq compile model.pt2 --logs tuning_logs/host -o model.tvmq",
     )
 
-    model: str
+    model: str | None = None
+    suite: bool = False
+    models: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
     target: str = "host"
     precision: str | None = None
     recipe: str | None = None
@@ -62,7 +66,10 @@ class Tune(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
-        parser.add_argument("model", metavar="MODEL", help="as of tvmq compile, or a .tvmq bundle")
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="as of tvmq compile, or a .tvmq bundle")
+        parser.add_argument("--suite", action="store_true", help="the bench suite's models instead, a budget for each")
+        parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help="of the suite (default: all)")
+        parser.add_argument("--precisions", nargs="+", default=(), metavar="P", help="of the suite (default: all)")
         parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="as of tvmq compile")
         parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
         parser.add_argument("--recipe", metavar="R.toml", help="as of tvmq compile")
@@ -84,8 +91,31 @@ class Tune(Command):
 
     def run(self, out: Output) -> int:
         """Import, tune, print what came of it; what happens meanwhile goes to stderr."""
-        budget = self.budget if self.budget or self.trials is not None else "10m"
-        check_budget(budget, self.trials, self.stop_at)
+        if self.suite == (self.model is not None):
+            raise UsageError("tvmq tune", expected="a MODEL, or --suite", seen="both" if self.suite else "neither")
+        if (self.models or self.precisions) and not self.suite:
+            raise UsageError("--models and --precisions", expected="only with --suite")
+        check_budget(self._budget, self.trials, self.stop_at)
+        return self._run_suite(out) if self.suite else self._run_model(out, str(self.model))
+
+    @property
+    def _budget(self) -> str | None:
+        return self.budget if self.budget or self.trials is not None else "10m"
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "budget": self._budget,
+            "trials": self.trials,
+            "stop_at": self.stop_at / 100,
+            "logs": self.out,
+            "device": self.device,
+            "threads": self.threads,
+            "flush": self.flush,
+            "seed": self.seed,
+            "fresh": self.fresh,
+        }
+
+    def _run_model(self, out: Output, name: str) -> int:
         recipe = read_recipe(self.recipe, self.precision)
         calibration = None if self.calibrate is None else read_calibration(self.calibrate)
         with progress(out.errors, "tune") as report:
@@ -93,27 +123,29 @@ class Tune(Command):
             import tvmq
 
             report("import", 0)
-            bundled = self.model.endswith(".tvmq")
-            model = self.model if bundled else tvmq.import_model(self.model, converters=self.converters)
+            bundled = name.endswith(".tvmq")
+            model = name if bundled else tvmq.import_model(name, converters=self.converters)
         with _shown(out.errors, self.json) as event:
-            summary = tvmq.tune(
-                model,
-                self.target,
-                recipe,
-                calibration,
-                budget=budget,
-                trials=self.trials,
-                stop_at=self.stop_at / 100,
-                logs=self.out,
-                device=self.device,
-                threads=self.threads,
-                flush=self.flush,
-                seed=self.seed,
-                fresh=self.fresh,
-                event=event,
-            )
+            summary = tvmq.tune(model, self.target, recipe, calibration, event=event, **self._options())
         out.result(asdict(summary), *_text(summary))
         return INTERRUPTED if summary.interrupted else 0
+
+    def _run_suite(self, out: Output) -> int:
+        given = {"--precision": self.precision, "--recipe": self.recipe, "--calibrate": self.calibrate}
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(option, expected="only with a MODEL")
+        with progress(out.errors, "tune") as report:
+            report("loading TVM", 0)
+            from tvmq.tune.suite import tune_suite
+        runs = []
+        with _shown(out.errors, self.json) as event:
+            options = {"progress": lambda what: event({"event": "model", "model": what}), "event": event}
+            for run in tune_suite(self.target, self.models, self.precisions, **options, **self._options()):
+                runs.append(run)
+        lines = (f"{run.model} {run.precision}: {_outcome(run.summary)}" for run in runs)
+        out.result({"runs": [run.to_dict() for run in runs]}, *lines)
+        return INTERRUPTED if runs and runs[-1].summary.interrupted else 0
 
 
 def check_budget(budget: str | None, trials: int | None, stop_at: float) -> None:
@@ -125,14 +157,18 @@ def check_budget(budget: str | None, trials: int | None, stop_at: float) -> None
 
 def _text(summary: Summary) -> Iterator[Any]:
     yield _table(summary.tasks)
-    saved = 1 - summary.tuned_ms / summary.default_ms if summary.default_ms else 0.0
-    yield (
-        f"{summary.ended}; {summary.trials} trials in {summary.seconds:.0f} s: {summary.default_ms:.3f} -> "
-        f"{summary.tuned_ms:.3f} ms an inference in tuned kernels ({saved:.1%} less), noise {summary.noise:.1%}"
-    )
+    yield _outcome(summary)
     for reason, count in sorted(summary.failures.items(), key=lambda item: -item[1]):
         yield f"{count} failed: {reason}"
     yield from summary.damage
+
+
+def _outcome(summary: Summary) -> str:
+    saved = 1 - summary.tuned_ms / summary.default_ms if summary.default_ms else 0.0
+    return (
+        f"{summary.ended}; {summary.trials} trials in {summary.seconds:.0f} s: {summary.default_ms:.3f} -> "
+        f"{summary.tuned_ms:.3f} ms an inference in tuned kernels ({saved:.1%} less), noise {summary.noise:.1%}"
+    )
 
 
 def _table(tasks: list[dict[str, Any]]) -> Table:
@@ -175,6 +211,8 @@ def _line(console: Console, event: dict[str, Any]) -> None:
     match event["event"]:
         case "start":
             console.print(f"{event['tasks']} tasks, {event['known']} of them measured before")
+        case "model":
+            console.print(f"tuning {event['model']}")
         case "noise":
             console.print(f"noise {event['noise']:.1%}")
         case "trial" if event["error"]:

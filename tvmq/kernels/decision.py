@@ -14,8 +14,9 @@ from typing import Protocol
 from tvmq.kernels.task import Task
 
 Point = tuple[int, ...]
-# Where a decision came from: an analytic rule, a record of this task, a record of the same one at another size.
-DEFAULT, TUNED, NEAR = "default", "tuned", "near match"
+# Where a decision came from: an analytic rule, a record of this task here or on a like CPU, or a record of the same one
+# at another size.
+DEFAULT, TUNED, LIKE, NEAR = "default", "tuned", "tuned on a like CPU", "near match"
 # How much worse than the analytic default a near match may look to the analytic rule: it was measured elsewhere.
 _TRUST = 1.1
 
@@ -64,12 +65,12 @@ class Records(Protocol):
     """Decisions that were measured to be the best, or nothing better than the default."""
 
     def decisions(self, task: Task) -> Sequence[tuple[Decision | None, str]]:
-        """(decision, TUNED or NEAR), the most trusted first; None: measuring found nothing better than the default."""
+        """(decision, where from), the most trusted first; None: measuring found nothing better than the default."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for an operator: `point` of `space`; `source`: DEFAULT, TUNED or NEAR."""
+    """What was decided for an operator: `point` of `space`; `source`: DEFAULT, TUNED, LIKE or NEAR."""
 
     task: Task
     spaces: tuple[Space, ...]
@@ -112,8 +113,9 @@ def _legal(decision: Decision, source: str, spaces: Sequence[Space], cost: float
     for space in spaces:
         if space.template != decision.template or space.knobs != tuple(name for name, _ in decision.knobs):
             continue
-        point = decision.point if source == TUNED else space.near(decision.point)
-        if point in space.points() and (source == TUNED or space.cost(point) <= _TRUST * cost):
+        measured = source != NEAR
+        point = decision.point if measured else space.near(decision.point)
+        if point in space.points() and (measured or space.cost(point) <= _TRUST * cost):
             return space, point
     return None
 

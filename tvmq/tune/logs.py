@@ -13,8 +13,9 @@ from tvmq.tune import database
 from tvmq.tune.database import DEFAULT, FINAL, RECORDS, SEARCHED, TARGET, WORKLOADS, Log, Trial, verdict
 from tvmq.tune.records import SHIPPED, user_folder
 
-# Trials of a task that pruning keeps besides its defaults and verdicts: the fastest.
-_KEPT = 8
+# Trials of a task that pruning keeps besides its defaults and verdicts, the fastest; and exporting, which a package
+# carries: from these a cost model learns.
+_KEPT, _EXPORTED = 8, 2
 
 
 def known() -> list[Path]:
@@ -113,31 +114,33 @@ def merge(sources: Sequence[Log], into: Path) -> Log:
 
 def prune(log: Log) -> Log:
     """Drop damaged lines, failures, and all but the fastest trials of each task. Defaults and verdicts stay."""
-    kept = {
-        id(trial)
-        for trials in _groups(log.trials).values()
-        for trial in [
-            *(t for t in trials if t.role == DEFAULT and t.seconds),
-            *[t for t in trials if t.role == FINAL][-1:],
-            *sorted((t for t in trials if t.role == SEARCHED and t.seconds), key=lambda t: t.best)[:_KEPT],
-        ]
-    }
+    kept = _worth(log, _KEPT)
     with database.locked(log.folder):
         _write(log.folder, [log], lambda _log, trial: id(trial) in kept)
     return database.read(log.folder)
 
 
 def export(log: Log, into: Path) -> Log:
-    """Write a new log with the default and the verdict of each task: what compiling needs, small enough to ship."""
+    """Write a new log of the verdict of each task, its default and its fastest trials: small enough to ship."""
     if database.read_identity(into) is not None:
         raise TuningError(f"tuning log {into}", expected="a folder without one", seen="records")
-    kept = set()
-    for trials in _groups(log.trials).values():
-        found = verdict(trials)
-        kept |= {id(trial) for trial in trials if trial is found or (trial.role == DEFAULT and trial.seconds)}
+    kept = _worth(log, _EXPORTED)
     with database.locked(into):
         _write(into, [log], lambda _log, trial: id(trial) in kept)
     return database.read(into)
+
+
+def _worth(log: Log, count: int) -> set[int]:
+    """The trials to keep, by identity: what decides, and the `count` fastest besides, of each task."""
+    return {
+        id(trial)
+        for trials in _groups(log.trials).values()
+        for trial in [
+            *(t for t in trials if t.role == DEFAULT and t.seconds),
+            *[t for t in trials if t.role == FINAL][-1:],
+            *sorted((t for t in trials if t.role == SEARCHED and t.seconds), key=lambda t: t.best)[:count],
+        ]
+    }
 
 
 def _require_same(a: Log, b: Log) -> None:

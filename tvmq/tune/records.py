@@ -1,8 +1,9 @@
 """What compiling takes from tuning logs: the verdict on each task, and on tasks that differ in size only.
 
-Logs are asked in order: the user's, then the shipped one of the target, then those of a like one (the same vectors and
-dot products). A verdict found on as many threads as the target has decides; others are near matches, as are those of
-tasks of another size: their register tile is taken where it is legal, and the rest is decided analytically.
+Logs are asked in order: the user's, then the shipped one of the target, then those of a like CPU: one whose kernels are
+the same, having the same vectors, registers, fused multiply-add and dot products of integers; caches and clocks may
+differ. A verdict found on as many threads as the target has decides; others are near matches, as are those of tasks of
+another size: their register tile is taken where it is legal, and the rest is decided analytically.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tvmq.errors import TuningError
 from tvmq.files import data_folder
-from tvmq.kernels.decision import NEAR, TUNED, Decision
+from tvmq.kernels.decision import LIKE, NEAR, TUNED, Decision
 from tvmq.kernels.task import Task
 from tvmq.target import Target, load_target, target_names
 from tvmq.tune import database
@@ -32,23 +33,28 @@ def user_folder() -> Path:
 
 @dataclass
 class LogRecords:
-    """The verdicts of some logs; `decision.Records` for lowering. notes: logs that could not be used, and why."""
+    """The verdicts of some logs; `decision.Records` for lowering. likes: those of like CPUs.
+
+    notes: logs that could not be used, and why.
+    """
 
     target: Target
     logs: Sequence[Log]
     notes: list[str] = field(default_factory=list)
+    likes: Sequence[Log] = ()
 
     def __post_init__(self) -> None:
-        self._exact: dict[Task, Decision] = {}
+        self._exact: dict[Task, tuple[Decision, str]] = {}
         self._family: dict[str, list[tuple[Task, Decision]]] = {}
-        for log in self.logs:
-            for task, trials in log.by_task().items():
-                self._add(task, trials)
+        for logs, source in ((self.logs, TUNED), (self.likes, LIKE)):
+            for log in logs:
+                for task, trials in log.by_task().items():
+                    self._add(task, trials, source)
 
-    def _add(self, task: Task, trials: Iterable[database.Trial]) -> None:
+    def _add(self, task: Task, trials: Iterable[database.Trial], source: str) -> None:
         found = verdict(trial for trial in trials if trial.cores == self.target.cores)
         if found is not None:
-            self._exact.setdefault(task, found.decision)
+            self._exact.setdefault(task, (found.decision, source))
         found = found or verdict(trials)
         # That nothing beat the default there says nothing of another size, where the default is another.
         if found is not None and found.role != DEFAULT:
@@ -56,7 +62,7 @@ class LogRecords:
 
     def decisions(self, task: Task) -> Sequence[tuple[Decision, str]]:
         """See `decision.Records`."""
-        exact = [(self._exact[task], TUNED)] if task in self._exact else []
+        exact = [self._exact[task]] if task in self._exact else []
         like = sorted(self._family.get(task.family(), ()), key=lambda item: _distance(item[0], task))
         return [*exact, *((decision, NEAR) for _, decision in like)]
 
@@ -84,7 +90,7 @@ def load(target: Target, folder: str | Path | None = None) -> LogRecords:
         except TuningError as error:
             found.notes.append(str(error))
     likes = [database.read(data_folder(SHIPPED) / like.name, like) for like in _like(target)]
-    return LogRecords(target, [*found.logs, *likes], found.notes)
+    return LogRecords(target, found.logs, found.notes, likes)
 
 
 def _like(target: Target) -> list[Target]:

@@ -75,7 +75,7 @@ def tune(
         spending = Spending(allowed)
         builder = Builders(spec, os.cpu_count() or 1, scratch if fresh else None)
         try:
-            known = [writer.log, *([] if fresh else records.load(spec).logs)]
+            known = [writer.log, *([] if fresh else _earlier(spec))]
             others = _others(known, {tuned.task for tuned in tasks}, spec)
             tuner = Tuner(
                 tasks, spec, writer, builder, runner, spending, others=others, seed=seed, event=event, stopped=stopped
@@ -128,6 +128,11 @@ def _runner(target: Target, device: str, flush: bool) -> Runner:
             f"target {target.name}", expected="a device that runs its code", seen="this machine", hint="name a --device"
         )
     return LocalRunner(timing)
+
+
+def _earlier(target: Target) -> list[Log]:
+    found = records.load(target)
+    return [*found.logs, *found.likes]
 
 
 def _others(logs: Sequence[Log], tasks: set[Task], target: Target) -> list[Candidates]:
