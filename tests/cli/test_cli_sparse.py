@@ -62,6 +62,7 @@ def test_curve(tvmq, tmp_path) -> None:
         (("curve", "m.pt2"), "sparse curve: expected --data DATA, samples with labels, saw none"),
         (("curve", "m.pt2", "--density", "0.1"), "--density: expected only with prune"),
         (("prun", "m.pt2"), "unknown action 'prun': expected one of inspect, what-if, prune, curve"),
+        (("prune", "m.pt2", "--count", "cortex-a76"), "--count: expected only with what-if"),
         (("inspect", "m.pt2", "--density", "0.1"), "--density: expected only with prune"),
         (("prune", "m.pt2", "--densities", "0.1"), "--densities: expected only with what-if or curve"),
         (("prune", "m.pt2", "--method", "magnitud"), "--method 'magnitud': expected one of layer, global"),

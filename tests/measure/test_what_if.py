@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import tvmq
+from tvmq.deploy.bundle import Bundle
 from tvmq.errors import InputError
+from tvmq.measure import what_if_device
+from tvmq.measure.counts import Counts, OpCount
 from tvmq.measure.sparsity import inspect
 from tvmq.measure.what_if import WhatIf, what_if
 from tvmq.model import Model
@@ -77,3 +82,48 @@ def test_a_model_without_weights() -> None:
     relu = tvmq.import_model(nn.ReLU(), torch.zeros(1, 4))
     with pytest.raises(InputError, match="expected a convolution or linear layer"):
         estimates(relu)
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+def counted(model: Model, precision: str = "fp32") -> WhatIf:
+    target = load_target("raspberry-pi-5")
+    found = what_if(model, target, precision, densities=[0.1])
+    return dataclasses.replace(
+        found, cpu="cortex-a76", counted=what_if_device.count(model, target, found, "cortex-a76")
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_instructions_belong_to_layers(model: Model, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A board that takes ten instructions a kernel call, but two of sparse ones."""
+
+    def count(bundle: Bundle, cpu: str) -> Counts:
+        rows = bundle.manifest["operators"]
+        ops = [OpCount(r["step"], r["kernel"], r["precision"], 2 if "sparse" in r["kernel"] else 10) for r in rows]
+        return Counts("m", cpu, sum(op.instructions for op in ops), ops)
+
+    monkeypatch.setattr(what_if_device.counting, "count", count)
+    found = counted(model, precision)
+    assert [c.density for c in found.counted] == [1.0, 0.1]
+    assert found.counted[0].layers == {"0": 10, "2": 10, "3": 10}
+    assert found.counted[1].layers == {"0": 2, "2": 2, "3": 2}
+    assert found.to_dict()["counted"][1]["layers"]["2"] == 2
+    assert "Millions of instructions of one cortex-a76" in found.to_markdown()
+    assert "(5.00x)" in found.to_markdown()
+
+
+@pytest.mark.slow
+@pytest.mark.emulated
+@pytest.mark.usefixtures("board_root")
+def test_an_emulated_board_takes_fewer_instructions_for_sparse_layers(model: Model) -> None:
+    dense, sparse = counted(model).counted
+    assert all(dense.layers[path] > 3 * sparse.layers[path] for path in ("0", "2", "3"))
+    assert dense.instructions > 3 * sparse.instructions
+
+
+def test_only_what_the_board_can_run_is_counted(model: Model) -> None:
+    target = load_target("x86-64-avx2")
+    with pytest.raises(InputError, match="--count: expected a 64-bit ARM target, saw x86-64-avx2"):
+        what_if_device.count(model, target, what_if(model, target, densities=[0.5]), "cortex-a76")

@@ -27,6 +27,7 @@ _OPTIONS = {
     "densities": ("what-if", "curve"),
     "blocks": ("what-if", "curve"),
     "measure": ("what-if",),
+    "count": ("what-if",),
     "plot": ("what-if", "curve"),
     "device": ("what-if",),
     "threads": ("what-if",),
@@ -61,6 +62,7 @@ class Sparse(Command):
         "tvmq sparse what-if model.pt2 -t raspberry-pi-4b --plot what-if.png",
         "tvmq sparse what-if model.pt2 --precision int8 --densities 0.3 0.1 --blocks 16x4",
         "tvmq sparse what-if model.pt2 --measure",
+        "tvmq sparse what-if model.pt2 -t raspberry-pi-5 --densities 0.1 --count cortex-a76",
         "tvmq sparse prune model.pt2 --density 0.2 --block 16x1 -o pruned.tvmq",
         "tvmq sparse prune model.pt2 --method channels --density 0.5 -o smaller.tvmq",
         "tvmq sparse prune model.pt2 --method n:m --n-of-m 2:4 --update --calibrate data.npz -o pruned.tvmq",
@@ -74,6 +76,7 @@ class Sparse(Command):
     densities: tuple[float, ...] = ()
     blocks: tuple[str, ...] = ()
     measure: bool = False
+    count: str | None = None
     plot: str | None = None
     device: str = "host"
     threads: int = 0
@@ -108,6 +111,9 @@ class Sparse(Command):
         )
         parser.add_argument(
             "--measure", action="store_true", help="what-if: also compile and run the model at each density"
+        )
+        parser.add_argument(
+            "--count", metavar="CPU", help="what-if: also count instructions on an emulated board (cortex-a76, ...)"
         )
         parser.add_argument("--plot", metavar="FILE.png", help="what-if, curve: draw it (needs matplotlib)")
         add_device(parser)
@@ -180,6 +186,9 @@ class Sparse(Command):
         if self.measure:
             ms = what_if_device.measure(model, target, found, self.device, self.threads, lambda text: report(text, 0))
             found = dataclasses.replace(found, measured=ms)
+        if self.count is not None:
+            counted = what_if_device.count(model, target, found, self.count, lambda text: report(text, 0))
+            found = dataclasses.replace(found, cpu=self.count, counted=counted)
         if self.plot is not None:
             what_if_device.draw(found, Path(self.plot))
         _show(out, {"what_if": found.to_dict(), "plot": self.plot}, found)

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import timeit
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def peers() -> tuple[Peer, ...]:
         Peer("ONNX Runtime dynamic", "int8", onnx, _onnx_dynamic, encoders_only=True),
         Peer("OpenVINO", "fp32", ("openvino",), lambda subject: _openvino(subject, "f32")),
         Peer("OpenVINO", "bf16", ("openvino",), lambda subject: _openvino(subject, "bf16"), lacks=_no_bf16),
-        Peer("OpenVINO NNCF", "int8", ("openvino", "nncf"), _openvino_int8),
+        Peer("OpenVINO NNCF", "int8", ("openvino", "nncf"), openvino_int8),
     )
 
 
@@ -180,10 +180,11 @@ def _no_bf16() -> str:
 def _openvino(subject: Subject, precision: str) -> Run:
     import openvino
 
-    return _request(subject, openvino.convert_model(subject.module, example_input=subject.example), precision)
+    model = openvino.convert_model(subject.module, example_input=subject.example)
+    return _request(subject, model, {"INFERENCE_PRECISION_HINT": precision})
 
 
-def _openvino_int8(subject: Subject) -> Run:
+def openvino_int8(subject: Subject, options: Mapping[str, str] | None = None) -> Run:
     """NNCF's integers; the rest in what OpenVINO prefers here, which is bfloat16 on machines that have it."""
     import nncf
     import openvino
@@ -194,17 +195,15 @@ def _openvino_int8(subject: Subject) -> Run:
     data = nncf.Dataset([dict(enumerate(sample)) for sample in subject.calibration])
     extra = {"model_type": nncf.ModelType.TRANSFORMER} if _is_encoder(subject) else {}
     quantized = nncf.quantize(model, data, subset_size=len(subject.calibration), **extra)
-    return _request(subject, quantized, "")
+    return _request(subject, quantized, options or {})
 
 
-def _request(subject: Subject, model: Any, precision: str) -> Run:
-    """The hint for latency; inputs set once and outputs shared, so that a run converts nothing."""
+def _request(subject: Subject, model: Any, extra: Mapping[str, str]) -> Run:
+    """The hint for latency, and `extra` options; inputs set once and outputs shared, so that a run converts nothing."""
     import openvino
 
     model.reshape({index: list(value.shape) for index, value in enumerate(subject.example)})
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(subject.threads)}
-    if precision:
-        options["INFERENCE_PRECISION_HINT"] = precision
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(subject.threads), **extra}
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     for index, value in enumerate(subject.example):
         request.set_input_tensor(index, openvino.Tensor(value.numpy()))

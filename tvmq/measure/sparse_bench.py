@@ -1,16 +1,18 @@
 """Linear layers with sparse weights beside the same layers dense, SciPy's BSR and PyTorch's sparse tensors.
 
-All multiply the same activations with the same blocks of weights; repeats take turns. SciPy computes on one thread.
-OpenVINO's sparse weight decompression is for int8 layers on matrix tiles (AMX) alone, so it has no row here.
+All multiply the same activations with the same weights, whose zeros come in blocks of a vector of output channels or
+anywhere; repeats take turns. SciPy computes on one thread. OpenVINO's sparse weight decompression takes int8 layers.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
+import timeit
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,16 @@ from tvm import relax
 from tvmq import ir, ops
 from tvmq.deploy.session import LocalSession
 from tvmq.detect import detect_host
+from tvmq.files import scratch_folder
+from tvmq.isa import Int8Dot
 from tvmq.kernels.lower import lower
-from tvmq.kernels.micro import Micro, float_micro, int8_micro
+from tvmq.kernels.micro import float_micro, int8_micro
 from tvmq.kernels.schedule import build, schedule
+from tvmq.measure import peers
 from tvmq.measure.report import figure, table
 from tvmq.recipe import Sparse
 from tvmq.sparse import masks
-from tvmq.sparse.masks import Block
+from tvmq.sparse.masks import SINGLE, Block
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
@@ -39,6 +44,13 @@ Run = Callable[[], object]
 SIZES = ((768, 768), (3072, 768), (768, 3072))
 TOKENS = 128
 DENSITIES = (0.2, 0.1, 0.05)
+# OpenVINO's option, and how it is told that a weight with half of its elements zero is sparse.
+SPARSE_RATE = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": "0.5"}
+NO_TILES = (
+    "OpenVINO's sparse weights need matrix tiles (AMX), which this processor lacks: its layer runs as a dense one"
+)
+# Calls of a round.
+_CALLS = 3
 # Seconds between two runtimes: worker threads of the one before spin until they sleep.
 _PAUSE = 0.01
 
@@ -62,6 +74,7 @@ class SparseBench:
     repeat: int
     tokens: int
     rows: list[Row]
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,7 +98,7 @@ class SparseBench:
             )
             for row in self.rows
         )
-        return f"{head}\n{table(columns, cells)}"
+        return f"{head}\n{table(columns, cells)}" + "".join(f"\n{note}\n" for note in self.notes)
 
 
 def run(
@@ -104,24 +117,26 @@ def run(
     torch.set_num_threads(used)
     micro = float_micro(host.isa)
     rows = []
-    for size in sizes:
-        for density in densities:
-            show(f"{size[0]}x{size[1]} at {density:g}")
-            runs = runtimes(size, density, tokens, micro, host)
-            rows.append(Row(size, density, str(Block(micro.lanes, 1)), _medians(runs, repeat)))
-    return SparseBench(host.description, used, repeat, tokens, rows)
+    missing = _missing()
+    for size, block, density in itertools.product(sizes, (Block(micro.lanes, 1), SINGLE), densities):
+        show(f"{size[0]}x{size[1]} at {density:g} in {block}")
+        runs = runtimes(size, density, tokens, block, host)
+        if not missing and block != SINGLE:
+            runs["OpenVINO int8 sparse"] = _openvino(size, density, tokens, block, used)
+        rows.append(Row(size, density, str(block), _medians(runs, repeat)))
+    notes = [f"OpenVINO: {missing}"] if missing else [] if host.isa.int8_dot is Int8Dot.AMX else [NO_TILES]
+    return SparseBench(host.description, used, repeat, tokens, rows, notes)
 
 
-def runtimes(size: tuple[int, int], density: float, tokens: int, micro: Micro, host: Target) -> dict[str, Run]:
+def runtimes(size: tuple[int, int], density: float, tokens: int, block: Block, host: Target) -> dict[str, Run]:
     """A call of each runtime on one layer; each returns its product."""
     rng = np.random.default_rng(0)
-    block = Block(micro.lanes, 1)
     x = rng.standard_normal((tokens, size[1])).astype(np.float32)
     weight = rng.standard_normal(size).astype(np.float32)
     weight *= masks.by_block(weight, density, block)
     made = {f"fp32 {mode}": _ours(x, weight, host, mode) for mode in ("dense", "sparse")}
     # int8: blocks of as many inputs as one product takes.
-    narrow = Block(micro.lanes, int8_micro(host.isa).product.kr)
+    narrow = Block(block.rows, int8_micro(host.isa).product.kr)
     integers = rng.integers(1, 128, size).astype(np.int8) * masks.by_block(rng.random(size), density, narrow)
     q = rng.integers(0, 100, (tokens, size[1])).astype(host.isa.activation_dtype)
     made |= {f"int8 {mode}": _ours(q, integers, host, mode) for mode in ("dense", "sparse")}
@@ -133,9 +148,27 @@ def runtimes(size: tuple[int, int], density: float, tokens: int, micro: Micro, h
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the layouts are in beta, it says
         made["PyTorch CSR"] = functools.partial(torch.matmul, matrix.to_sparse_csr(), dense)
-        square = (block.rows, block.rows)
-        made["PyTorch BSR"] = functools.partial(torch.matmul, matrix.to_sparse_bsr(square), dense)
+        if block != SINGLE:
+            square = (block.rows, block.rows)
+            made["PyTorch BSR"] = functools.partial(torch.matmul, matrix.to_sparse_bsr(square), dense)
     return made
+
+
+def _missing() -> str:
+    """Why OpenVINO cannot take part, or nothing."""
+    return next(peer for peer in peers.peers() if peer.name == "OpenVINO NNCF").missing()
+
+
+def _openvino(size: tuple[int, int], density: float, tokens: int, block: Block, threads: int) -> Run:
+    """OpenVINO's layer of int8 weights with zeros, told to store them without."""
+    rng = np.random.default_rng(0)
+    layer = torch.nn.Linear(size[1], size[0], bias=False)
+    weight = rng.standard_normal(size).astype(np.float32)
+    layer.weight.data = torch.from_numpy(weight * masks.by_block(weight, density, block))
+    example = (torch.from_numpy(rng.standard_normal((tokens, size[1])).astype(np.float32)),)
+    with scratch_folder() as folder:
+        subject = peers.Subject("linear", layer.eval(), example, peers.samples(example, 4), threads, folder)
+        return peers.openvino_int8(subject, SPARSE_RATE)
 
 
 def _ours(x: Array, weight: Array, host: Target, mode: str) -> Run:
@@ -161,7 +194,6 @@ def _medians(runs: dict[str, Run], repeat: int) -> dict[str, float]:
         for name, call in runs.items():
             time.sleep(_PAUSE)
             call()  # wakes the threads
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
+            # The best of some calls: threads of the runtime before may still hold a core.
+            times[name].append(min(timeit.repeat(call, number=1, repeat=_CALLS)))
     return {name: float(np.median(found)) * 1e3 for name, found in times.items()}

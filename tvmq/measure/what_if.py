@@ -50,7 +50,7 @@ class Option:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer, by its variable and its path.
+    """One layer, by its variable and its path. result: the variable of what is fused with it.
 
     shape: of its matrix. rows: results of an output channel. break_even: the density below which its best block is
     faster than the dense kernel; None where none is.
@@ -58,6 +58,7 @@ class LayerRow:
 
     name: str
     path: str
+    result: str
     kind: str
     shape: tuple[int, ...]
     rows: int
@@ -67,14 +68,28 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Instructions of an inference at a density (1: dense), on one thread: of all, and of each layer by its path."""
+
+    density: float
+    instructions: int
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True)
 class WhatIf:
-    """All layers, and what the products of the model take together. measured: density (1: dense) -> median ms."""
+    """All layers, and what the products of the model take together. measured: density (1: dense) -> median ms.
+
+    cpu: of the emulated board that `counted` is from, "" for none.
+    """
 
     model: str
     target: str
     precision: str
     layers: list[LayerRow]
     measured: dict[float, float] = field(default_factory=dict)
+    cpu: str = ""
+    counted: list[Counted] = field(default_factory=list)
 
     @property
     def dense_ms(self) -> float:
@@ -118,7 +133,28 @@ class WhatIf:
             base = self.measured[1.0]
             cells = ((f"{d:g}", figure(ms, 3), f"{base / ms:.2f}x") for d, ms in self.measured.items())
             text += f"\nThe whole model, measured (median):\n\n{table(('density', 'ms', 'speed'), cells)}"
-        return text
+        return text + self._counts()
+
+    def _counts(self) -> str:
+        """One row a layer: its instructions dense, and by how much fewer there are at each density."""
+        if not self.counted:
+            return ""
+        dense, *others = self.counted
+        paths = [path for path in dense.layers if all(path in other.layers for other in others)]
+        rows = [
+            (path, figure(dense.layers[path] / 1e6, 2), *(_fewer(dense.layers[path], o.layers[path]) for o in others))
+            for path in paths
+        ]
+        rows.append(
+            ("model", figure(dense.instructions / 1e6), *(_fewer(dense.instructions, o.instructions) for o in others))
+        )
+        columns = ("layer", "dense", *(f"at {other.density:g}" for other in others))
+        return f"\nMillions of instructions of one {self.cpu}, emulated:\n\n{table(columns, rows)}"
+
+
+def _fewer(dense: int, sparse: int) -> str:
+    """Millions of instructions, and the ratio."""
+    return f"{sparse / 1e6:.2f} ({dense / sparse:.2f}x)"
 
 
 def what_if(
@@ -140,7 +176,7 @@ def what_if(
     lowering = Lowering(target)
     known: dict[Any, tuple[float, list[Option], float | None]] = {}
     rows = []
-    for name, product in _products(lowering, model, PRECISIONS[precision]):
+    for name, result, product in _products(lowering, model, PRECISIONS[precision]):
         path = model.paths.get(name, name)
         masks.check_finite(product.matrix, path)
         show(path)
@@ -148,7 +184,7 @@ def what_if(
             known[product.key] = _estimates(product, target, wanted, blocks or suited(product.micro))
         dense, options, even = known[product.key]
         count = product.geometry.images * product.geometry.height * product.geometry.width
-        rows.append(LayerRow(name, path, product.kind, product.matrix.shape, count, dense, options, even))
+        rows.append(LayerRow(name, path, result, product.kind, product.matrix.shape, count, dense, options, even))
     if not rows:
         raise InputError(f"model {model.name}", expected="a convolution or linear layer with weights", seen="none")
     return WhatIf(model.name, target.name, precision, rows)
@@ -157,7 +193,7 @@ def what_if(
 def gains(model: Model, target: Target) -> dict[str, float]:
     """How many times as fast as the dense kernel each layer with zeros is estimated in float32, by variable."""
     found = {}
-    for name, product in _products(Lowering(target), model, PRECISIONS["fp32"]):
+    for name, _, product in _products(Lowering(target), model, PRECISIONS["fp32"]):
         kernel = product.matrix.reshape(product.shape)
         if lower_sparse.share_of_zeros(kernel) >= lower_sparse.FEW_ZEROS:
             slots = lower_sparse.plan_of(target, product.micro, kernel, product.geometry).plan.slots
@@ -193,8 +229,8 @@ class _Product:
         return lower_sparse.plan_of(target, self.micro, kept.astype(self.dtype), self.geometry).plan.slots
 
 
-def _products(lowering: Lowering, model: Model, dtype: str) -> Iterator[tuple[str, _Product]]:
-    """The variable of each prunable anchor, and its product in the kernels' terms."""
+def _products(lowering: Lowering, model: Model, dtype: str) -> Iterator[tuple[str, str, _Product]]:
+    """The variables of each prunable anchor and of its result, and its product in the kernels' terms."""
     m, module = lowering.micro(dtype), channels_last(model.module)
     anchors = {str(chain.end.name): str(chain.anchor.name) for chain in find_chains(module)}
     for var, call in ir.calls(realize(module)):
@@ -209,7 +245,8 @@ def _products(lowering: Lowering, model: Model, dtype: str) -> Iterator[tuple[st
         # The pattern is all that counts: any dtype has its zeros and ones.
         dense = lower_matrix.dense_slots(lowering, call, np.ones(kernel.shape, dtype), geometry)
         matrix = kernel.reshape(kernel.shape[0], -1)
-        yield anchors.get(str(var.name), str(var.name)), _Product(kind, matrix, kernel.shape, dtype, m, geometry, dense)
+        product = _Product(kind, matrix, kernel.shape, dtype, m, geometry, dense)
+        yield anchors.get(str(var.name), str(var.name)), str(var.name), product
 
 
 def _estimates(

@@ -1,4 +1,4 @@
-"""What-if, beyond estimates: the whole model compiled and run at each density, and the chart."""
+"""What-if, beyond estimates: the model compiled and run at each density, or its instructions counted; the chart."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from tvmq.deploy import bundle as bundles
 from tvmq.deploy.executor import load
+from tvmq.errors import InputError
 from tvmq.files import atomic_path, scratch_folder
+from tvmq.measure import counts as counting
 from tvmq.measure.benchmark import interleaved
-from tvmq.measure.what_if import WhatIf
+from tvmq.measure.what_if import Counted, WhatIf
 from tvmq.model import Model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Precision, Recipe
@@ -17,6 +20,7 @@ from tvmq.sparse import masks
 from tvmq.sparse.layers import layers, with_matrices
 from tvmq.sparse.masks import Block
 from tvmq.target import Target
+from tvmq.triple import Family
 
 _ROUNDS, _LEAST_MS = 7, 50
 
@@ -34,19 +38,49 @@ def measure(
     int8 is calibrated on the model's example: its latency, not its accuracy, is asked for. Raises DeviceError.
     """
     show = progress or (lambda _text: None)
-    calibration = [model.example] if found.precision == "int8" else None
-    recipe = Recipe(precision=Precision(found.precision))
-    densities = [1.0, *(density for density in found.densities if density < 1)]
     with scratch_folder() as folder:
-        executors = []
-        for density in densities:
-            show(f"compiling at density {density:g}")
-            path = folder / f"{density}.tvmq"
-            compile_model(_masked(model, found, density), target, recipe, calibration, path)
-            executors.append(load(path, device, threads=threads))
+        paths = _compiled(model, target, found, folder, show)
+        executors = [load(path, device, threads=threads) for path in paths.values()]
         show("measuring")
         latencies = interleaved(executors, _ROUNDS, 1, _LEAST_MS)
-    return {density: latency.median_ms for density, latency in zip(densities, latencies, strict=True)}
+    return {density: latency.median_ms for density, latency in zip(paths, latencies, strict=True)}
+
+
+def count(
+    model: Model, target: Target, found: WhatIf, cpu: str, progress: Callable[[str], None] | None = None
+) -> list[Counted]:
+    """Instructions of the model at each density, dense first, on an emulated board with processor `cpu`.
+
+    Raises DeviceError, InputError for a target that is not 64-bit ARM.
+    """
+    show = progress or (lambda _text: None)
+    if target.isa.family is not Family.AARCH64:
+        raise InputError("--count", expected="a 64-bit ARM target", seen=target.name)
+    paths = {row.result: row.path for row in found.layers}
+    counted = []
+    with scratch_folder() as folder:
+        for density, path in _compiled(model, target, found, folder, show).items():
+            show(f"counting at density {density:g}")
+            bundle = bundles.read(path)
+            steps = {row["step"]: paths.get(row["name"]) for row in bundle.manifest["operators"]}
+            counts = counting.count(bundle, cpu)
+            ops = {layer: op.instructions for op in counts.ops if (layer := steps.get(op.name)) is not None}
+            counted.append(Counted(density, counts.instructions, ops))
+    return counted
+
+
+def _compiled(
+    model: Model, target: Target, found: WhatIf, folder: Path, show: Callable[[str], None]
+) -> dict[float, Path]:
+    """A bundle at each density, 1 and dense first."""
+    calibration = [model.example] if found.precision == "int8" else None
+    recipe = Recipe(precision=Precision(found.precision))
+    paths = {}
+    for density in (1.0, *(density for density in found.densities if density < 1)):
+        show(f"compiling at density {density:g}")
+        paths[density] = folder / f"{density}.tvmq"
+        compile_model(_masked(model, found, density), target, recipe, calibration, paths[density])
+    return paths
 
 
 def _masked(model: Model, found: WhatIf, density: float) -> Model:
