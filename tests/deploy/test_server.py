@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -61,8 +60,7 @@ def test_a_bundle_runs_there_as_here(guarded: Serving, secret: Path, bundle_of: 
         np.testing.assert_array_equal(there, golden)
     assert executor.benchmark(repeat=2, min_repeat_ms=1).min_ms > 0
     assert executor.profile(repeat=1)
-    del executor
-    gc.collect()  # TVM's virtual machine and its functions refer to each other
+    executor.close()
     guarded.wait_for(r"127.0.0.1:\d+ session of \d+\.\d s$")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -49,8 +48,7 @@ def test_a_board_of_a_tracker_asks_for_its_secret_too(
         executor = load(bundle_of("flatten_linear"), f"{device}?secret={secret}")
         inputs, outputs = executor.bundle.golden()
         np.testing.assert_array_equal(executor(*inputs)[0], outputs[0])
-        del executor
-        gc.collect()  # TVM's virtual machine and its functions refer to each other
+        executor.close()
         serving.wait_for("session of")
         # Without the tracker's word the right secret is not enough: the board may be somebody else's.
         with pytest.raises(DeviceError, match="expected a board with this secret"):

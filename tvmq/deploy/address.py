@@ -12,7 +12,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -137,7 +136,7 @@ def _open(host: str, port: int, key: str, secret: bytes | None, timeout_s: float
         except OSError as error:
             raise _no_server(name, error.strerror or str(error), running) from error
     # TVM's own session_timeout ends a session that lasts longer, in the midst of a benchmark.
-    answer = _patiently(lambda: rpc.connect(host, port, key), max(deadline - time.monotonic(), 0.1))
+    answer = _connect(host, port, key, max(deadline - time.monotonic(), 0.1))
     if answer is None:
         raise _no_server(name, f"no answer in {timeout_s:g} s", busy)
     if isinstance(answer, Exception):
@@ -149,22 +148,34 @@ def _open(host: str, port: int, key: str, secret: bytes | None, timeout_s: float
     return answer
 
 
-def _patiently(action: Callable[[], Any], timeout_s: float) -> Any:
-    """What an action returns or raises of LOST; None after `timeout_s` seconds."""
+def _connect(host: str, port: int, key: str, timeout_s: float) -> Any:
+    """TVM's session, or what TVM raises of LOST; None after `timeout_s` seconds."""
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    given_up = threading.Event()
 
     def run() -> None:
         try:
-            answer.put(action())
+            session = rpc.connect(host, port, key)
         except LOST as error:
             answer.put(error)
+            return
+        if given_up.is_set():
+            close(session)
+        answer.put(session)
 
     # TVM waits without limit for a server that is silent, or busy with another client.
     threading.Thread(target=run, daemon=True, name="tvmq-connect").start()
     try:
         return answer.get(timeout=timeout_s)
     except queue.Empty:
+        given_up.set()
         return None
+
+
+def close(session: Any) -> None:
+    """End TVM's session, whatever still refers to it. Raises one of LOST where the other end is gone."""
+    # The name that TVM's module of a session has for it.
+    session._sess["CloseRPCConnection"]()
 
 
 def _no_server(name: str, seen: str, hint: str) -> DeviceError:

@@ -65,11 +65,19 @@ def load(path: str | Path | Bundle, device: str = "host", *, threads: int = 0) -
     Raises BundleError, IsaError, DeviceError.
     """
     bundle = path if isinstance(path, Bundle) else bundles.read(path)
-    return Executor(bundle, connect(device), threads=threads)
+    session = connect(device)
+    try:
+        return Executor(bundle, session, threads=threads)
+    except BaseException:  # Ctrl-C too must leave the board to others
+        session.close()
+        raise
 
 
 class Executor:
-    """A bundle on a device, with the habits of a graph executor. `threads`: how many it runs on."""
+    """A bundle on a device, with the habits of a graph executor. `threads`: how many it runs on.
+
+    A context manager: a board is free for others when it ends, or when Python has collected the executor.
+    """
 
     def __init__(self, bundle: Bundle, session: Session, *, threads: int = 0) -> None:
         session.check(bundle)
@@ -169,6 +177,16 @@ class Executor:
         """The inputs that are set (else the golden ones) and the parameters, by name, on the device."""
         self._fill()
         return {**self._inputs, **self._parameters}
+
+    def close(self) -> None:
+        """Let go of the device; only outputs that were fetched are left."""
+        self.session.close()
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def machine(self) -> Any:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tvm
 
 from tvmq.cpuinfo import host_features
-from tvmq.deploy.address import CONNECT_TIMEOUT, LOST, Address, parse, reason
+from tvmq.deploy.address import CONNECT_TIMEOUT, LOST, Address, close, parse, reason
 from tvmq.deploy.bundle import LIBRARY, Bundle
 from tvmq.detect import detect_host
 from tvmq.errors import DeviceError, IsaError
@@ -45,6 +45,9 @@ class Session(Protocol):
 
     def configure_threads(self, count: int) -> int:
         """Size the device's thread pool; returns the number used."""
+
+    def close(self) -> None:
+        """Let go of the device, whatever still refers to it; a board then serves the next client."""
 
 
 def connect(device: str, timeout_s: float = CONNECT_TIMEOUT) -> Session:
@@ -112,6 +115,9 @@ class LocalSession:
         tvm.get_global_func("runtime.config_threadpool")(-3, cores, processors, cores)
         return cores
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
 
 class RemoteSession:
     """A board that serves TVM's RPC; `name`: what errors call it, None for its address. Raises DeviceError."""
@@ -164,3 +170,7 @@ class RemoteSession:
             # Mode 1 prefers the fast cores of a machine that has two kinds.
             self.call(lambda: self.remote.get_function("runtime.config_threadpool")(1, count))
         return count
+
+    def close(self) -> None:
+        """End the session. Does nothing where it has ended."""
+        self.call(lambda: close(self.remote))

@@ -79,7 +79,9 @@ class RpcBoard:
         return True
 
     def close(self) -> None:
-        """The server is free for others when the session is gone."""
+        """The server is free for others then."""
+        if self.session is not None:
+            self.session.close()
         self.session = None
 
 
