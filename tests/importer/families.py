@@ -43,6 +43,8 @@ _WAVE |= {"num_feat_extract_layers": 3}
 _WAVE |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 32, "conv_bias": False}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "vocab_size": 64}
 _BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32}
+# As its smallest member has them, and a quarter of its channels: its default is the largest one.
+_EFFICIENT = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320}
 _NECK = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16}
 _RESNET = {"embedding_size": 8, "layer_type": "basic", **_STAGES, "out_features": ["stage4"]}
 
@@ -93,7 +95,7 @@ FAMILIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "DINOv2": ("Dinov2ForImageClassification", {**_VIT, "mlp_ratio": 2}),
         "EfficientNet": (
             "EfficientNetForImageClassification",
-            {"image_size": 64, "width_coefficient": 0.25, "hidden_dim": 320},
+            {"image_size": 64, **_EFFICIENT},
         ),
         "FocalNet": ("FocalNetForImageClassification", {"image_size": 64, "embed_dim": 16, "depths": [1, 1]}),
         "LeViT": (
@@ -190,7 +192,9 @@ def make(family: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     cls = getattr(transformers, kind)
     model = hf.prepared(cls(cls.config_class(**fields)))
     _spread(model)
-    return model, hf.example_inputs(model, {"size": side} if side else None)
+    example = hf.example_inputs(model, {"size": side} if side else None)
+    _measure(model, example)
+    return model, example
 
 
 def _spread(model: torch.nn.Module) -> None:
@@ -198,6 +202,20 @@ def _spread(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
             torch.nn.init.xavier_uniform_(layer.weight)
+
+
+def _measure(model: torch.nn.Module, example: dict[str, torch.Tensor]) -> None:
+    """Statistics of batch norms from random inputs: at their initial ones a deep network's signal dies away."""
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        draw = torch.Generator().manual_seed(2)
+        batch = {name: torch.randn(8, *value.shape[1:], generator=draw) for name, value in example.items()}
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.train()
+        with torch.no_grad():
+            model(**batch)
+        model.eval()
 
 
 def judge(group: str, family: str, folder: Path) -> Verdict:

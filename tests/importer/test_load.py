@@ -1,18 +1,21 @@
 """import_model: what may be a source, what comes out, and one clear line for everything else."""
 
 import io
+import json
 import pickle
 import sys
 import zipfile
 from pathlib import Path
 
+import mutations
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tvmq import interpret, ir
-from tvmq.errors import ImportMismatchError, ModelError, SignatureError, UnsupportedOpError
+from tvmq.errors import ImportMismatchError, InputError, ModelError, SignatureError, UnsupportedOpError
+from tvmq.importer import source
 from tvmq.importer.load import import_model
 from tvmq.model import TensorSpec
 
@@ -233,8 +236,8 @@ class TestProgram:
 
 class TestPt2:
     def test_file_is_named_after_its_stem(self, pt2: Path) -> None:
-        for source in (pt2, str(pt2)):
-            model = import_model(source)
+        for named in (pt2, str(pt2)):
+            model = import_model(named)
             assert model.name == "small"
             np.testing.assert_array_equal(model.example[0], _image().numpy())
 
@@ -353,6 +356,50 @@ class TestPt2:
         pt2.write_bytes(data[: int(part * len(data))])
         with pytest.raises(ModelError, match=r"truncated|empty"):
             import_model(pt2)
+
+
+def _read_mutated(path: Path, seeds: range, whole: bool) -> None:
+    """Read damaged copies of a file, and import those that can be read where `whole`."""
+    data = path.read_bytes()
+    for seed in seeds:
+        path.write_bytes(data)
+        mutations.mutated_archive(path, seed)
+        try:
+            if whole:
+                import_model(path)
+            else:
+                source.read(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_mutated_files_do_not_crash(pt2: Path) -> None:
+    _read_mutated(pt2, range(50), whole=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, 1000, 100))
+def test_many_mutated_files_do_not_crash(pt2: Path, start: int) -> None:
+    _read_mutated(pt2, range(start, start + 100), whole=True)
+
+
+def test_a_newer_pytorch_s(pt2: Path) -> None:
+    def later(path: str, data: bytes) -> bytes:
+        if not path.endswith("models/model.json"):
+            return data
+        graph = json.loads(data)
+        graph["schema_version"]["major"] += 1
+        return json.dumps(graph).encode()
+
+    _repack(pt2, later)
+    with pytest.raises(ModelError, match="of another PyTorch version"):
+        import_model(pt2)
+
+
+def test_an_operator_of_a_newer_pytorch(pt2: Path) -> None:
+    _repack(pt2, lambda path, data: data.replace(b"aten.relu.default", b"aten.relu99.default"))
+    with pytest.raises(ModelError, match="relu99"):
+        import_model(pt2)
 
 
 class _Bomb:

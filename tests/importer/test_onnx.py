@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
+import mutations
 import onnx_sweep
 from onnx import TensorProto, helper, numpy_helper
 
@@ -213,26 +213,10 @@ def test_external_weights_that_are_not_there(network: Path, location: str, lengt
         import_model(_external(network, location, length))
 
 
-def _mutated(data: bytes, seed: int) -> bytes:
-    """Some bytes changed, cut out or doubled."""
-    draw = random.Random(seed)
-    found = bytearray(data)
-    for _ in range(draw.randint(1, 8)):
-        place = draw.randrange(len(found))
-        kind = draw.randrange(3)
-        if kind == 0:
-            found[place] = draw.randrange(256)
-        elif kind == 1:
-            del found[place : place + draw.randint(1, 16)]
-        else:
-            found[place:place] = found[place : place + draw.randint(1, 16)]
-    return bytes(found)
-
-
 def _try_mutated(path: Path, count: int) -> None:
     data = path.read_bytes()
     for seed in range(count):
-        path.write_bytes(_mutated(data, seed))
+        path.write_bytes(mutations.mutated(data, seed))
         try:
             model = onnx_file.load(path)
             onnx_file.example(model, path.name)
