@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-import tvm.rpc.server
 from serving import Serving, is_alive, wait_until
 
 from tvmq.cli import main
@@ -104,20 +101,6 @@ def test_clients_of_tvm_itself(opened: Serving) -> None:
     with pytest.raises(tvm.error.RPCError, match="a file"):
         second.download("a file")
     opened.wait_for("ended by SIGALRM")
-
-
-def test_tvm_s_own_server(secret: Path) -> None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    server = tvm.rpc.server.Server("127.0.0.1", port, port + 1, silent=True)
-    try:
-        with pytest.raises(DeviceError, match="expected a board with a secret, saw none"):
-            connect(f"rpc://127.0.0.1:{port}?secret={secret}")
-        session = connect(f"rpc://127.0.0.1:{port}?secret=none")
-        assert session.fetch(session.tensor(np.arange(3))).tolist() == [0, 1, 2]
-    finally:
-        server.terminate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -34,6 +34,13 @@ print(port, flush=True)
 server._listen_loop(listener, port, sys.argv[2], ("127.0.0.1", int(sys.argv[1])), None, None)
 """
 
+# One that no tracker knows.
+ALONE = """
+from tvm.rpc import server
+print(port, flush=True)
+server._listen_loop(listener, port, "", None, None, None)
+"""
+
 
 class Server:
     """A process that listens at a port."""

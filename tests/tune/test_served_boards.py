@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from servers import Farm
+from servers import ALONE, Farm, Server
 
 from tvmq.deploy.executor import load
 from tvmq.deploy.session import connect
@@ -72,3 +72,18 @@ def test_a_board_is_offered_again_after_each_session(farm: Farm) -> None:
         # The client that gave up is still in the tracker's line: its turn comes first, and passes.
         second = connect(device, timeout_s=30)
         assert second.fetch(second.tensor(np.arange(3))).tolist() == [0, 1, 2]
+
+
+def test_tvm_s_own_server_knows_no_secret(tmp_path: Path) -> None:
+    secret = tmp_path / "s"
+    secret.write_text(SECRET)
+    secret.chmod(0o600)
+    server = Server(ALONE)
+    try:
+        with pytest.raises(DeviceError, match="expected a board with a secret, saw none; .secret=none after the"):
+            connect(f"rpc://127.0.0.1:{server.port}?secret={secret}")
+        session = connect(f"rpc://127.0.0.1:{server.port}?secret=none", timeout_s=60)
+        assert session.fetch(session.tensor(np.arange(3))).tolist() == [0, 1, 2]
+        session.close()
+    finally:
+        server.kill()
