@@ -95,8 +95,8 @@ def choose(task: Task, spaces: Sequence[Space], records: Records | None) -> Choi
     for decision, source in records.decisions(task) if records is not None else ():
         if decision is None:
             return Choice(task, tuple(spaces), space, point, source)
-        found = _legal(decision, source, spaces, space.cost(point))
-        if found is not None:
+        found = legal(decision, source, spaces)
+        if found is not None and (source != NEAR or found[0].cost(found[1]) <= _TRUST * space.cost(point)):
             return Choice(task, tuple(spaces), *found, source)
     return Choice(task, tuple(spaces), space, point, DEFAULT)
 
@@ -109,13 +109,13 @@ def _default(spaces: Sequence[Space]) -> tuple[Space, Point]:
     raise AssertionError("an operator without a kernel")
 
 
-def _legal(decision: Decision, source: str, spaces: Sequence[Space], cost: float) -> tuple[Space, Point] | None:
+def legal(decision: Decision, source: str, spaces: Sequence[Space]) -> tuple[Space, Point] | None:
+    """What a recorded decision is here: as it is, or for another size. None where no template can write it."""
     for space in spaces:
         if space.template != decision.template or space.knobs != tuple(name for name, _ in decision.knobs):
             continue
-        measured = source != NEAR
-        point = decision.point if measured else space.near(decision.point)
-        if point in space.points() and (measured or space.cost(point) <= _TRUST * cost):
+        point = space.near(decision.point) if source == NEAR else decision.point
+        if point in space.points():
             return space, point
     return None
 

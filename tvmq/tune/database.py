@@ -28,7 +28,7 @@ from tvmq.files import atomic_write_text
 from tvmq.kernels.decision import Decision, Space
 from tvmq.kernels.task import Task
 from tvmq.target import Target
-from tvmq.tune.workload import decision_of_trace, record_of, task_of_workload, workload_of
+from tvmq.tune.workload import decision_of_trace, line_of, record_of, task_of_workload, workload_of
 
 WORKLOADS, RECORDS, TARGET, LOCK = "database_workload.json", "database_tuning_record.json", "target.json", "lock"
 # What a trial was: the analytic default, one of the search, or the winner of the last comparison of a task.
@@ -210,7 +210,7 @@ class Writer:
             self._workloads[trial.task] = ms.database.Workload(workload_of(trial.task))
         workload = self._workloads[trial.task]
         if trial.task not in self._known:
-            self.log.lines.append(workload.as_json())
+            self.log.lines.append(line_of(workload))
             self._append(WORKLOADS, self.log.lines[-1])
             self._known[trial.task] = len(self.log.workloads)
             self.log.workloads.append(trial.task)

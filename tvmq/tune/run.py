@@ -75,10 +75,21 @@ def tune(
         spending = Spending(allowed)
         builder = Builders(spec, os.cpu_count() or 1, scratch if fresh else None)
         try:
-            known = [writer.log, *([] if fresh else _earlier(spec))]
-            others = _others(known, {tuned.task for tuned in tasks}, spec)
+            known = records.LogRecords(spec, []) if fresh else records.load(spec)
+            known = dataclasses.replace(known, logs=[writer.log, *known.logs])
+            others = others_of([*known.logs, *known.likes], {tuned.task for tuned in tasks}, spec)
             tuner = Tuner(
-                tasks, spec, writer, builder, runner, spending, others=others, seed=seed, event=event, stopped=stopped
+                tasks,
+                spec,
+                writer,
+                builder,
+                runner,
+                spending,
+                others=others,
+                records=known,
+                seed=seed,
+                event=event,
+                stopped=stopped,
             )
             return tuner.run()
         finally:
@@ -130,13 +141,8 @@ def _runner(target: Target, device: str, flush: bool) -> Runner:
     return LocalRunner(timing)
 
 
-def _earlier(target: Target) -> list[Log]:
-    found = records.load(target)
-    return [*found.logs, *found.likes]
-
-
-def _others(logs: Sequence[Log], tasks: set[Task], target: Target) -> list[Candidates]:
-    """What was measured for other tasks, for the cost model."""
+def others_of(logs: Sequence[Log], tasks: set[Task], target: Target) -> list[Candidates]:
+    """What was measured for tasks that are none of `tasks`, for the cost model."""
     return list(_measured(logs, tasks, target))
 
 

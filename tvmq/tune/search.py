@@ -67,6 +67,10 @@ class Candidates:
         if decision in self.index:
             self.ratios[self.index[decision]] = ratio
 
+    def is_measured(self, decision: Decision) -> bool:
+        """Whether a candidate was measured."""
+        return self.index.get(decision) in self.ratios
+
     def decision(self, index: int) -> Decision:
         """The candidate at `index`."""
         return decision_of(*self.places[index])
@@ -103,10 +107,13 @@ class CostModel:
         return np.asarray(self._booster.predict(xgboost.DMatrix(task.rows)))
 
 
-def propose(task: Candidates, model: CostModel, count: int, rng: np.random.Generator) -> list[Decision]:
-    """Up to `count` candidates that were not measured yet, the most promising first."""
+def propose(
+    task: Candidates, model: CostModel, count: int, rng: np.random.Generator, taken: Sequence[Decision] = ()
+) -> list[Decision]:
+    """Up to `count` candidates that were not measured yet, the most promising first; none of those in `taken`."""
     predicted = model.predict(task)
-    order = [int(i) for i in np.argsort(predicted, kind="stable") if int(i) not in task.ratios]
+    known = {*task.ratios, *(task.index[decision] for decision in taken)}
+    order = [int(i) for i in np.argsort(predicted, kind="stable") if int(i) not in known]
     explored = min(int(count * _EXPLORED), len(order))
     chosen = _diverse(task, order, count - explored)
     rest = [i for i in order[: max(len(order) // 2, count)] if i not in chosen]

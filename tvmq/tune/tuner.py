@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tvmq.kernels.decision import Decision
+from tvmq.kernels.decision import Decision, Records, decision_of, legal
 from tvmq.kernels.task import Task
 from tvmq.target import Target
 from tvmq.tune.budget import Outlook, Spending
@@ -27,6 +27,8 @@ from tvmq.tune.tasks import TuneTask
 Event = Callable[[dict[str, Any]], None]
 # Candidates of a batch: as many as the model is asked for at once.
 BATCH = 8
+# Verdicts of other sizes that are tried first.
+_SEEDS = 2
 # Candidates that are compared with the default at the end, and how often in turns.
 _FINALISTS, _ROUNDS = 3, 5
 # How often one candidate is timed to see how far its figures scatter; and the least scatter that is believed.
@@ -104,7 +106,10 @@ class Summary:
 
 
 class Tuner:
-    """One run. `stopped` is asked between trials; `event` is told what happens."""
+    """One run. `stopped` is asked between trials; `event` is told what happens.
+
+    From other logs: `others`, what the cost model learns from, and `records`, whose verdicts are tried first.
+    """
 
     def __init__(
         self,
@@ -116,12 +121,14 @@ class Tuner:
         spending: Spending,
         *,
         others: Sequence[Candidates] = (),
+        records: Records | None = None,
         seed: int = 0,
         event: Event = lambda _event: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.target, self.writer, self.builder, self.runner = target, writer, builder, runner
         self.spending, self.event, self.stopped = spending, event, stopped
+        self.records = records
         self.others, self.model, self.rng = list(others), CostModel(seed), np.random.default_rng(seed)
         self.tasks = [Progress(tuned, Candidates(tuned)) for tuned in tasks]
         self.noise = _LEAST_NOISE
@@ -201,13 +208,27 @@ class Tuner:
             if gain < self.spending.budget.stop_at or task is None:
                 return f"{gain:.1%} expected left: stopping"
             before = task.candidates.best
-            decisions = propose(task.candidates, self.model, self.spending.left(BATCH), self.rng)
+            seeds = self._seeds(task)
+            left = self.spending.left(BATCH)
+            decisions = [*seeds, *propose(task.candidates, self.model, left, self.rng, seeds)][:left]
             self._measure(task, decisions, SEARCHED)
             task.searched = True
             task.outlook.batch(before, task.candidates.best, self.noise)
             self._learn()
             self.event({"event": "batch", "elapsed": self.spending.elapsed, **task.to_dict()})
         return self._why()
+
+    def _seeds(self, task: Progress) -> list[Decision]:
+        """What was the fastest at other sizes, or elsewhere, for the first batch of a task."""
+        if task.outlook.batches or self.records is None:
+            return []
+        found = []
+        for decision, source in self.records.decisions(task.tuned.task):
+            here = None if decision is None else legal(decision, source, task.tuned.spaces)
+            known = here is not None and task.candidates.is_measured(decision_of(*here))
+            if here is not None and not known and decision_of(*here) not in found:
+                found.append(decision_of(*here))
+        return found[:_SEEDS]
 
     def _next(self) -> tuple[float, Progress | None]:
         """What is expected of all tasks together, as a share of the model's time, and the task that promises most."""

@@ -8,6 +8,9 @@ write. Files made of these are MetaSchedule's own: its databases load them.
 
 from __future__ import annotations
 
+import base64
+import json
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ from tvmq.kernels.task import Task, Tensor, task_of_json
 from tvmq.target import Target
 
 ATTRIBUTE = "tvmq.task"
+_LENGTH = struct.Struct("<Q")
 _BLOCK, _PREFIX, _ROLE, _TEMPLATE = "sums", "tvmq.knob.", "tvmq.role", "tvmq.template"
 
 
@@ -36,6 +40,17 @@ def workload_of(task: Task) -> tvm.IRModule:
     function = te.create_prim_func([x, w, describe(task, x, w)])
     named = function.with_attrs({"global_symbol": "main", ATTRIBUTE: task.to_json()})
     return tvm.IRModule({"main": named})
+
+
+def line_of(workload: Any) -> list[Any]:
+    """A `meta_schedule.database.Workload` as its database writes it, without the blanks that are two thirds of it.
+
+    It is a hash and, in base64, a length of eight bytes and the module as JSON.
+    """
+    found, encoded = workload.as_json()
+    module = json.loads(base64.b64decode(encoded)[_LENGTH.size :])
+    plain = json.dumps(module, separators=(",", ":")).encode()
+    return [found, base64.b64encode(_LENGTH.pack(len(plain)) + plain).decode()]
 
 
 def task_of_workload(workload: Any) -> Task:
