@@ -199,9 +199,9 @@ def quantize(
     samples = _samples(model, calibration)
     module = stages("layout", prepared(model, recipe, calibration))
     if wanted_precisions(recipe) == {Precision.FP32}:
-        module = levels.levelled(module, recipe)
+        module = levels.levelled(module, recipe, samples)
         decisions = float_decisions(module, "the recipe asks for float", levels.described(recipe))
-        return Quantized(module, module, None, decisions, unused_algorithms=asked)
+        return Quantized(module, module, None, decisions, unused_algorithms=levels.unused(recipe))
     table = None
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
         report("calibrate", 0)

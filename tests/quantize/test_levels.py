@@ -8,7 +8,7 @@ import pytest
 from tvmq import interpret
 from tvmq.errors import RecipeError
 from tvmq.quantize import numerics
-from tvmq.quantize.levels import described, levelled, nearest, normal_levels, rounded
+from tvmq.quantize.levels import described, evenly, levelled, nearest, normal_levels, rounded, unused
 from tvmq.recipe import Recipe, WeightLevels
 
 KINDS = [kind for kind in WeightLevels if kind is not WeightLevels.NONE]
@@ -73,13 +73,32 @@ _ABOVE = [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.72
 def test_a_recipe_rounds_weights_and_says_that_they_are_floats(model_of) -> None:
     case = model_of("conv_bn_relu")
     recipe = Recipe(weight_levels="log2", weight_bits=4, group_size=32)
-    module = levelled(case.module, recipe)
+    module = levelled(case.module, recipe, lambda: case.batches)
     sqnr = numerics.sqnr_db(case.reference()[0], interpret.run(module, case.inputs)[0])
     assert 5 < sqnr < 40
     assert described(recipe) == (
         "simulated: weights are rounded to log2 levels of 4 bits, a scale for groups of 32, and stored as floats"
     )
-    assert levelled(case.module, Recipe()) is case.module
+    assert levelled(case.module, Recipe(), lambda: ()) is case.module
+
+
+def test_algorithms_make_uniform_levels_nearer(model_of) -> None:
+    case = model_of("conv_bn_relu")
+    reference = case.reference()[0]
+
+    def sqnr(*algorithms: str) -> float:
+        recipe = Recipe(weight_levels="uniform", weight_bits=4, group_size=32, algorithms=algorithms)
+        assert not unused(recipe)
+        module = levelled(case.module, recipe, lambda: case.batches)
+        return numerics.sqnr_db(reference, interpret.run(module, case.inputs)[0])
+
+    assert sqnr("gptq") > sqnr() + 1
+    assert sqnr("clip_weights", "gptq") > sqnr() + 1
+    wide, clipped = (
+        numerics.sqnr_db(WEIGHT[:, 0], evenly(WEIGHT[:, :1], 4, None, clips)[:, 0]) for clips in (False, True)
+    )
+    assert clipped > wide
+    assert unused(Recipe(weight_levels="log2", algorithms=["gptq"])) == ("gptq",)
 
 
 def test_levels_of_an_integer_model_are_refused() -> None:

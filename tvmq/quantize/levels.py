@@ -14,7 +14,7 @@ stochastic   uniform, rounded up with the probability of the rest: S. Gupta et a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import NormalDist
 from typing import Any
 
@@ -25,8 +25,10 @@ from tvm import relax
 
 from tvmq import ir
 from tvmq.graph.fusion import find_chains
+from tvmq.quantize import rounding
 from tvmq.quantize.annotate import CHANNEL_AXIS
-from tvmq.recipe import Recipe, WeightLevels
+from tvmq.quantize.input_products import input_products
+from tvmq.recipe import Algorithm, Recipe, WeightLevels
 
 Array = npt.NDArray[Any]
 # Lloyd's algorithm ends where no entry moves by more than this share of the range, or after so many turns.
@@ -35,11 +37,30 @@ _SETTLED, _TURNS = 1e-4, 100
 _TAIL = 0.9677083
 
 
-def levelled(module: tvm.IRModule, recipe: Recipe) -> tvm.IRModule:
-    """The module with the constant weights of convolutions and linear layers rounded as the recipe asks."""
+# What may be done for uniform levels: scales of least squared error, and errors that the next inputs make up for.
+ALGORITHMS = (Algorithm.CLIP_WEIGHTS, Algorithm.GPTQ)
+
+
+def unused(recipe: Recipe) -> tuple[str, ...]:
+    """The algorithms of a float recipe that find nothing to do."""
+    used = ALGORITHMS if recipe.weight_levels is WeightLevels.UNIFORM else ()
+    return tuple(algorithm.value for algorithm in recipe.algorithms if algorithm not in used)
+
+
+def levelled(module: tvm.IRModule, recipe: Recipe, samples: Callable[[], Iterable[tuple[Array, ...]]]) -> tvm.IRModule:
+    """The module with the constant weights of convolutions and linear layers rounded as the recipe asks.
+
+    samples: begins the inputs of inferences anew, for GPTQ.
+    """
     if recipe.weight_levels is WeightLevels.NONE:
         return module
-    anchors = {chain.anchor: CHANNEL_AXIS[chain.kind] for chain in find_chains(module) if chain.kind in CHANNEL_AXIS}
+    uniform = recipe.weight_levels is WeightLevels.UNIFORM
+    chains = [chain for chain in find_chains(module) if chain.kind in CHANNEL_AXIS]
+    wants = uniform and Algorithm.GPTQ in recipe.algorithms
+    products = input_products(module, chains, samples()) if wants else {}
+    clips = Algorithm.CLIP_WEIGHTS in recipe.algorithms
+    anchors = {chain.anchor: CHANNEL_AXIS[chain.kind] for chain in chains}
+    bits, group = recipe.weight_bits, recipe.group_size
 
     def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
         axis = anchors.get(state.current)
@@ -47,9 +68,11 @@ def levelled(module: tvm.IRModule, recipe: Recipe) -> tvm.IRModule:
             return None
         weight = ir.to_numpy(value.args[1])
         matrix = np.moveaxis(weight, axis, -1)
-        made = rounded(
-            matrix.reshape(-1, weight.shape[axis]), recipe.weight_levels, recipe.weight_bits, recipe.group_size
-        )
+        flat = matrix.reshape(-1, weight.shape[axis])
+        if uniform:
+            made = evenly(flat, bits, group, clips, products.get(str(state.current.name)))
+        else:
+            made = rounded(flat, recipe.weight_levels, bits, group)
         back = np.ascontiguousarray(np.moveaxis(made.reshape(matrix.shape), -1, axis))
         return relax.Call(value.op, [value.args[0], ir.constant(back)], value.attrs)
 
@@ -66,6 +89,19 @@ def described(recipe: Recipe) -> str | None:
     return f"simulated: weights are rounded to {levels}, {scale}, and stored as floats"
 
 
+def evenly(weight: Array, bits: int, group: int | None, clips: bool = False, products: Array | None = None) -> Array:
+    """A weight [K, N] on uniform levels, float32; clips and products: see `ALGORITHMS` and `rounding.gptq`."""
+    size, (low, high) = group or weight.shape[0], _range(bits)
+    steps = np.empty(weight.shape)
+    for i in range(0, len(weight), size):
+        part = weight[i : i + size].astype(np.float64)
+        scale = _scale(part, bits)
+        steps[i : i + size] = rounding.clipped_scales(part, scale, low, high) if clips else scale
+    if products is None:
+        return np.asarray(np.clip(np.rint(weight / steps), low, high) * steps, np.float32)
+    return np.asarray(rounding.gptq(weight, steps, products, low, high) * steps, np.float32)
+
+
 def rounded(weight: Array, levels: WeightLevels, bits: int, group: int | None, seed: int = 0) -> Array:
     """A weight [K, N] on its levels, float32.
 
@@ -73,15 +109,12 @@ def rounded(weight: Array, levels: WeightLevels, bits: int, group: int | None, s
     """
     if levels is WeightLevels.CODEBOOK:
         return _codebook(weight, bits)
+    if levels is WeightLevels.UNIFORM:
+        return evenly(weight, bits, group)
     rng = np.random.default_rng(seed)
     size = group or weight.shape[0]
     parts = [_ROUND[levels](weight[i : i + size].astype(np.float64), bits, rng) for i in range(0, len(weight), size)]
     return np.concatenate(parts).astype(np.float32)
-
-
-def _uniform(w: Array, bits: int, _rng: np.random.Generator) -> Array:
-    scale = _scale(w, bits)
-    return np.clip(np.rint(w / scale), *_range(bits)) * scale
 
 
 def _stochastic(w: Array, bits: int, rng: np.random.Generator) -> Array:
@@ -152,7 +185,6 @@ def _codebook(weight: Array, bits: int) -> Array:
 
 
 _ROUND: dict[WeightLevels, Callable[[Array, int, np.random.Generator], Array]] = {
-    WeightLevels.UNIFORM: _uniform,
     WeightLevels.ASYMMETRIC: _asymmetric,
     WeightLevels.LOG2: _log2,
     WeightLevels.NORMAL_FLOAT: _normal_float,
