@@ -172,12 +172,16 @@ def test_any_convolution(image, channels, taps, density, strides, padding, dtype
 # --- pixels as lanes ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pixels_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def prefer_pixels(patch: pytest.MonkeyPatch) -> None:
     """Wherever pixels can be lanes, they are; of the plans, those with the most channels and pixels together."""
-    monkeypatch.setattr(
+    patch.setattr(
         sparse_pixel_blocking, "cost", lambda _geometry, _micro, tile, _entries, share, _l1: share / sum(tile) / 1e6
     )
+
+
+@pytest.fixture
+def pixels_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_pixels(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sse2", "avx2", "host"])
@@ -211,6 +215,29 @@ def test_pixels_as_lanes_with_epilogues() -> None:
     narrow = pruned(weights((40, 32)), (1, 4), 0.3).T
     case = matmul("m", integers((21, 32), "uint8"), narrow, zero_point=77, epilogue=(operands, steps))
     check([case], target, sparse=Sparse.FORCE)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    rows=st.integers(16, 90),
+    depth=st.integers(1, 90),
+    channels=st.integers(1, 70),
+    block=st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 4)]),
+    density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    dtype=st.sampled_from(["float32", "bfloat16", "uint8"]),
+    empty=st.integers(0, 70),
+)
+def test_any_matmul_with_pixels_as_lanes(rows, depth, channels, block, density, dtype: str, empty: int) -> None:
+    """The first `empty` output channels have no weights at all."""
+    weight = pruned(
+        weights((channels, depth)) if dtype == "uint8" else floats((channels, depth), 2, dtype), block, density
+    )
+    weight[:empty] = 0
+    x = integers((rows, depth), dtype) if dtype == "uint8" else floats((rows, depth), 1, dtype)
+    extra = {"zero_point": 131} if dtype == "uint8" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        prefer_pixels(patch)
+        check([matmul("m", x, weight.T, **extra)], target_of("host"), sparse=Sparse.FORCE)
 
 
 @pytest.mark.usefixtures("pixels_first")
