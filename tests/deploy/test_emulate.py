@@ -262,7 +262,8 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(preparation, "require_tools", lambda tools: None)
     monkeypatch.setattr(preparation, "install_debian_packages", install)
-    monkeypatch.setattr(preparation, "install_tvm_runtime", lambda root, scratch: scratch.mkdir())
+    monkeypatch.setattr(preparation, "_libraries", lambda cache, scratch: scratch.mkdir())
+    monkeypatch.setattr(preparation, "install_tvm_runtime", lambda root, libraries: None)
     monkeypatch.setattr(preparation, "build_server", lambda root: (root / "server").touch())
 
 

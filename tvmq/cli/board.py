@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from tvmq.measure.counts import Counts
 
 # Each action, and the options that it takes.
-ACTIONS = {"serve": ("host", "port", "secret", "tracker", "key"), "emulate": ("cpu", "port", "count")}
+ACTIONS = {
+    "serve": ("host", "port", "secret", "tracker", "key"),
+    "emulate": ("cpu", "port", "count"),
+    "pack": ("target", "out"),
+}
 # Of 64-bit ARM processors as qemu calls them; `qemu-aarch64 -cpu help` lists all.
 DEFAULT_CPU = "max"
 LOOPBACK = "127.0.0.1"
@@ -29,12 +33,13 @@ NO_TIMES = "an emulated board: it proves results, its times mean nothing (instru
 
 @dataclass(frozen=True, kw_only=True)
 class Board(Command):
-    """Serve this machine as a board, or an emulated 64-bit ARM board, until Ctrl-C; or count instructions on one."""
+    """Serve this machine as a board, or an emulated 64-bit ARM one; count instructions there; pack a native runner."""
 
     name: ClassVar[str] = "board"
     examples: ClassVar[tuple[str, ...]] = (
         "tvmq board serve --host 0.0.0.0 --port 9090 --secret ~/.config/tvmq/secret",
         "tvmq board serve --tracker 192.168.1.2:9190 --key pi4",
+        "tvmq board pack --target raspberry-pi-4b -o board.tar.gz",
         "tvmq board emulate --cpu cortex-a76 --port 9090",
         "tvmq board emulate --cpu cortex-a53 --count model.tvmq",
     )
@@ -47,6 +52,8 @@ class Board(Command):
     key: str | None = None
     cpu: str | None = None
     count: tuple[str, ...] | None = None
+    target: str | None = None
+    out: str | None = None
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -54,7 +61,7 @@ class Board(Command):
         parser.add_argument(
             "action",
             metavar="ACTION",
-            help="serve: this machine; emulate: under qemu-user, prepared once, 110 MB to load",
+            help="serve: this machine; emulate: under qemu-user, 110 MB to load once; pack: for a board without Python",
         )
         parser.add_argument("--port", type=int, metavar="N", help="to listen on (default: any free one)")
         parser.add_argument("--host", metavar="H", help=f"serve: the address to listen on (default: {LOOPBACK})")
@@ -72,11 +79,16 @@ class Board(Command):
             "--count", nargs="+", metavar="BUNDLE", help="emulate: count instructions on one thread, and end"
         )
 
+        parser.add_argument("-t", "--target", metavar="TARGET", help="pack: a 64-bit ARM board, as of tvmq compile")
+        parser.add_argument("-o", "--out", metavar="FILE", help="pack: the .tar.gz to write")
+
     def run(self, out: Output) -> int:
-        """Serve until interrupted, or count."""
+        """Serve until interrupted, count, or pack."""
         self._check()
         if self.count:
             self._count(out)
+        elif self.action == "pack":
+            self._pack(out)
         elif self.action == "serve":
             self._serve(out)
         else:
@@ -96,6 +108,8 @@ class Board(Command):
             raise UsageError("--port", expected="only without --count")
         if (self.tracker is None) != (self.key is None):
             raise UsageError("--tracker HOST:PORT and --key KEY", expected="both or none")
+        if self.action == "pack" and (self.target is None or self.out is None):
+            raise UsageError("board pack", expected="--target TARGET and -o FILE")
         if self.secret is None and not _is_loopback(self.host or LOOPBACK):
             hint = "who reaches this board may run any code on it; --secret none lets everybody"
             raise UsageError(f"--host {self.host}", expected="--secret FILE with it", hint=hint)
@@ -135,6 +149,18 @@ class Board(Command):
                 board.wait()
             except KeyboardInterrupt:
                 out.result(document, "stopped")
+
+    def _pack(self, out: Output) -> None:
+        from tvmq.target import load_target
+
+        target, path = load_target(str(self.target)), str(self.out)
+        with progress(out.errors, "board") as report:
+            report("packing", 0)
+            from tvmq.deploy.pack import FOLDER, RUNNER, pack
+
+            size = pack(target, path)
+        text = f"{path}: {size:,} bytes\non the board: tar xf FILE && {FOLDER}/{RUNNER} run model.tvmq"
+        out.result({"pack": path, "bytes": size, "target": target.name}, text)
 
     def _count(self, out: Output) -> None:
         cpu = self.cpu or DEFAULT_CPU

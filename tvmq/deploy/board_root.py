@@ -77,7 +77,7 @@ def prepare(cache: Path | None = None) -> Path:
         if not root.is_dir():  # another process may have built it while this one waited for the lock
             building = scratch / "root"
             install_debian_packages(building, scratch / "apt")
-            install_tvm_runtime(building, scratch / "wheels")
+            install_tvm_runtime(building, _libraries(cache, scratch / "wheels"))
             build_server(building)
             building.rename(root)
     return root
@@ -157,13 +157,34 @@ def apt_configuration(folder: Path) -> Path:
 # ---- TVM ----
 
 
-def install_tvm_runtime(root: Path, scratch: Path) -> None:
-    """Put TVM's aarch64 runtime libraries, of the versions installed here, into `root`."""
-    folder = root / TVMQ_FOLDER
-    folder.mkdir(parents=True)
-    for package, libraries in WHEEL_LIBRARIES.items():
-        wheel = download_wheel(package, importlib.metadata.version(package), scratch / package)
-        unpack_libraries(wheel, libraries, folder)
+def install_tvm_runtime(root: Path, libraries: Path) -> None:
+    """Put TVM's aarch64 runtime libraries, which are in the folder `libraries`, into `root`."""
+    shutil.copytree(libraries, root / TVMQ_FOLDER)
+
+
+def runtime_libraries(cache: Path | None = None) -> Path:
+    """A folder in `cache` (None: default_cache()) with TVM's aarch64 runtime libraries, of the versions installed here.
+
+    Downloads 97 MB where they are not there yet. Raises DeviceError where pip is missing or a download fails,
+    OutputError where `cache` cannot be written.
+    """
+    cache = default_cache() if cache is None else cache
+    require_pip()
+    with _locked(cache), _scratch(cache) as scratch:
+        return _libraries(cache, scratch / "wheels")
+
+
+def _libraries(cache: Path, scratch: Path) -> Path:
+    """As `runtime_libraries`, for who has the lock."""
+    versions = {package: importlib.metadata.version(package) for package in WHEEL_LIBRARIES}
+    folder = cache / "-".join(["libraries", *versions.values()])
+    if not folder.is_dir():
+        building = scratch / "libraries"
+        building.mkdir(parents=True)
+        for package, libraries in WHEEL_LIBRARIES.items():
+            unpack_libraries(download_wheel(package, versions[package], scratch / package), libraries, building)
+        building.rename(folder)
+    return folder
 
 
 def download_wheel(package: str, version: str, folder: Path) -> Path:
@@ -196,17 +217,21 @@ def unpack_libraries(wheel: Path, libraries: Sequence[str], folder: Path) -> Non
 
 def build_server(root: Path) -> None:
     """Compile the RPC server into `root`, beside the libraries that it loads."""
+    compile_program(SERVER_SOURCE, root / SERVER)
+
+
+def compile_program(source: Path, program: Path) -> None:
+    """Compile a C program for the board; TVM's runtime libraries are in its folder. Raises OutputError."""
     import tvm_ffi.libinfo
 
-    folder = root / TVMQ_FOLDER
     includes = {tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()}
-    # The server calls libtvm_ffi only; the others are linked for the functions they register when they are loaded.
-    libraries = ["-Wl,--no-as-needed", "-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", f"-L{folder}"]
-    # libstdc++ is found on the board, not here; $ORIGIN: the libraries are where the server is.
+    # Programs call libtvm_ffi only; the others are linked for the functions they register when they are loaded.
+    libraries = ["-Wl,--no-as-needed", "-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", f"-L{program.parent}"]
+    # libstdc++ is found on the board, not here; $ORIGIN: the libraries are where the program is.
     link = ["-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN", "-s"]
     headers = [f"-I{include}" for include in sorted(includes)]
-    zig_cc(ZIG_TRIPLE, ["-O2", *headers, str(SERVER_SOURCE), *libraries, *link], root / SERVER)
-    (root / SERVER).chmod(0o755)
+    zig_cc(ZIG_TRIPLE, ["-O2", *headers, str(source), *libraries, *link], program)
+    program.chmod(0o755)
 
 
 # ---- Shared steps ----
