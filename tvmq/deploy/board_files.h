@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 typedef struct {
   const uint8_t* data;
@@ -29,13 +30,13 @@ static void* allocate(size_t size) {
 
 static bytes read_file(const char* path) {
   FILE* file = fopen(path, "rb");
-  long size = 0;
-  if (file == NULL || fseek(file, 0, SEEK_END) != 0 || (size = ftell(file)) < 0) fail("cannot read %s", path);
-  rewind(file);
-  uint8_t* data = allocate((size_t)size);
-  if (fread(data, 1, (size_t)size, file) != (size_t)size) fail("cannot read %s", path);
+  struct stat status;
+  if (file == NULL || fstat(fileno(file), &status) != 0 || !S_ISREG(status.st_mode)) fail("cannot read %s", path);
+  size_t size = (size_t)status.st_size;
+  uint8_t* data = allocate(size);
+  if (fread(data, 1, size, file) != size) fail("cannot read %s", path);
   fclose(file);
-  return (bytes){data, (size_t)size};
+  return (bytes){data, size};
 }
 
 static void write_file(const char* path, bytes first, bytes second) {

@@ -9,7 +9,6 @@
 #define _GNU_SOURCE
 #include <sched.h>
 #include <sys/auxv.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
