@@ -27,7 +27,7 @@ from tvmq.recipe import Recipe
 from tvmq.zoo.vision import resnet18
 
 RECIPE = Recipe(precision="int8")
-TURN, FEW = 8, 64
+TURN, FEW = 32, 64
 
 
 def images(count: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -48,9 +48,11 @@ def seconds_of_onnx_runtime(path: Path) -> float:
     """Seconds an image of one turn; making the calibrator does not count."""
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
+    data = list(images(TURN))
+
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.data = images(TURN)
+            self.data = iter(data)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self.data, None)
