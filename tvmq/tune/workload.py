@@ -43,7 +43,7 @@ def workload_of(task: Task) -> tvm.IRModule:
 
 
 def line_of(workload: Any) -> list[Any]:
-    """A `meta_schedule.database.Workload` as its database writes it, without the blanks that are two thirds of it.
+    """A `meta_schedule.database.Workload` as its database writes it, without blanks, which are half of it.
 
     It is a hash and, in base64, a length of eight bytes and the module as JSON.
     """
