@@ -20,12 +20,14 @@ from tvmq.deploy.executor import load
 from tvmq.errors import TuningError
 from tvmq.importer.load import import_model
 from tvmq.kernels.decision import LIKE, NEAR, TUNED, decision_of
+from tvmq.kernels.lower import lower
 from tvmq.model import Model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Recipe
 from tvmq.target import load_target
-from tvmq.tune import database, records
-from tvmq.tune.run import tasks_in
+from tvmq.tune import database, records, whole
+from tvmq.tune.run import realized_of, tasks_in
+from tvmq.tune.tuner import Summary, Tuner
 
 INT8 = Recipe(precision="int8")
 
@@ -54,8 +56,8 @@ def test_tuned_and_compiled(model, tmp_path):
         np.testing.assert_array_equal(one, other)
     # A bundle has the same tasks as the model that it was made of.
     target = load_target("host")
-    of_model = tasks_in(model, target, INT8, calibration_of(model))
-    of_bundle = tasks_in(tmp_path / "plain.tvmq", target, INT8)
+    of_model = tasks_in(realized_of(model, target, INT8, calibration_of(model)), target, INT8)
+    of_bundle = tasks_in(realized_of(tmp_path / "plain.tvmq", target, INT8), target, INT8)
     assert [(t.task, t.count) for t in of_model] == [(t.task, t.count) for t in of_bundle]
 
 
@@ -122,4 +124,44 @@ def test_a_target_that_this_machine_cannot_time(model):
 def test_a_model_without_anything_to_tune():
     model = import_model(nn.ReLU(), (torch.zeros(1, 4),))
     with pytest.raises(TuningError, match="expected convolutions or products with weights, saw none"):
-        tasks_in(model, load_target("host"), Recipe())
+        tasks_in(realized_of(model, load_target("host"), Recipe()), load_target("host"), Recipe())
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "stays"), [((2e-3, 1e-3), False), ((1e-3, 2e-3), True)])
+def test_defaults_stay_where_the_whole_model_is_slower(seconds, stays, model, tmp_path, monkeypatch):
+    target = load_target("host")
+
+    def others_win(tuner: Tuner) -> Summary:
+        for task in tuner.tasks:
+            task.default = 2e-3
+            for decision in (decision_of(space, p) for space in task.tuned.spaces for p in space.points()[:2]):
+                if decision != task.tuned.default:
+                    task.verdict = database.Trial(task.tuned.task, decision, database.FINAL, (1e-3,), target.cores)
+            tuner.writer.add(task.verdict, task.tuned.spaces)
+        return tuner.summary("done")
+
+    monkeypatch.setattr(Tuner, "run", others_win)
+    measured = []
+
+    def told(realized, spec, recipe, known):
+        measured.append(lower(realized, spec, records=known[1]).choices)
+        return seconds
+
+    monkeypatch.setattr(whole, "latencies", told)
+    summary = tune(model, "host", trials=1, budget=None, logs=tmp_path)
+    assert (summary.untuned_model_ms, summary.tuned_model_ms) == (seconds[0] * 1e3, min(seconds) * 1e3)
+    assert ("defaults stay" in summary.ended) == stays
+    # What was timed is what compiling takes, unless the defaults stay.
+    assert {choice.source for choice in measured[0].values()} == {TUNED}
+    again = tasks_in(realized_of(model, target, Recipe()), target, Recipe())
+    found = records.load(target, tmp_path)
+    assert all((found.decisions(t.task)[0][0] == t.default) == stays for t in again)
+
+
+def test_a_whole_model_is_timed(model):
+    target = load_target("host")
+    one, other = whole.latencies(realized_of(model, target, Recipe()), target, Recipe(), [None, None])
+    assert 0 < one < 1 and 0 < other < 1

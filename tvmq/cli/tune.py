@@ -168,7 +168,13 @@ def _outcome(summary: Summary) -> str:
     return (
         f"{summary.ended}; {summary.trials} trials in {summary.seconds:.0f} s: {summary.default_ms:.3f} -> "
         f"{summary.tuned_ms:.3f} ms an inference in tuned kernels ({saved:.1%} less), noise {summary.noise:.1%}"
+        f"{_whole(summary)}"
     )
+
+
+def _whole(summary: Summary) -> str:
+    before, after = summary.untuned_model_ms, summary.tuned_model_ms
+    return "" if before is None or after is None else f"; the whole model {before:.3f} -> {after:.3f} ms"
 
 
 def _table(tasks: list[dict[str, Any]]) -> Table:

@@ -174,7 +174,16 @@ class _Match:
         runners["untuned", ""] = self._compiled(None)
         self._show("tvmq tunes")
         logs = self.folder / "logs"
-        summary = tune(self.model, self.target, self.recipe, self.data, budget=self.seconds, logs=logs, fresh=True)
+        summary = tune(
+            self.model,
+            self.target,
+            self.recipe,
+            self.data,
+            budget=self.seconds,
+            logs=logs,
+            fresh=True,
+            whole=False,
+        )
         runners["tvmq", ""] = self._compiled(logs)
         return Side(trials=summary.trials, seconds=summary.seconds, curve=summary.curve)
 

@@ -24,6 +24,7 @@ from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
 from tvmq.target import Target, load_target
 from tvmq.tune import records
+from tvmq.tune import whole as whole_model
 from tvmq.tune.budget import Budget, Spending, seconds_of
 from tvmq.tune.candidate import Timing
 from tvmq.tune.database import DEFAULT, FINAL, Log, Writer
@@ -51,6 +52,7 @@ def tune(
     flush: bool = False,
     seed: int = 0,
     fresh: bool = False,
+    whole: bool = True,
     event: Event = lambda _event: None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Summary:
@@ -61,14 +63,18 @@ def tune(
     the records, which `compile` takes with `logs=`; None means the user's own, which it takes by itself. threads: 0
     means the target's cores. device: "host", "rpc://HOST:PORT", or "tracker://HOST:PORT/KEY" for all boards of a key at
     once. flush: time each candidate with its weights out of the caches. fresh: learn from no other log, and build every
-    candidate anew. event: called with plain data as things happen. Ctrl-C ends it after the trial in flight.
+    candidate anew. whole: at the end also time the whole model, untuned and tuned, where this machine is the device;
+    where it is slower tuned, the defaults stay. event: called with plain data as things happen. Ctrl-C ends it after
+    the trial in flight.
     Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
     allowed = Budget(seconds, trials, stop_at)
     spec = _with_threads(load_target(target), threads)
     runner = _runner(spec, device, flush)
-    tasks = tasks_in(model, spec, recipe or Recipe(), calibration, progress)
+    recipe = recipe or Recipe()
+    realized = realized_of(model, spec, recipe, calibration, progress)
+    tasks = tasks_in(realized, spec, recipe)
     folder = Path(logs) if logs is not None else records.user_folder() / spec.name
     with asked_to_stop() as stopped, Writer(folder, spec) as writer, scratch_folder() as scratch:
         # The clock starts when there is something to measure: importing a model is not tuning.
@@ -91,26 +97,42 @@ def tune(
                 event=event,
                 stopped=stopped,
             )
-            return tuner.run()
+            summary = tuner.run()
+            if whole and device == "host" and tuner.changed and not summary.interrupted:
+                return _compared(tuner, summary, realized, recipe)
+            return summary
         finally:
             builder.close()
             runner.close()
 
 
-def tasks_in(
+def _compared(tuner: Tuner, summary: Summary, realized: tvm.IRModule, recipe: Recipe) -> Summary:
+    """The summary with the whole model's latency; the defaults stay where it is slower tuned."""
+    known = records.LogRecords(tuner.target, [tuner.writer.log])
+    before, after = whole_model.latencies(realized, tuner.target, recipe, [None, known])
+    if after > before:
+        tuner.revert()
+        after = before
+        reverted = tuner.summary(f"{summary.ended}; the whole model is slower tuned: defaults stay")
+        summary = dataclasses.replace(reverted, seconds=summary.seconds)
+    return dataclasses.replace(summary, untuned_model_ms=before * 1e3, tuned_model_ms=after * 1e3)
+
+
+def realized_of(
     model: Model | str | Path | Bundle,
     target: Target,
     recipe: Recipe,
     calibration: Iterable[Any] | CalibrationTable | None = None,
     progress: Callable[[str, int], None] | None = None,
-) -> list[TuneTask]:
-    """The tasks of exactly the module that `compile` would lower. Raises TuningError where there are none."""
+) -> tvm.IRModule:
+    """Exactly the module that `compile` would lower."""
     if isinstance(model, Model):
-        realized = pipeline.realized_module(model, target, recipe, calibration, progress).module
-    else:
-        realized = _of_bundle(model if isinstance(model, Bundle) else bundles.read(model), target)
-    if progress is not None:
-        progress("tasks", 0)
+        return pipeline.realized_module(model, target, recipe, calibration, progress).module
+    return _of_bundle(model if isinstance(model, Bundle) else bundles.read(model), target)
+
+
+def tasks_in(realized: tvm.IRModule, target: Target, recipe: Recipe) -> list[TuneTask]:
+    """The tasks of a realized module. Raises TuningError where there are none."""
     tasks = tasks_of(lower(realized, target, winograd=recipe.winograd, sparse=recipe.sparse).choices)
     if not tasks:
         raise TuningError("tuning", expected="convolutions or products with weights", seen="none in this model")

@@ -88,7 +88,8 @@ class Summary:
     """What a run came to. default_ms, tuned_ms: of all tuned kernels of one inference.
 
     curve: (seconds, ms of an inference with the best so far) after each trial, once all defaults are known.
-    failures: reason -> how many trials. ended: why the run ended. interrupted: by the user.
+    failures: reason -> how many trials. ended: why the run ended. interrupted: by the user. untuned_model_ms,
+    tuned_model_ms: the whole model, timed in turns; None where it was not, as where no kernel is another.
     """
 
     target: str
@@ -103,6 +104,8 @@ class Summary:
     failures: dict[str, int]
     curve: list[tuple[float, float]]
     damage: list[str]
+    untuned_model_ms: float | None = None
+    tuned_model_ms: float | None = None
 
 
 class Tuner:
@@ -140,7 +143,7 @@ class Tuner:
         self._recall(self.writer.log)
         ended = self._defaults() or self._search()
         self._verdicts()
-        return self._summary(ended)
+        return self.summary(ended)
 
     # --- what is known already ---
 
@@ -326,6 +329,18 @@ class Tuner:
         task.verdict = Trial(task.tuned.task, winner, FINAL, tuple(times[winner]), self.target.cores)
         self.writer.add(task.verdict, task.tuned.spaces)
 
+    @property
+    def changed(self) -> list[Progress]:
+        """The tasks that are to have another kernel than the default."""
+        return [task for task in self.tasks if task.verdict and task.verdict.decision != task.tuned.default]
+
+    def revert(self) -> None:
+        """Let the defaults stay: the model as a whole was no faster."""
+        for task in self.changed:
+            seconds = (task.default or 0.0,)
+            task.verdict = Trial(task.tuned.task, task.tuned.default, FINAL, seconds, self.target.cores)
+            self.writer.add(task.verdict, task.tuned.spaces)
+
     # --- results ---
 
     def _total(self) -> float:
@@ -335,7 +350,8 @@ class Tuner:
     def _why(self) -> str:
         return "interrupted" if self.stopped() else "the budget is spent"
 
-    def _summary(self, ended: str) -> Summary:
+    def summary(self, ended: str) -> Summary:
+        """What it came to."""
         default = sum(task.tuned.count * (task.default or 0.0) for task in self.tasks)
         interrupted = self.stopped()
         return Summary(

@@ -1,0 +1,56 @@
+"""The whole model before and after tuning: kernels that are faster alone may not be so one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvmq import ir
+from tvmq.deploy.permission import ask
+from tvmq.deploy.session import LocalSession
+from tvmq.kernels import tiles
+from tvmq.kernels.decision import Records
+from tvmq.kernels.lower import lower
+from tvmq.kernels.schedule import build, schedule
+from tvmq.recipe import Recipe
+from tvmq.target import Target
+
+# Rounds in turns, and the least seconds of one: the fastest round was disturbed by nothing.
+_ROUNDS, _ROUND_S = 15, 0.05
+
+
+def latencies(realized: tvm.IRModule, target: Target, recipe: Recipe, known: Sequence[Records | None]) -> list[float]:
+    """Seconds of an inference on this machine of a realized module, lowered with each of `known`, in turns."""
+    session = LocalSession()
+    session.configure_threads(target.cores)
+    inferences = [_inference(session, realized, target, recipe, records) for records in known]
+    counts = [max(1, round(_ROUND_S / _seconds(run, 2))) for run in inferences]
+    times = [[_seconds(run, n) for run, n in zip(inferences, counts, strict=True)] for _ in range(_ROUNDS)]
+    return [min(column) for column in zip(*times, strict=True)]
+
+
+def _inference(session: LocalSession, realized: Any, target: Target, recipe: Recipe, records: Records | None) -> Any:
+    """A function that runs the model on zeros."""
+    lowered = lower(realized, target, winograd=recipe.winograd, sparse=recipe.sparse, records=records)
+    machine = relax.VirtualMachine(build(schedule(lowered.module, target), target), tvm.cpu())
+    if any(str(var.name_hint) == tiles.PERMISSION for var in lowered.module.get_global_vars()):
+        ask(session, machine.module, "tuning")
+    params = ir.main(lowered.module).params
+    inputs = params[: len(params) - len(lowered.parameters)]
+    values = [np.zeros(ir.shape_of(x), ir.dtype_of(x)) for x in inputs]
+    machine.set_input("main", *(session.tensor(value) for value in (*values, *lowered.parameters.values())))
+    invoke = machine.module["invoke_stateful"]
+    return lambda: invoke("main")
+
+
+def _seconds(run: Any, count: int) -> float:
+    run()
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
