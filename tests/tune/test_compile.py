@@ -26,8 +26,9 @@ from tvmq.pipeline import compile_model
 from tvmq.recipe import Recipe
 from tvmq.target import load_target
 from tvmq.tune import database, records, whole
+from tvmq.tune.progress import Summary
 from tvmq.tune.run import realized_of, tasks_in
-from tvmq.tune.tuner import Summary, Tuner
+from tvmq.tune.tuner import Tuner
 
 INT8 = Recipe(precision="int8")
 

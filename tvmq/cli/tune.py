@@ -22,7 +22,7 @@ from tvmq.cli.progress import progress
 from tvmq.recipe import Precision
 
 if TYPE_CHECKING:
-    from tvmq.tune.tuner import Summary
+    from tvmq.tune.progress import Summary
 
 # The exit code of a command that the user stopped.
 INTERRUPTED = 130

@@ -31,10 +31,11 @@ from tvmq.tune.database import DEFAULT, FINAL, Log, Writer
 from tvmq.tune.fleet import Fleet, boards
 from tvmq.tune.interrupt import asked_to_stop
 from tvmq.tune.processes import Builders
+from tvmq.tune.progress import Summary
 from tvmq.tune.runners import LocalRunner, Runner
 from tvmq.tune.search import Candidates
 from tvmq.tune.tasks import TuneTask, tasks_of
-from tvmq.tune.tuner import Event, Summary, Tuner
+from tvmq.tune.tuner import Event, Tuner
 
 
 def tune(

@@ -14,8 +14,9 @@ from tvmq.measure.peers import samples
 from tvmq.measure.suite import MODELS, PRECISIONS, check_names
 from tvmq.recipe import Precision, Recipe
 from tvmq.target import Target, load_target
+from tvmq.tune.progress import Summary
 from tvmq.tune.run import tune
-from tvmq.tune.tuner import Event, Summary
+from tvmq.tune.tuner import Event
 
 # Random inputs that calibrate: scales are no part of a task.
 _CALIBRATION = 2
