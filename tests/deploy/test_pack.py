@@ -161,6 +161,11 @@ def test_bundles_that_were_changed(native: Run, bundle_of: Callable[..., Path], 
     for key, value in (("schema", 2), ("schema", "1"), ("parameters", 3), ("signature", {}), ("target", [])):
         other = {**parts, "manifest.json": json.dumps({**manifest, key: value}).encode()}
         assert native("run", archive(tmp_path / "m.tvmq", list(other.items()))).returncode == 2
+    sides = manifest["signature"]
+    for name in ("../evil", "/evil", ".evil"):
+        evil = {**manifest, "signature": {**sides, "outputs": [{**sides["outputs"][0], "name": name}]}}
+        other = {**parts, "manifest.json": json.dumps(evil).encode()}
+        refused(native("run", archive(tmp_path / "n.tvmq", list(other.items()))), "output 0: its name")
     manifest["parameters"][0]["offset"] = 1 << 40
     other = {**parts, "manifest.json": json.dumps(manifest).encode()}
     refused(native("run", archive(tmp_path / "o.tvmq", list(other.items()))), "expected inside params.bin")

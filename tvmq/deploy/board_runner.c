@@ -338,6 +338,8 @@ static int run(bundle* b, const request* r, int examples) {
     const array* a = &b->outputs[i];
     DLTensor* tensor = (DLTensor*)((char*)output_of(b, result, i).v_obj + sizeof(TVMFFIObject));
     bytes values = {(uint8_t*)tensor->data + tensor->byte_offset, a->count * a->item_size};
+    /* The name is the bundle's, and the file is to be in this folder. */
+    if (strchr(a->name, '/') != NULL || a->name[0] == '.' || strlen(a->name) > 200) fail("output %d: its name", i);
     char path[2048];
     snprintf(path, sizeof path, "%s/%s.npy", r->output ? r->output : "", a->name);
     if (r->output != NULL) write_npy(path, a->descr, a->shape, values);
