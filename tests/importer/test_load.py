@@ -15,7 +15,7 @@ from torch import nn
 
 from tvmq import interpret, ir
 from tvmq.errors import ImportMismatchError, InputError, ModelError, SignatureError, UnsupportedOpError
-from tvmq.importer import source
+from tvmq.importer import source as import_source
 from tvmq.importer.load import import_model
 from tvmq.model import TensorSpec
 
@@ -114,6 +114,40 @@ class TestModule:
         model = import_model(Nested(), torch.zeros(1))
         assert [spec.name for spec in model.signature.outputs] == ["a", "b_0", "b_1_0"]
         assert [float(value[0]) for value in model.reference] == [1, 2, 3]
+
+    def test_nested_inputs_are_flat(self) -> None:
+        class Recurrent(nn.Module):
+            def forward(
+                self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], more: dict[str, list[torch.Tensor]]
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                return x * state[0] + state[1], more["a"][0] - more["a"][1]
+
+        parts = [np.full(2, n, np.float32) for n in range(1, 6)]
+        nested = (parts[0], (parts[1], parts[2]), {"a": [parts[3], parts[4]]})
+        model = import_model(Recurrent(), nested)
+        assert [spec.name for spec in model.signature.inputs] == ["x", "state_0", "state_1", "more_a_0", "more_a_1"]
+        assert [value.tolist() for value in model.reference] == [[5, 5], [-1, -1]]
+        program = torch.export.export(Recurrent(), import_source._arguments(nested)[0])
+        assert [x[0] for x in import_model(program, nested).example] == [1, 2, 3, 4, 5]
+
+    def test_buffers_and_tied_weights(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+                self.head.weight = self.embed.weight
+                self.register_buffer("kept", torch.arange(4.0))
+                self.register_buffer("not_kept", torch.tensor(2.0), persistent=False)
+                self.plain = torch.tensor([1.0, 0.0, 1.0, 0.0])
+                self.register_buffer("twice", self.kept)
+
+            def forward(self, ids: torch.Tensor) -> torch.Tensor:
+                return self.head(self.embed(ids) * self.not_kept + self.kept * self.plain + self.twice)
+
+        module, ids = Tied(), torch.tensor([[0, 4, 2]])
+        with torch.no_grad():
+            expected = module(ids)
+        np.testing.assert_array_equal(import_model(module, ids).reference[0], expected)
 
     def test_module_that_computes_nothing(self) -> None:
         model = import_model(nn.Identity(), torch.ones(2))
@@ -368,7 +402,7 @@ def _read_mutated(path: Path, seeds: range, whole: bool) -> None:
             if whole:
                 import_model(path)
             else:
-                source.read(path)
+                import_source.read(path)
         except InputError as error:
             assert "\n" not in str(error)
 

@@ -86,7 +86,8 @@ def _from_program(program: ExportedProgram, example_inputs: object, name: str) -
     names = programs.input_names(program)
     if kwargs and set(kwargs) != set(names):
         raise ModelError(f"example inputs of {name}", expected=names, seen=sorted(kwargs))
-    return Source(program, name, tuple(map(widen.wide, args or (kwargs[key] for key in names))))
+    flat = pytree.tree_leaves(args) if args else [kwargs[key] for key in names]
+    return Source(program, name, tuple(map(widen.wide, flat)))
 
 
 def _from_onnx(path: Path, example_inputs: object, name: str) -> Source:
@@ -114,21 +115,25 @@ def _from_folder(path: Path, example_inputs: object, name: str) -> Source:
     return _from_module(module, example if example_inputs is None else example_inputs, name)
 
 
-def _arguments(example_inputs: object) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """Example inputs as positional and named tensors."""
+def _arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and named tensors, or tuples, lists and dicts of them."""
     if isinstance(example_inputs, Mapping):
-        return (), {str(key): _tensor(value) for key, value in example_inputs.items()}
+        return (), {str(key): _tensors(value) for key, value in example_inputs.items()}
     if isinstance(example_inputs, tuple | list):
-        return tuple(_tensor(value) for value in example_inputs), {}
-    return (_tensor(example_inputs),), {}
+        return tuple(_tensors(value) for value in example_inputs), {}
+    return (_tensors(example_inputs),), {}
 
 
-def _tensor(value: object) -> torch.Tensor:
+def _tensors(value: object) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_tensors, value))
+    if isinstance(value, dict):
+        return {key: _tensors(item) for key, item in value.items()}
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.array(value, order="C"))
-    wanted = "a tensor or an array, a tuple of them, or a dict by name"
+    wanted = "a tensor or an array, a tuple of them, or a dict by name (each may be a tuple or a dict in turn)"
     raise ModelError("example inputs", expected=wanted, seen=type(value).__name__)
 
 
