@@ -185,7 +185,7 @@ def _fetcher(expr: Any) -> Fetch:
     if isinstance(expr, relax.Var):
         return lambda env: env[expr]
     if ir.is_constant(expr):
-        value = ir.to_numpy(expr)
+        value = _shared(expr)
         return lambda env: value
     if isinstance(expr, relax.Tuple):
         fields = [_fetcher(field) for field in expr.fields]
@@ -194,6 +194,13 @@ def _fetcher(expr: Any) -> Fetch:
         whole, index = _fetcher(expr.tuple_value), int(expr.index)
         return lambda env: whole(env)[index]
     return lambda env: expr  # a shape, a number
+
+
+def _shared(constant: Any) -> Array:
+    """The value of a constant, to be read only, without a copy: a large model's weights take most of the memory."""
+    if not hasattr(constant.value, "numpy") or ir.dtype_of(constant) == "bfloat16":
+        return ir.to_numpy(constant)
+    return np.from_dlpack(constant.value)
 
 
 def _dead_after(module: tvm.IRModule) -> dict[int, list[Any]]:

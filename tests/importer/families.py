@@ -43,8 +43,8 @@ _WAVE |= {"num_feat_extract_layers": 3}
 _WAVE |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 32, "conv_bias": False}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "vocab_size": 64}
 _BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32}
-# As its smallest member has them, and a quarter of its channels: its default is the largest one.
-_EFFICIENT = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320}
+# Its default is the largest of the family: half of the depth of the smallest, and a quarter of its channels.
+_EFFICIENT = {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}
 _NECK = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16}
 _RESNET = {"embedding_size": 8, "layer_type": "basic", **_STAGES, "out_features": ["stage4"]}
 
@@ -205,12 +205,13 @@ def _spread(model: torch.nn.Module) -> None:
 
 
 def _measure(model: torch.nn.Module, example: dict[str, torch.Tensor]) -> None:
-    """Statistics of batch norms from random inputs: at their initial ones a deep network's signal dies away."""
+    """Factors of batch norms near 1, and statistics from random inputs: at initial ones deep networks' signals die."""
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
     if norms:
         draw = torch.Generator().manual_seed(2)
         batch = {name: torch.randn(8, *value.shape[1:], generator=draw) for name, value in example.items()}
         for norm in norms:
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             norm.momentum = 1.0
             norm.train()
         with torch.no_grad():
@@ -276,6 +277,10 @@ def markdown(verdicts: Iterable[Verdict], command: str) -> str:
         last = refusal or f"{v.integers} of {v.operators}"
         cosine = "" if v.cosine is None else f"{v.cosine:.4f}"
         lines.append(f"| {v.group} | {v.family} | {v.kind} | {error} | {cosine} | {last} |")
+    found = {verdict.family for verdict in verdicts}
+    left = [family for families in FAMILIES.values() for family in families if family not in found]
+    if left:
+        lines += ["", f"Not in this run: {', '.join(left)}."]
     return "\n".join(lines) + "\n"
 
 
