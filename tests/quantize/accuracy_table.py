@@ -67,7 +67,7 @@ are simulated (`weight_levels`), float layers whose weights are rounded. `uneven
 channels were rescaled by up to 50 either way, which changes nothing that it computes. Peers were measured in the same run.
 Made by
 
-    python -m tests.quantize.accuracy_table -o docs/accuracy.md
+    python -m tests.quantize.accuracy_table{choice} -o docs/accuracy.md
 
 {table}
 """
@@ -191,10 +191,10 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
         measured.add(name, row, f"{mine:.2f} ({top1 - mine:+.2f}), {agreement:.2f}")
 
 
-def document(measured: Measured, models: Sequence[str], rows: Sequence[str]) -> str:
-    """The table as a page of the documentation."""
+def document(measured: Measured, models: Sequence[str], rows: Sequence[str], choice: str = "") -> str:
+    """The table as a page of the documentation; choice: the options that say which part of it."""
     lines = ((row, *(measured.figures.get(name, {}).get(row, "") for name in models)) for row in ("fp32", *rows))
-    return TEXT.format(images=measured.images, table=table(("", *models), lines))
+    return TEXT.format(images=measured.images, choice=choice, table=table(("", *models), lines))
 
 
 def main() -> None:
@@ -213,7 +213,9 @@ def main() -> None:
     rows = options.rows.split(";") if options.rows else [*ROWS, *PEERS]
     for name in models:
         measure(name, known[name], rows, data, measured)
-    page = document(measured, models, rows)
+    chosen = (("models", options.models), ("rows", options.rows))
+    choice = "".join(f' --{name} "{value}"' for name, value in chosen if value)
+    page = document(measured, models, rows, choice)
     if options.out is None:
         print(page)
     else:
