@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import re
@@ -22,6 +23,8 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 
 def _run(words: tuple[str, ...], log: str, environment: dict[str, str], limit: Callable[[], None] | None) -> None:
+    # 1 is PR_SET_PDEATHSIG: the process that it is forked from ends with the tests, however these end.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
