@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,8 +31,12 @@ def latencies(realized: tvm.IRModule, target: Target, recipe: Recipe, known: Seq
     session.configure_threads(target.cores)
     inferences = [_inference(session, realized, target, recipe, records) for records in known]
     counts = [max(1, round(_ROUND_S / _seconds(run, 2))) for run in inferences]
-    times = [[_seconds(run, n) for run, n in zip(inferences, counts, strict=True)] for _ in range(_ROUNDS)]
-    return [min(column) for column in zip(*times, strict=True)]
+    best = [math.inf] * len(inferences)
+    for number in range(_ROUNDS):
+        # Every other round backwards: none is always the one after another.
+        for i in range(len(best))[:: -1 if number % 2 else 1]:
+            best[i] = min(best[i], _seconds(inferences[i], counts[i]))
+    return best
 
 
 def _inference(session: LocalSession, realized: Any, target: Target, recipe: Recipe, records: Records | None) -> Any:
