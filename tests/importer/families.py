@@ -3,7 +3,7 @@
     python tests/importer/families.py [--out docs/families.md] [family ...]
 
 For each family: the largest relative error of the imported model's outputs against PyTorch's (at most 1e-3), and the
-cosine of the int8 bundle's outputs to PyTorch's (at least 0.97, calibrated on four random samples, on this machine).
+cosine of the int8 bundle's outputs to PyTorch's (at least 0.97, calibrated on four random samples with the measured one among them, on this machine).
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def markdown(verdicts: Iterable[Verdict], command: str) -> str:
         "",
         "Small models with random weights: imported (the largest relative error of an output against PyTorch, at most",
         f"{MOST_ERROR:g}), and compiled to int8 (the least cosine of an output to PyTorch's, at least {LEAST_COSINE:g},",
-        f"calibrated on {SAMPLES} random samples). {passed} of {len(verdicts)} pass. Written by",
+        f"calibrated on {SAMPLES} random samples, the measured one among them). {passed} of {len(verdicts)} pass. Written by",
         "",
         f"    {command}",
         "",
