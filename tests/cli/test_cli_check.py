@@ -37,13 +37,18 @@ def test_verify_says_yes_in_a_process_of_its_own(files):
     assert "agree with the oracle on host" in done.stdout
 
 
-def test_verify_says_no_with_exit_code_1(wrong_bundle, tvmq, tmp_path):
+def test_verify_says_no_with_exit_code_1(wrong_bundle, tvmq, tmp_path, monkeypatch):
     outcome = tvmq("verify", wrong_bundle, "--json", "--save", tmp_path / "difference")
     assert outcome.code == 1
     assert outcome.document["ok"] is False
     assert any(not op["agrees"] for op in outcome.document["ops"])
-    assert list((tmp_path / "difference").glob("*.expected.npy"))
-    assert "largest difference" in tvmq("verify", wrong_bundle).out
+    (path,) = (tmp_path / "difference").glob("*.npz")
+    assert outcome.document["saved"] == str(path)
+    monkeypatch.chdir(tmp_path)
+    said = tvmq("verify", wrong_bundle).out
+    assert "largest difference" in said
+    assert f"inputs and results are in {path.name}" in said.replace("\n", " ")
+    assert (tmp_path / path.name).is_file()
 
 
 def test_explain_has_a_row_an_operator_without_running(files, tvmq):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tvmq.deploy.bundle import Bundle, pack_parameters, read
-from tvmq.errors import SignatureError
-from tvmq.measure.verify import verify
+from tvmq.errors import OutputError, SignatureError
+from tvmq.measure.verify import _save, verify
 
 NAMES = (
     "residual",
@@ -81,10 +81,12 @@ def test_the_first_operator_that_differs_is_named(bundle_of: Callable[..., Path]
     assert [op.name for op in result.ops if not op.agrees] == [victim], "each operator is judged alone"
     assert result.first_difference.differing > 0
     assert result.first_difference.max_difference >= 1
-    assert f"differs from the oracle on host: {victim}" in str(result)
-    saved = {path.name: np.load(path) for path in (tmp_path / "saved").iterdir()}
-    assert {f"{victim}.expected.npy", f"{victim}.got.npy", f"{victim}.arg0.npy", f"{victim}.arg1.npy"} <= set(saved)
-    assert (saved[f"{victim}.expected.npy"] != saved[f"{victim}.got.npy"]).sum() == result.first_difference.differing
+    (path,) = (tmp_path / "saved").iterdir()
+    assert result.saved == str(path)
+    assert str(result) == f"differs from the oracle on host: {victim}; inputs and results are in {path}"
+    with np.load(path) as saved:
+        assert {"expected", "got", "arg0", "arg1"} <= set(saved)
+        assert (saved["expected"] != saved["got"]).sum() == result.first_difference.differing
 
 
 @pytest.mark.parametrize("target", ["x86-64-avx2", "host"])
@@ -93,6 +95,31 @@ def test_weights_that_both_sides_read_show_in_the_golden_output(bundle_of: Calla
     result = verify(with_negated(bundle, bundle.manifest["packed"]["relu"][0]["parameter"]))
     assert not result.ok
     assert not result.outputs_agree
+
+
+def test_outputs_that_alone_differ_are_saved(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    """AVX2 has no sums of weights beside them that would tell."""
+    bundle = read(bundle_of("residual", target="x86-64-avx2"))
+    result = verify(with_negated(bundle, bundle.manifest["packed"]["relu"][0]["parameter"]), save=tmp_path)
+    assert result.first_difference is None
+    assert "the outputs, though each operator agrees on the bundle's own weights" in str(result)
+    assert result.saved == str(tmp_path / "outputs.npz")
+    with np.load(tmp_path / "outputs.npz") as saved:
+        np.testing.assert_array_equal(saved["expected0"], bundle.golden()[1][0])
+        assert (saved["expected0"] != saved["got0"]).any()
+
+
+def test_an_operator_s_name_stays_in_the_folder(tmp_path: Path) -> None:
+    path = _save(tmp_path / "deep", "../../up", {"got": np.zeros(1, np.float32)})
+    assert path.parent == tmp_path / "deep"
+    assert [found.name for found in tmp_path.rglob("*.npz")] == [path.name]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = read(bundle_of("residual"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*(outputs|relu).npz: saw "):
+        verify(with_negated(bundle, bundle.manifest["packed"]["relu"][0]["parameter"]), save=tmp_path / "file")
 
 
 def test_nothing_is_saved_of_a_sound_bundle(bundle_of: Callable[..., Path], tmp_path: Path) -> None:

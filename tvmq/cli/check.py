@@ -31,7 +31,7 @@ class Verify(Command):
 
     bundle: str
     device: str = "host"
-    save: str | None = None
+    save: str = "."
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -39,7 +39,10 @@ class Verify(Command):
         parser.add_argument("bundle", metavar="BUNDLE", help="a .tvmq file")
         parser.add_argument("--device", default="host", metavar="D", help=DEVICE_HELP)
         parser.add_argument(
-            "--save", metavar="DIR", help="write the tensors of the first operator that differs, as .npy"
+            "--save",
+            default=".",
+            metavar="DIR",
+            help="where the first operator that differs is written to, with its inputs, as OPERATOR.npz (default .)",
         )
 
     def run(self, out: Output) -> int:

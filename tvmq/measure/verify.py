@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tvmq.deploy.exact import is_exact
 from tvmq.deploy.executor import Executor
 from tvmq.deploy.session import connect
 from tvmq.deploy.steps import Step, StepRunner
+from tvmq.errors import OutputError
 from tvmq.kernels.lowering import packing_of
 from tvmq.quantize import numerics
 
@@ -40,13 +42,14 @@ class OpCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify`. `exact`: integers are equal bit for bit. `unchecked`: results that fusion hides."""
+    """The result of `verify`. `unchecked`: results that fusion hides. `saved`: the first difference's file, or None."""
 
     bundle: str
     device: str
     ops: list[OpCheck]
     unchecked: list[str]
     outputs_agree: bool
+    saved: str | None
 
     @property
     def ok(self) -> bool:
@@ -67,7 +70,9 @@ class Verification:
         if self.ok:
             return f"{len(self.ops)} operators agree with the oracle on {self.device}, {exact} of them bit for bit"
         bad = self.first_difference
-        return f"differs from the oracle on {self.device}: {bad.name if bad else 'the outputs'}"
+        what = bad.name if bad else "the outputs, though each operator agrees on the bundle's own weights"
+        saved = f"; inputs and results are in {self.saved}" if self.saved else ""
+        return f"differs from the oracle on {self.device}: {what}{saved}"
 
 
 def verify(
@@ -75,8 +80,9 @@ def verify(
 ) -> Verification:
     """Run a bundle on `device`, each operator on the oracle's own inputs to it, and compare.
 
-    `inputs`: None means the golden ones. `save`: a folder that receives the inputs and results of the first operator
-    that differs, as .npy files. Raises BundleError, IsaError, DeviceError, SignatureError.
+    `inputs`: None means the golden ones. `save`: a folder that receives the first difference as OPERATOR.npz, with the
+    operands arg0, arg1, ... (weights packed) and the result as `expected` and `got`; outputs.npz where the outputs
+    alone differ. Raises BundleError, IsaError, DeviceError, SignatureError, OutputError.
     """
     bundle = path if isinstance(path, Bundle) else bundles.read(path)
     executor = Executor(bundle, connect(device))
@@ -84,6 +90,7 @@ def verify(
     oracle = _oracle(bundle, arrays)
     checks: list[OpCheck] = []
     unchecked: list[str] = []
+    saved: Path | None = None
     runner = StepRunner(bundle, executor.session, executor.library)
     tensors = {name: executor.session.tensor(array) for name, array in bundle.parameters().items()}
     tensors.update(
@@ -99,16 +106,22 @@ def verify(
             got = executor.session.fetch(result)
             got = got.view(want.dtype) if want.dtype == numerics.BF16 else got
             check = _compare(made.name, step, want, got, oracle.is_exact(made.name, step))
-            if not check.agrees and save is not None and all(earlier.agrees for earlier in checks):
-                _save(Path(save), made.name, [executor.session.fetch(arg) for arg in args], want, got)
+            if not check.agrees and save is not None and saved is None:
+                operands = [executor.session.fetch(arg) for arg in args]
+                saved = _save(Path(save), made.name, {**_numbered("arg", operands), "expected": want, "got": got})
             checks.append(check)
             # The next operators read what the oracle says, so that each is judged alone.
             tensors[made.name] = executor.session.tensor(want.view(made.dtype))
     exact, tolerance = bool(bundle.manifest["exact"]), float(bundle.manifest["tolerance"])
     # The oracle reads the bundle's own weights: what these should give is in the golden pair.
     wanted = oracle.outputs if inputs is not None else bundle.golden()[1]
-    agree = all(agrees(want, got, exact, tolerance) for want, got in zip(wanted, executor(*arrays), strict=True))
-    return Verification(str(bundle.path or bundle.manifest["name"]), device, checks, unchecked, agree)
+    outputs = executor(*arrays)
+    agree = all(agrees(want, got, exact, tolerance) for want, got in zip(wanted, outputs, strict=True))
+    if not agree and save is not None and saved is None:
+        whole = {**_numbered("arg", arrays), **_numbered("expected", wanted), **_numbered("got", outputs)}
+        saved = _save(Path(save), "outputs", whole)
+    name = str(bundle.path or bundle.manifest["name"])
+    return Verification(name, device, checks, unchecked, agree, str(saved) if saved else None)
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,17 @@ def _is_nan(array: Array) -> Array:
     return np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
 
 
-def _save(folder: Path, name: str, args: list[Array], want: Array, got: Array) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for label, array in [*((f"arg{i}", a) for i, a in enumerate(args)), ("expected", want), ("got", got)]:
-        np.save(folder / f"{name}.{label}.npy", numerics.widened(array), allow_pickle=False)
+def _numbered(label: str, arrays: Sequence[Array]) -> dict[str, Array]:
+    return {f"{label}{i}": array for i, array in enumerate(arrays)}
+
+
+def _save(folder: Path, name: str, arrays: Mapping[str, Array]) -> Path:
+    """Write NAME.npz; bfloat16, which NumPy's format lacks, as float32. Raises OutputError."""
+    # The name is the bundle's to choose: it must not lead out of the folder.
+    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.npz"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **{label: numerics.widened(array) for label, array in arrays.items()})  # type: ignore[arg-type]
+    except OSError as error:
+        raise OutputError(f"cannot write {path}", seen=error.strerror or str(error)) from error
+    return path
