@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tvmq._version import __version__
 
 if TYPE_CHECKING:
-    from tvmq.deploy.executor import Executor, Latency, OpTime, load
+    from tvmq.deploy.executor import Executor, OpTime, load
+    from tvmq.deploy.latency import Latency
     from tvmq.errors import TvmqError
     from tvmq.importer.load import import_model
     from tvmq.measure.verify import verify
@@ -47,7 +48,7 @@ __all__ = [
 _HOMES = {
     "CalibrationTable": ("tvmq.quantize.table", "CalibrationTable"),
     "Executor": ("tvmq.deploy.executor", "Executor"),
-    "Latency": ("tvmq.deploy.executor", "Latency"),
+    "Latency": ("tvmq.deploy.latency", "Latency"),
     "Model": ("tvmq.model", "Model"),
     "OpTime": ("tvmq.deploy.executor", "OpTime"),
     "Recipe": ("tvmq.recipe", "Recipe"),

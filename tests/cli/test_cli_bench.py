@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tvmq import zoo
-from tvmq.measure import chart, compile_cost, efficiency, matvec, sparse_bench
+from tvmq.deploy.latency import latency
+from tvmq.measure import benchmark, chart, compile_cost, efficiency, matvec, sparse_bench
 from tvmq.measure.benchmark import rounds
 
 
@@ -31,6 +32,25 @@ def test_bench_measures_several_bundles(files, tvmq):
     for row in rows:
         assert (row["repeat"], row["threads"]) == (3, 1)
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert len(row["times_ms"]) == 3
+        assert row["low_ms"] is None, "three repeats are too few"
+    (comparison,) = outcome.document["comparisons"]
+    assert (comparison["rounds"], comparison["significant"]) == (3, False)
+
+
+def test_bench_says_which_of_two_bundles_is_faster(files, tvmq, monkeypatch):
+    figures = {"first": [10.0 + i % 3 for i in range(10)]}
+    figures["second"] = [0.8 * time for time in figures["first"]]
+    found = [latency(times, 1, 1) for times in figures.values()]
+    monkeypatch.setattr(benchmark, "interleaved", lambda *_: found)
+    outcome = tvmq("bench", files.bundle, files.bundle)
+    assert f"{files.bundle}: significantly faster than {files.bundle} at 95 % confidence: time x 0.800" in outcome.out
+    assert "10.000 to 12.000" in outcome.out
+    assert "warning" not in outcome.out
+    monkeypatch.setattr(benchmark, "interleaved", lambda *_: [found[0], latency(figures["first"][::-1], 1, 1)])
+    outcome = tvmq("bench", files.bundle, files.bundle)
+    assert "no significant difference to" in outcome.out
+    assert "warning" in outcome.out
 
 
 def test_bench_prints_a_row_a_bundle(files, tvmq):
@@ -49,7 +69,7 @@ def test_rounds_take_turns():
 
     found = rounds([lambda: timer("a", 1.0), lambda: timer("b", 2.0)], 3, seen.append)
     assert found == [[1.0] * 3, [2.0] * 3]
-    assert seen == [1, "a", "b", 2, "a", "b", 3, "a", "b"]
+    assert seen == [1, "a", "b", 2, "b", "a", 3, "a", "b"]
 
 
 def test_the_suite_writes_its_files_and_says_so(tiny_model, tvmq, tmp_path):

@@ -13,7 +13,8 @@ import torch
 
 import tvmq
 from tvmq.deploy.emulate import EmulatedBoard
-from tvmq.deploy.executor import Executor, latency, load
+from tvmq.deploy.executor import Executor, load
+from tvmq.deploy.latency import latency
 from tvmq.errors import DeviceError, SignatureError
 
 
@@ -183,7 +184,7 @@ def test_a_benchmark_is_a_distribution(executor: Executor) -> None:
 
 
 def test_the_statistics_are_numpys() -> None:
-    result = latency(np.array([1.0, 2.0, 3.0, 4.0, 10.0]), 5, 1, 2)
+    result = latency([1.0, 2.0, 3.0, 4.0, 10.0], 1, 2)
     assert (result.mean_ms, result.median_ms, result.min_ms, result.max_ms) == (4.0, 3.0, 1.0, 10.0)
     assert result.p90_ms == pytest.approx(7.6)
     assert result.std_ms == pytest.approx(np.sqrt(10.0))

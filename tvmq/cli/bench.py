@@ -45,7 +45,10 @@ _OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Measure the latency of bundles, or run one of the project's benchmarks; several things take turns."""
+    """Measure the latency of bundles, or run one of the project's benchmarks; several things take turns.
+
+    Of several bundles, each is compared with the first: whether it is faster by more than chance (sign test, 95 %).
+    """
 
     name: ClassVar[str] = "bench"
     examples: ClassVar[tuple[str, ...]] = (
@@ -159,11 +162,15 @@ class Bench(Command):
             report("loading TVM", 0)
             import tvmq
             from tvmq.measure.benchmark import interleaved
+            from tvmq.measure.significance import compare
 
             executors = [tvmq.load(path, self.device, threads=self.threads) for path in self.bundles]
             found = interleaved(executors, self.repeat, self.number, self.min_repeat_ms, lambda n: report("round", n))
+            compared = compare([(p, latency.times_ms) for p, latency in zip(self.bundles, found, strict=True)])
         rows = [{"bundle": path, **latency.to_dict()} for path, latency in zip(self.bundles, found, strict=True)]
-        out.result({"device": self.device, "bundles": rows}, render.latencies(rows))
+        document = {"device": self.device, "bundles": rows, "comparisons": [one.to_dict() for one in compared]}
+        notes = [*map(str, compared), *(one.warning for one in compared if one.warning)]
+        out.result(document, render.latencies(rows), *notes)
 
     def _benchmark(self, out: Output, name: str, measure: Measure) -> None:
         """Run `measure`, write its report, and say what was written."""

@@ -23,9 +23,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: It
 
 def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
     """One row a bundle, as `tvmq bench --json` lists them."""
-    columns = ("bundle", "median ms", "p90 ms", "min ms", "std ms", "threads")
+    columns = ("bundle", "median ms", "95 % interval", "p90 ms", "min ms", "std ms", "threads")
     cells = (
-        (row["bundle"], *(f"{row[key]:.3f}" for key in ("median_ms", "p90_ms", "min_ms", "std_ms")), row["threads"])
+        (
+            row["bundle"],
+            f"{row['median_ms']:.3f}",
+            "" if row["low_ms"] is None else f"{row['low_ms']:.3f} to {row['high_ms']:.3f}",
+            *(f"{row[key]:.3f}" for key in ("p90_ms", "min_ms", "std_ms")),
+            row["threads"],
+        )
         for row in rows
     )
     return table(columns, cells, right=columns[1:])

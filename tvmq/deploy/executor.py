@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tvm import relax
 
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.bundle import Bundle
+from tvmq.deploy.latency import Latency, latency
 from tvmq.deploy.permission import allow_tiles
 from tvmq.deploy.session import Session, connect
 from tvmq.errors import SignatureError
@@ -20,28 +21,6 @@ from tvmq.model import Signature, as_array
 from tvmq.quantize.partition import Conversions
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds an inference, over the repeats of a benchmark."""
-
-    mean_ms: float
-    median_ms: float
-    p90_ms: float
-    min_ms: float
-    max_ms: float
-    std_ms: float
-    repeat: int
-    number: int
-    threads: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return f"{self.median_ms:.3f} ms median, {self.p90_ms:.3f} p90 ({self.repeat} repeats, {self.threads} threads)"
 
 
 @dataclass(frozen=True)
@@ -151,7 +130,7 @@ class Executor:
             "invoke_stateful", self.session.device, number=number, repeat=repeat, min_repeat_ms=min_repeat_ms
         )
         times = np.array(self.session.call(lambda: timer("main")).results) * 1e3
-        return latency(times, repeat, number, self.threads)
+        return latency(times, number, self.threads)
 
     def runner(self) -> Callable[[], object]:
         """A function that runs one inference on the inputs that are set (else the golden ones), and nothing else."""
@@ -218,18 +197,3 @@ class Executor:
         if name not in names:
             raise SignatureError("set_input", expected=f"one of {', '.join(names)}", seen=repr(name))
         return names.index(name)
-
-
-def latency(times_ms: Array, repeat: int, number: int, threads: int) -> Latency:
-    """The statistics of a list of times in milliseconds."""
-    return Latency(
-        mean_ms=float(times_ms.mean()),
-        median_ms=float(np.median(times_ms)),
-        p90_ms=float(np.percentile(times_ms, 90)),
-        min_ms=float(times_ms.min()),
-        max_ms=float(times_ms.max()),
-        std_ms=float(times_ms.std()),
-        repeat=repeat,
-        number=number,
-        threads=threads,
-    )

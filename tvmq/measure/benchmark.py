@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from tvmq.deploy.executor import Executor, Latency, latency
+from tvmq.deploy.executor import Executor
+from tvmq.deploy.latency import Latency, latency
 
 Timer = Callable[[], float]
 Progress = Callable[[int], None]
@@ -28,17 +27,20 @@ def interleaved(
         return executor.benchmark(repeat=1, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup).mean_ms
 
     times = rounds([lambda e=executor: timer(e, 3) for executor in executors], repeat, progress)  # type: ignore[misc]
-    return [
-        latency(np.array(row), repeat, number, executor.threads) for row, executor in zip(times, executors, strict=True)
-    ]
+    return [latency(row, number, executor.threads) for row, executor in zip(times, executors, strict=True)]
 
 
 def rounds(timers: Sequence[Timer], repeat: int, progress: Progress | None = None) -> list[list[float]]:
-    """What each timer says (milliseconds), `repeat` times, all timers once a round."""
+    """What each timer says (milliseconds), `repeat` times, all timers once a round.
+
+    Every other round begins with the last timer, so that what one leaves behind (heat, caches) is not always the
+    same one's.
+    """
     found: list[list[float]] = [[] for _ in timers]
     for index in range(repeat):
         if progress:
             progress(index + 1)
-        for row, timer in zip(found, timers, strict=True):
-            row.append(timer())
+        order = range(len(timers)) if index % 2 == 0 else reversed(range(len(timers)))
+        for which in order:
+            found[which].append(timers[which]())
     return found
