@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from tvmq import zoo
-from tvmq.deploy.latency import latency
-from tvmq.measure import benchmark, chart, compile_cost, efficiency, matvec, sparse_bench
+from tvmq.measure import bundle_bench, chart, compile_cost, efficiency, matvec, sparse_bench
 from tvmq.measure.benchmark import rounds
 
 
@@ -41,22 +40,38 @@ def test_bench_measures_several_bundles(files, tvmq):
 def test_bench_says_which_of_two_bundles_is_faster(files, tvmq, monkeypatch):
     figures = {"first": [10.0 + i % 3 for i in range(10)]}
     figures["second"] = [0.8 * time for time in figures["first"]]
-    found = [latency(times, 1, 1) for times in figures.values()]
-    monkeypatch.setattr(benchmark, "interleaved", lambda *_: found)
+    monkeypatch.setattr(bundle_bench, "rounds", lambda *_: list(figures.values()))
     outcome = tvmq("bench", files.bundle, files.bundle)
     assert f"{files.bundle}: significantly faster than {files.bundle} at 95 % confidence: time x 0.800" in outcome.out
     assert "10.000 to 12.000" in outcome.out
-    assert "warning" not in outcome.out
-    monkeypatch.setattr(benchmark, "interleaved", lambda *_: [found[0], latency(figures["first"][::-1], 1, 1)])
+    assert "more than the difference" not in outcome.out
+    monkeypatch.setattr(bundle_bench, "rounds", lambda *_: [figures["first"], figures["first"][::-1]])
     outcome = tvmq("bench", files.bundle, files.bundle)
     assert "no significant difference to" in outcome.out
-    assert "warning" in outcome.out
+    assert "more than the difference" in outcome.out
+
+
+def test_a_sustained_run_has_its_latency_over_time(files, tvmq, tmp_path):
+    words = ("bench", files.bundle, "--sustain", "0.2s", "--min-repeat-ms", 1, "--threads", 1, "--json")
+    outcome = tvmq(*words, *(("--plot", tmp_path / "plot.png") if chart.available() else ()))
+    assert outcome.code == 0
+    (sustained,) = outcome.document["sustained"]
+    assert len(sustained["ms"]) == len(sustained["seconds"]) == outcome.document["bundles"][0]["repeat"] > 1
+    assert sustained["seconds"] == sorted(sustained["seconds"])
+    assert (tmp_path / "plot.png").is_file() == chart.available()
+
+
+def test_a_chart_without_matplotlib_is_refused_before_measuring(files, tvmq, monkeypatch):
+    monkeypatch.setattr(chart, "available", lambda: False)
+    outcome = tvmq("bench", files.bundle, "--sustain", "1h", "--plot", "plot.png")
+    assert "cannot write plot.png: saw" in outcome.line
 
 
 def test_bench_prints_a_row_a_bundle(files, tvmq):
     outcome = tvmq("bench", files.bundle, "--repeat", 1, "--min-repeat-ms", 1)
     assert outcome.code == 0
-    assert len(outcome.out.splitlines()) == 2
+    assert "processors" in outcome.out.splitlines()[0]
+    assert any(line.startswith(str(files.bundle)) for line in outcome.out.splitlines())
     assert outcome.err == ""
 
 
@@ -121,6 +136,9 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
         (["--compile", "--precisions", "int7"], "did you mean 'int8'"),
         (["m.tvmq", "--no-peers"], "--no-peers: expected only with --suite"),
         (["m.tvmq", "-o", "folder"], "--out: expected only with --suite"),
+        (["--suite", "--sustain", "1m"], "--sustain: expected only with bundles"),
+        (["m.tvmq", "--plot", "x.png"], "--plot: expected only with --sustain"),
+        (["m.tvmq", "--sustain", "ten"], "'ten': expected a number with s, m or h"),
         (["--suite", "--models", "resnet"], "model 'resnet': expected one of resnet18"),
         (["--suite", "--precisions", "int7"], "did you mean 'int8'?"),
         (["--suite", "-t", "raspberry-pi-4b"], "target raspberry-pi-4b: expected one that this machine can run"),

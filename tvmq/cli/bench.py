@@ -13,6 +13,7 @@ from tvmq.cli.command import Command, add_device
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
+from tvmq.errors import OutputError
 from tvmq.recipe import Precision
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Bench(Command):
         "tvmq bench model.tvmq",
         "tvmq bench fp32.tvmq int8.tvmq --repeat 20",
         "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --json",
+        "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --sustain 10m --plot sustained.png",
         "tvmq bench --suite",
         "tvmq bench --suite --models resnet18 minilm --precisions int8 -t x86-64-avx512-vnni -o bench-vnni",
         "tvmq bench --suite --no-peers --per-op",
@@ -86,6 +88,8 @@ class Bench(Command):
     repeat: int = 10
     number: int = 1
     min_repeat_ms: int = 50
+    sustain: str | None = None
+    plot: str | None = None
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
@@ -120,6 +124,10 @@ class Bench(Command):
         parser.add_argument(
             "--min-repeat-ms", type=int, default=50, metavar="MS", help="a measurement's least time (default 50)"
         )
+        parser.add_argument(
+            "--sustain", metavar="TIME", help="of bundles: rounds for so long (90s, 10m) instead of --repeat of them"
+        )
+        parser.add_argument("--plot", metavar="FILE.png", help="of --sustain: latency over time")
 
     def run(self, out: Output) -> int:
         """Measure bundles, or run the benchmark that was asked for."""
@@ -146,6 +154,10 @@ class Bench(Command):
 
     def _check_options(self, wanted: list[str]) -> None:
         names = ", ".join(f"--{name}" for name in BENCHMARKS)
+        if wanted and self.sustain:
+            raise UsageError("--sustain", expected="only with bundles")
+        if self.plot is not None and not self.sustain:
+            raise UsageError("--plot", expected="only with --sustain")
         given = [*(["bundles"] if self.bundles else []), *(f"--{name}" for name in wanted)]
         if len(given) != 1:
             raise UsageError("tvmq bench", expected=f"bundles, or one of {names}", seen=", ".join(given) or "neither")
@@ -160,17 +172,30 @@ class Bench(Command):
         """Load all, then measure in turns."""
         with progress(out.errors, "bench") as report:
             report("loading TVM", 0)
-            import tvmq
-            from tvmq.measure.benchmark import interleaved
-            from tvmq.measure.significance import compare
+            from tvmq.measure import bundle_bench, chart, sustained_chart
+            from tvmq.tune.budget import seconds_of
 
-            executors = [tvmq.load(path, self.device, threads=self.threads) for path in self.bundles]
-            found = interleaved(executors, self.repeat, self.number, self.min_repeat_ms, lambda n: report("round", n))
-            compared = compare([(p, latency.times_ms) for p, latency in zip(self.bundles, found, strict=True)])
-        rows = [{"bundle": path, **latency.to_dict()} for path, latency in zip(self.bundles, found, strict=True)]
-        document = {"device": self.device, "bundles": rows, "comparisons": [one.to_dict() for one in compared]}
-        notes = [*map(str, compared), *(one.warning for one in compared if one.warning)]
-        out.result(document, render.latencies(rows), *notes)
+            if self.plot is not None and not chart.available():
+                raise OutputError(f"cannot write {self.plot}", seen=chart.NOT_INSTALLED)
+            found = bundle_bench.run(
+                self.bundles,
+                self.device,
+                threads=self.threads,
+                repeat=self.repeat,
+                number=self.number,
+                min_repeat_ms=self.min_repeat_ms,
+                sustain_s=seconds_of(self.sustain) if self.sustain else 0.0,
+                progress=report,
+            )
+            if self.plot is not None:
+                sustained_chart.draw(found, Path(self.plot))
+        text: list[Any] = [
+            str(found.before),
+            render.latencies(found.rows()),
+            *map(str, found.comparisons),
+            *found.warnings(),
+        ]
+        out.result(found.to_dict(), *text)
 
     def _benchmark(self, out: Output, name: str, measure: Measure) -> None:
         """Run `measure`, write its report, and say what was written."""

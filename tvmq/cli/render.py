@@ -22,12 +22,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: It
 
 
 def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """One row a bundle, as `tvmq bench --json` lists them."""
+    """One row a bundle, as `tvmq bench --json` lists them; emulated times are marked."""
     columns = ("bundle", "median ms", "95 % interval", "p90 ms", "min ms", "std ms", "threads")
     cells = (
         (
             row["bundle"],
-            f"{row['median_ms']:.3f}",
+            f"{row['median_ms']:.3f}{' (emulated)' if row['emulated'] else ''}",
             "" if row["low_ms"] is None else f"{row['low_ms']:.3f} to {row['high_ms']:.3f}",
             *(f"{row[key]:.3f}" for key in ("p90_ms", "min_ms", "std_ms")),
             row["threads"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, NoReturn
 
 import tvm
 import tvm_ffi
+
+from tvmq.deploy import condition
 
 # Linux: prctl(PR_SET_PDEATHSIG).
 _PARENT_DEATH_SIGNAL = 1
@@ -53,3 +56,4 @@ def _register(folder: Path) -> None:
 
     for function in (workpath, upload, load_module):
         tvm_ffi.register_global_func(f"tvm.rpc.server.{function.__name__}", function, override=True)
+    tvm_ffi.register_global_func("tvmq.board.condition", lambda: json.dumps(condition.read().to_dict()), override=True)

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import tvm
 
 from tvmq.cpuinfo import host_features
+from tvmq.deploy import condition as conditions
 from tvmq.deploy.address import CONNECT_TIMEOUT, LOST, Address, close, parse, reason
 from tvmq.deploy.bundle import LIBRARY, Bundle
+from tvmq.deploy.condition import Condition
 from tvmq.detect import detect_host
 from tvmq.errors import DeviceError, IsaError
 from tvmq.files import scratch_folder
@@ -45,6 +47,9 @@ class Session(Protocol):
 
     def configure_threads(self, count: int) -> int:
         """Size the device's thread pool; returns the number used."""
+
+    def condition(self) -> Condition:
+        """What a measurement there depends on: clocks, temperature, load, ..."""
 
     def close(self) -> None:
         """Let go of the device, whatever still refers to it; a board then serves the next client."""
@@ -115,6 +120,10 @@ class LocalSession:
         tvm.get_global_func("runtime.config_threadpool")(-3, cores, processors, cores)
         return cores
 
+    def condition(self) -> Condition:
+        """This machine's."""
+        return conditions.read()
+
     def close(self) -> None:
         """Nothing to let go of."""
 
@@ -170,6 +179,20 @@ class RemoteSession:
             # Mode 1 prefers the fast cores of a machine that has two kinds.
             self.call(lambda: self.remote.get_function("runtime.config_threadpool")(1, count))
         return count
+
+    def condition(self) -> Condition:
+        """The board's own; a server of TVM's does not tell. Raises DeviceError where the board is lost."""
+        if self._has("tvmq.board.condition"):
+            return conditions.from_json(str(self.call(self.remote.get_function("tvmq.board.condition"))))
+        # No server but the emulated board's counts instructions.
+        return Condition(known=False, emulated=self._has("tvmq.board.count"))
+
+    def _has(self, name: str) -> bool:
+        try:
+            self.call(lambda: self.remote.get_function(name))
+        except AttributeError:
+            return False
+        return True
 
     def close(self) -> None:
         """End the session. Does nothing where it has ended."""

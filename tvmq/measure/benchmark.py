@@ -22,12 +22,13 @@ def interleaved(
 
     `progress(n)` is called as round n = 1, 2, ... begins.
     """
-
-    def timer(executor: Executor, warmup: int) -> float:
-        return executor.benchmark(repeat=1, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup).mean_ms
-
-    times = rounds([lambda e=executor: timer(e, 3) for executor in executors], repeat, progress)  # type: ignore[misc]
+    times = rounds([timer(executor, number, min_repeat_ms, warmup=3) for executor in executors], repeat, progress)
     return [latency(row, number, executor.threads) for row, executor in zip(times, executors, strict=True)]
+
+
+def timer(executor: Executor, number: int, min_repeat_ms: int, warmup: int) -> Timer:
+    """A function that measures once, as `Executor.benchmark` does."""
+    return lambda: executor.benchmark(repeat=1, number=number, min_repeat_ms=min_repeat_ms, warmup=warmup).mean_ms
 
 
 def rounds(timers: Sequence[Timer], repeat: int, progress: Progress | None = None) -> list[list[float]]:

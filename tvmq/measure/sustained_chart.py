@@ -1,0 +1,31 @@
+"""A sustained run as a chart: latency over time, a line a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tvmq.deploy.condition import EMULATED
+from tvmq.files import atomic_path
+from tvmq.measure.bundle_bench import BundleBench
+
+
+def draw(bench: BundleBench, path: Path) -> None:
+    """Write the chart as PNG. Raises OutputError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panel = drawing.subplots()
+    for one in bench.sustained:
+        panel.plot(one.seconds, one.ms, linewidth=1, label=f"{one.bundle} ({100 * one.drift:+.1f} %)")
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("seconds")
+    panel.set_ylabel("ms an inference")
+    panel.grid(color="#dddddd", linewidth=0.8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=8)
+    title = f"Latency over time on {bench.device}; in brackets: the last tenth beside the first"
+    drawing.suptitle(f"{title}\n{EMULATED}" if bench.before.emulated else title, fontsize=9)
+    with atomic_path(path) as temporary:
+        drawing.savefig(temporary, format="png")
