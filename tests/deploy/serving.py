@@ -1,4 +1,4 @@
-"""A board's server in a process of its own, for tests: forked from one that has TVM loaded, which takes no time."""
+"""A board's server in a process of its own, for tests: Python's, forked from one that has TVM loaded, or the runner's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import tvm
+import tvm_ffi.libinfo
+
+from tvmq.deploy.board_root import RUNNER, SOURCE
+from tvmq.deploy.crosslink import zig_cc
 
 PATIENCE_S = 60.0
 
@@ -60,14 +67,23 @@ class Serving:
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """The first line that matches; the test fails where none comes."""
-        wait_until(lambda: re.search(pattern, self.said(), re.MULTILINE) or not self.process.is_alive())
+        wait_until(lambda: re.search(pattern, self.said(), re.MULTILINE) or not self.is_alive())
         found = re.search(pattern, self.said(), re.MULTILINE)
         assert found, self.said()
         return found
 
     def sessions(self) -> list[int]:
         """The processes of sessions."""
-        return [int(child) for child in children(self.process.pid).read_text().split()]
+        return [int(child) for child in children(self.pid).read_text().split()]
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server."""
+        return self.process.pid
+
+    def is_alive(self) -> bool:
+        """Whether the server runs."""
+        return self.process.is_alive()
 
     def stop(self, number: int) -> int:
         """Send a signal; the exit code."""
@@ -83,6 +99,57 @@ class Serving:
         self.process.kill()
         self.process.join(PATIENCE_S)
         self.log.unlink()
+
+
+class NativeServing(Serving):
+    """`PROGRAM serve` and `words`, where they name no secret without one; like Serving otherwise."""
+
+    def __init__(self, program: Path, *words: str, limit: Callable[[], None] | None = None, **environment: str) -> None:
+        handle, log = tempfile.mkstemp(prefix="serving-")
+        self.log = Path(log)
+        secret = () if "--secret" in words else ("--secret", "none")
+        self.runner = subprocess.Popen(
+            [str(program), "serve", *secret, *words, "--until-stdin-closes"],
+            stdin=subprocess.PIPE,
+            stdout=handle,
+            stderr=handle,
+            env=os.environ | environment,
+            preexec_fn=limit,  # noqa: PLW1509
+        )
+        os.close(handle)
+        self.port = int(self.wait_for(r"^listening 127.0.0.1 (\d+)$")[1])
+        self.url = f"rpc://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self.runner.pid
+
+    def is_alive(self) -> bool:
+        """Whether the server runs."""
+        return self.runner.poll() is None
+
+    def stop(self, number: int) -> int:
+        """Send a signal; the exit code."""
+        self.runner.send_signal(number)
+        return self.runner.wait(PATIENCE_S)
+
+    def __exit__(self, *_: object) -> None:
+        self.runner.kill()
+        self.runner.communicate(timeout=PATIENCE_S)
+        self.log.unlink()
+
+
+def compile_runner(folder: Path, *options: str) -> Path:
+    """The native runner for this machine in `folder`, with the libraries of the installed TVM."""
+    folders = [Path(tvm.__file__).parent / "lib", Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent]
+    includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
+    words = ["-O2", *options, *(f"-I{path}" for path in includes), str(SOURCE), "-Wl,--no-as-needed"]
+    words += [word for path in folders for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    words += ["-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", "-Wl,--allow-shlib-undefined"]
+    zig_cc("native", words, folder / RUNNER)
+    (folder / RUNNER).chmod(0o755)
+    return folder / RUNNER
 
 
 def children(process: int | None) -> Path:

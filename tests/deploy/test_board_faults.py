@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import Serving, wait_until
+from serving import NativeServing, Serving, compile_runner, wait_until
 
 from tvmq.deploy import server as servers
 from tvmq.deploy.bundle import read
@@ -37,9 +37,20 @@ def secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+Serve = Callable[..., Serving]
+
+
+@pytest.fixture(scope="module", params=["python", "native"])
+def serve(request: pytest.FixtureRequest) -> Serve:
+    """A board's server: `tvmq board serve`, or the native runner."""
+    if request.param == "python":
+        return Serving
+    return functools.partial(NativeServing, request.getfixturevalue("native_runner"))
+
+
 @pytest.fixture(scope="module")
-def guarded(secret: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with Serving("--secret", str(secret), TMPDIR=str(tmp_path_factory.mktemp("board"))) as serving:
+def guarded(serve: Serve, secret: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with serve("--secret", str(secret), TMPDIR=str(tmp_path_factory.mktemp("board"))) as serving:
         yield serving
 
 
@@ -49,7 +60,7 @@ def still_serves(serving: Serving, secret: Path | str = "none") -> None:
     session.close()
 
 
-def test_a_server_killed_in_the_middle_of_a_run(bundle_of: Callable[..., Path]) -> None:
+def test_a_server_killed_in_the_middle_of_a_run(serve: Serve, bundle_of: Callable[..., Path]) -> None:
     found: list[Exception] = []
 
     def work(executor: Executor) -> None:
@@ -58,7 +69,7 @@ def test_a_server_killed_in_the_middle_of_a_run(bundle_of: Callable[..., Path]) 
         except DeviceError as error:
             found.append(error)
 
-    with Serving() as serving:
+    with serve() as serving:
         worker = threading.Thread(target=work, args=[load(bundle_of("flatten_linear"), serving.url)])
         worker.start()
         (process,) = serving.sessions()
@@ -69,14 +80,14 @@ def test_a_server_killed_in_the_middle_of_a_run(bundle_of: Callable[..., Path]) 
         assert not worker.is_alive()
     assert str(found[0]).startswith(f"device {serving.url}: expected an answer, saw ")
     assert "\n" not in str(found[0])
-    with Serving("--port", str(serving.port)) as again:
+    with serve("--port", str(serving.port)) as again:
         still_serves(again)
 
 
 def test_a_session_killed_in_the_middle_leaves_the_server(guarded: Serving, secret: Path) -> None:
     session = connect(f"{guarded.url}?secret={secret}")
     os.kill(guarded.sessions()[0], signal.SIGSEGV)
-    guarded.wait_for("ended by SIGSEGV")
+    guarded.wait_for("ended by (SIGSEGV|signal 11)$")
     with pytest.raises(DeviceError, match="expected an answer"):
         session.tensor(np.zeros(3))
     still_serves(guarded, secret)
@@ -136,21 +147,21 @@ def test_a_bundle_for_another_processor(guarded: Serving, secret: Path, bundle_o
     still_serves(guarded, secret)
 
 
-def test_a_board_out_of_disk(bundle_of: Callable[..., Path]) -> None:
+def test_a_board_out_of_disk(serve: Serve, bundle_of: Callable[..., Path]) -> None:
     """The system refuses to write more than 8 kB, as a full disk would."""
     path, few = bundle_of("flatten_linear"), 8192
     assert len(read(path).members["lib.so"]) > few
     full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (few, few))
-    with Serving(limit=full) as serving:
+    with serve(limit=full) as serving:
         with pytest.raises(DeviceError, match="expected an answer, saw .*File too large"):
             load(path, serving.url)
         still_serves(serving)
 
 
-def test_no_place_for_a_session(tmp_path: Path) -> None:
+def test_no_place_for_a_session(serve: Serve, tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     folder.mkdir()
-    with Serving(TMPDIR=str(folder)) as serving:
+    with serve(TMPDIR=str(folder)) as serving:
         still_serves(serving)
         wait_until(lambda: not serving.sessions())
         folder.rmdir()
@@ -217,3 +228,33 @@ def test_more_guests_than_there_are_places(patient: tuple[Server, list[str]]) ->
     assert crowd[0].recv(1) == b""
     for connection in crowd:
         connection.close()
+
+
+# --- The same of the native server, which is given a third of a second ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeServing]:
+    program = compile_runner(tmp_path_factory.mktemp("hasty"), "-DGREETING_MS=300")
+    with NativeServing(program) as serving:
+        yield serving
+
+
+@pytest.mark.parametrize("said", [b"", TVM_MAGIC[:3], TVM_MAGIC, TVM_MAGIC + b"\x07\0\0\0clien"])
+def test_half_a_greeting_is_given_up_natively(hasty: NativeServing, said: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as slow:
+        slow.sendall(said)
+        assert slow.recv(1) == b""
+        hasty.wait_for(f":{slow.getsockname()[1]} refused: no greeting in 0.3 s$")
+
+
+def test_more_guests_than_there_are_places_natively(native_runner: Path) -> None:
+    with NativeServing(native_runner) as serving:
+        places = ("127.0.0.1", serving.port)
+        crowd = [socket.create_connection(places, timeout=10) for _ in range(servers.MOST_GUESTS + 1)]
+        assert crowd[0].recv(1) == b""
+        serving.wait_for(f":{crowd[0].getsockname()[1]} refused: too many clients at once$")
+        assert serving.said().count("refused") == 1
+        for connection in crowd:
+            connection.close()
+        still_serves(serving)

@@ -207,7 +207,8 @@ def test_the_port_is_what_the_server_says(tmp_path: Path, monkeypatch: pytest.Mo
     arguments = (tmp_path / "arguments").read_text().split()
     assert arguments == [
         *("-cpu", "cortex-a53", "-L", str(root), "-plugin", "p.so"),
-        *(str(root / "opt/tvmq/tvmq-board-server"), "127.0.0.1", "0", "--until-stdin-closes"),
+        *(str(root / "opt/tvmq/tvmq-runner"), "serve", "--secret", "none", "--host", "127.0.0.1", "--port", "0"),
+        "--until-stdin-closes",
     ]
 
 
@@ -264,13 +265,13 @@ def no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "install_debian_packages", install)
     monkeypatch.setattr(preparation, "_libraries", lambda cache, scratch: scratch.mkdir())
     monkeypatch.setattr(preparation, "install_tvm_runtime", lambda root, libraries: None)
-    monkeypatch.setattr(preparation, "build_server", lambda root: (root / "server").touch())
+    monkeypatch.setattr(preparation, "build_runner", lambda folder: (folder.parents[1] / "runner").touch())
 
 
 def test_a_root_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_downloads(monkeypatch)
     root = prepare(tmp_path / "new" / "cache")
-    assert (root / "server").is_file()
+    assert (root / "runner").is_file()
     assert [p.name for p in root.parent.iterdir() if p.name != ".lock"] == [root.name]
     # From now on nothing is needed.
     monkeypatch.setattr(preparation, "_locked", None)
@@ -286,7 +287,7 @@ def test_an_interrupted_preparation_leaves_nothing(
     def interrupt(root: Path) -> None:
         raise interruption
 
-    monkeypatch.setattr(preparation, "build_server", interrupt)
+    monkeypatch.setattr(preparation, "build_runner", interrupt)
     with pytest.raises((KeyboardInterrupt, DeviceError)):
         prepare(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
@@ -305,7 +306,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(root: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparation, "build_server", full)
+    monkeypatch.setattr(preparation, "build_runner", full)
     with pytest.raises(OutputError, match=r"cannot write .*: saw No space left on device"):
         prepare(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]

@@ -13,32 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tvm
-import tvm_ffi.libinfo
 
 from tvmq.cli import main
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy import pack as packing
-from tvmq.deploy.crosslink import zig_cc
 from tvmq.deploy.emulate import find_qemu
 from tvmq.deploy.executor import load
+from tvmq.errors import DeviceError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The runner compiled for this machine, with the libraries of the installed TVM."""
-    program = tmp_path_factory.mktemp("runner") / "tvmq-runner"
-    folders = [Path(tvm.__file__).parent / "lib", Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent]
-    includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
-    options = ["-O2", *(f"-I{path}" for path in includes), str(packing.SOURCE), "-Wl,--no-as-needed"]
-    options += [word for folder in folders for word in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
-    options += ["-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", "-Wl,--allow-shlib-undefined"]
-    zig_cc("native", options, program)
-    program.chmod(0o755)
+def native(native_runner: Path) -> Run:
+    """The runner on this machine, called with words."""
     return lambda *words: subprocess.run(
-        [str(program), *map(str, words)], capture_output=True, text=True, timeout=60, check=False
+        [str(native_runner), *map(str, words)], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -216,9 +206,28 @@ def test_a_pack_runs_where_there_is_no_python(
     for command in (["run", str(path), *given], ["run", str(path)], ["bench", str(path), "--repeat", "2"]):
         subprocess.run([*words, *command], check=True, timeout=120)
     np.testing.assert_array_equal(np.load(tmp_path / "out" / f"{result.name}.npy"), here(x)[0])
+    serve(words, path, x, here(x)[0], tmp_path)
     newer = bundle_of("depthwise_separable", target="raspberry-pi-5")
     done = subprocess.run([*words, "run", str(newer)], capture_output=True, text=True, check=False, timeout=120)
     refused(done, "expected a CPU with dotprod, saw one without")
+
+
+def serve(runner: list[str], path: Path, x: np.ndarray, want: np.ndarray, folder: Path) -> None:
+    """The pack's own runner lets those in who know the secret."""
+    secret = folder / "secret"
+    secret.write_text("0123456789abcdef" * 2)
+    secret.chmod(0o600)
+    with subprocess.Popen([*runner, "serve", "--secret", str(secret)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = f"rpc://127.0.0.1:{process.stdout.readline().split()[2]}"
+            with pytest.raises(DeviceError, match="asks for a secret"):
+                load(path, f"{url}?secret=none")
+            executor = load(path, f"{url}?secret={secret}")
+            np.testing.assert_array_equal(executor(x)[0], want)
+            executor.close()
+        finally:
+            process.terminate()
 
 
 def test_an_archive_tells_no_time(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ class Board(Command):
         target, path = load_target(str(self.target)), str(self.out)
         with progress(out.errors, "board") as report:
             report("packing", 0)
-            from tvmq.deploy.pack import FOLDER, RUNNER, pack
+            from tvmq.deploy.board_root import RUNNER
+            from tvmq.deploy.pack import FOLDER, pack
 
             size = pack(target, path)
         text = f"{path}: {size:,} bytes\non the board: tar xf FILE && {FOLDER}/{RUNNER} run model.tvmq"

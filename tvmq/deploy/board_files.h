@@ -81,18 +81,28 @@ static void sha256_block(uint32_t state[8], const uint8_t block[64]) {
   for (int i = 0; i < 8; i++) state[i] += s[i];
 }
 
-static void sha256_hex(bytes text, char hex[65]) {
+static void sha256(bytes text, uint8_t digest[32]) {
   uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   size_t whole = text.size / 64, rest = text.size % 64;
   for (size_t i = 0; i < whole; i++) sha256_block(state, text.data + 64 * i);
   uint8_t last[128] = {0};
-  memcpy(last, text.data + 64 * whole, rest);
+  if (rest != 0) memcpy(last, text.data + 64 * whole, rest);
   last[rest] = 0x80;
   size_t blocks = rest < 56 ? 1 : 2;
   uint64_t bits = (uint64_t)text.size * 8;
   for (int i = 0; i < 8; i++) last[64 * blocks - 1 - i] = (uint8_t)(bits >> 8 * i);
   for (size_t i = 0; i < blocks; i++) sha256_block(state, last + 64 * i);
-  for (int i = 0; i < 8; i++) snprintf(hex + 8 * i, 9, "%08x", state[i]);
+  for (int i = 0; i < 32; i++) digest[i] = (uint8_t)(state[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+static void hexadecimal(const uint8_t digest[32], char hex[65]) {
+  for (int i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", digest[i]);
+}
+
+static void sha256_hex(bytes text, char hex[65]) {
+  uint8_t digest[32];
+  sha256(text, digest);
+  hexadecimal(digest, hex);
 }
 
 /* ---- Deflate, RFC 1951 ---- */

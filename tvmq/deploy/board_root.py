@@ -1,9 +1,9 @@
-"""Build, once, the root folder of an emulated aarch64 board: a C library, TVM's runtime, and our RPC server.
+"""Build, once, the root folder of an emulated aarch64 board: a C library, TVM's runtime, and our runner.
 
-    check tools -> Debian packages -> TVM's runtime libraries -> server -> rename into the cache
+    check tools -> Debian packages -> TVM's runtime libraries -> runner -> rename into the cache
 
 `opt/tvmq` in it is all that a real board needs besides its own C and C++ libraries. The folder's name carries what it
-was built from, so a new TVM or a changed server is built anew and never mixed with an old root.
+was built from, so a new TVM or a changed runner is built anew and never mixed with an old root.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ WHEEL_LIBRARIES = {
 }
 
 TVMQ_FOLDER = "opt/tvmq"
-SERVER = f"{TVMQ_FOLDER}/tvmq-board-server"
-SERVER_SOURCE = Path(__file__).with_name("board_server.c")
+RUNNER = "tvmq-runner"
+# The C program of boards without Python, and the headers that it includes.
+SOURCE = Path(__file__).with_name("board_runner.c")
+HEADERS = tuple(sorted(SOURCE.parent.glob("board_*.h")))
 
 # Command: the Debian package that has it.
 PREPARE_TOOLS = {"apt-get": "apt", "apt-config": "apt", "dpkg-deb": "dpkg"}
@@ -78,7 +80,7 @@ def prepare(cache: Path | None = None) -> Path:
             building = scratch / "root"
             install_debian_packages(building, scratch / "apt")
             install_tvm_runtime(building, _libraries(cache, scratch / "wheels"))
-            build_server(building)
+            build_runner(building / TVMQ_FOLDER)
             building.rename(root)
     return root
 
@@ -86,7 +88,8 @@ def prepare(cache: Path | None = None) -> Path:
 def root_name() -> str:
     """A folder name that differs where anything differs that a root is built from."""
     versions = [f"{package}=={importlib.metadata.version(package)}" for package in WHEEL_LIBRARIES]
-    parts = [*versions, *DEBIAN_PACKAGES, *UNUSED_FOLDERS, ZIG_TRIPLE, SERVER_SOURCE.read_text(encoding="utf-8")]
+    parts = [*versions, *DEBIAN_PACKAGES, *UNUSED_FOLDERS, ZIG_TRIPLE]
+    parts += [path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS)]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return f"root-{importlib.metadata.version('apache-tvm')}-{digest}"
 
@@ -215,23 +218,18 @@ def unpack_libraries(wheel: Path, libraries: Sequence[str], folder: Path) -> Non
             (folder / Path(library).name).write_bytes(archive.read(library))
 
 
-def build_server(root: Path) -> None:
-    """Compile the RPC server into `root`, beside the libraries that it loads."""
-    compile_program(SERVER_SOURCE, root / SERVER)
-
-
-def compile_program(source: Path, program: Path) -> None:
-    """Compile a C program for the board; TVM's runtime libraries are in its folder. Raises OutputError."""
+def build_runner(folder: Path) -> None:
+    """Compile the native runner into `folder`, beside TVM's runtime libraries, which it loads. Raises OutputError."""
     import tvm_ffi.libinfo
 
     includes = {tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()}
-    # Programs call libtvm_ffi only; the others are linked for the functions they register when they are loaded.
-    libraries = ["-Wl,--no-as-needed", "-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", f"-L{program.parent}"]
+    # The runner calls libtvm_ffi only; the others are linked for the functions they register when they are loaded.
+    libraries = ["-Wl,--no-as-needed", "-ltvm_ffi", "-ltvm_runtime", "-ltvm_runtime_extra", f"-L{folder}"]
     # libstdc++ is found on the board, not here; $ORIGIN: the libraries are where the program is.
     link = ["-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN", "-s"]
     headers = [f"-I{include}" for include in sorted(includes)]
-    zig_cc(ZIG_TRIPLE, ["-O2", *headers, str(source), *libraries, *link], program)
-    program.chmod(0o755)
+    zig_cc(ZIG_TRIPLE, ["-O2", *headers, str(SOURCE), *libraries, *link], folder / RUNNER)
+    (folder / RUNNER).chmod(0o755)
 
 
 # ---- Shared steps ----

@@ -1,10 +1,14 @@
-/* Runs and measures bundles on a board that has TVM's runtime libraries and nothing else: no Python, no compiler.
+/* Runs and measures bundles, and serves TVM's RPC, on a board that has TVM's runtime libraries and nothing else: no
+ * Python, no compiler.
  *
  *     tvmq-runner run BUNDLE [--input NAME=FILE.npy]... [--output FOLDER] [--threads N]
  *     tvmq-runner bench BUNDLE [--input NAME=FILE.npy]... [--repeat N] [--threads N]
+ *     tvmq-runner serve --secret FILE|none|- [--host ADDRESS] [--port N] [--until-stdin-closes]
  *
- * Without --input the bundle's example inputs are run, and the outputs compared with the bundle's. Exit codes: 0 done,
- * 1 the outputs differ from those of an exact bundle, 2 bad input.
+ * Without --input the bundle's example inputs are run, and the outputs compared with the bundle's. The
+ * server lets those in who know the secret in FILE (-: the first line of stdin; none: everybody), on the loopback
+ * interface and any free port unless told otherwise. Exit codes: 0 done, 1 the outputs differ from those of an exact
+ * bundle, 2 bad input.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -15,6 +19,7 @@
 #include <tvm/ffi/c_api.h>
 
 #include "board_files.h"
+#include "board_serve.h"
 
 enum { MOST_TENSORS = 64, SCHEMA = 1, MANIFEST_LIMIT = 64 << 20, CPU = 1, POOLED = 2 };
 
@@ -389,10 +394,19 @@ static int positive(const char* option, const char* value) {
   return (int)found;
 }
 
+static void set_threads(int count, int replace) {
+  char threads[16];
+  snprintf(threads, sizeof threads, "%d", count);
+  setenv("TVM_NUM_THREADS", threads, replace); /* before TVM makes its threads; it takes half of the processors */
+}
+
+static int processors(void) {
+  cpu_set_t found;
+  return sched_getaffinity(0, sizeof found, &found) == 0 ? CPU_COUNT(&found) : 1;
+}
+
 static request parse(int argc, char** argv) {
-  request r = {.path = argv[2], .repeat = 20};
-  cpu_set_t processors;
-  r.threads = sched_getaffinity(0, sizeof processors, &processors) == 0 ? CPU_COUNT(&processors) : 1;
+  request r = {.path = argv[2], .repeat = 20, .threads = processors()};
   for (int i = 3; i < argc; i += 2) {
     if (i + 1 == argc) fail("%s: expected a value after it", argv[i]);
     if (strcmp(argv[i], "--input") == 0 && r.input_count < MOST_TENSORS && strchr(argv[i + 1], '=') != NULL) {
@@ -410,14 +424,40 @@ static request parse(int argc, char** argv) {
   return r;
 }
 
+static int start_server(int argc, char** argv) {
+  const char *host = "127.0.0.1", *port = "0", *secret = NULL;
+  int until_stdin_closes = 0;
+  for (int i = 2; i < argc; i++) {
+    const char** value = strcmp(argv[i], "--host") == 0     ? &host
+                         : strcmp(argv[i], "--port") == 0   ? &port
+                         : strcmp(argv[i], "--secret") == 0 ? &secret
+                                                            : NULL;
+    if (value != NULL && i + 1 < argc)
+      *value = argv[++i];
+    else if (strcmp(argv[i], "--until-stdin-closes") == 0)
+      until_stdin_closes = 1;
+    else
+      fail("%s: expected --secret FILE, --host ADDRESS, --port N or --until-stdin-closes", argv[i]);
+  }
+  char* end = NULL;
+  long number = strtol(port, &end, 10);
+  if (*port == '\0' || *end != '\0' || number < 0 || number > 65535) fail("--port: expected 0 to 65535, saw %s", port);
+  if (secret == NULL) fail("serve: expected --secret FILE; --secret none lets everybody in, who may run any code here");
+  set_threads(processors(), 0);
+  return serve(host, port, secret, until_stdin_closes);
+}
+
 int main(int argc, char** argv) {
   int benching = argc > 2 && strcmp(argv[1], "bench") == 0;
+  if (argc > 1 && strcmp(argv[1], "serve") == 0) {
+    int code = start_server(argc, argv);
+    fflush(NULL);
+    _exit(code);
+  }
   if (argc < 3 || (!benching && strcmp(argv[1], "run") != 0))
-    fail("usage: tvmq-runner run|bench BUNDLE [--input NAME=FILE.npy]... [--output FOLDER] [--repeat N] [--threads N]");
+    fail("usage: tvmq-runner run|bench BUNDLE [--input NAME=FILE.npy]... [--output FOLDER] [--repeat N] [--threads N], or serve --secret FILE");
   request r = parse(argc, argv);
-  char threads[16];
-  snprintf(threads, sizeof threads, "%d", r.threads);
-  setenv("TVM_NUM_THREADS", threads, 1); /* before TVM makes its threads; by itself it takes half of the processors */
+  set_threads(r.threads, 1);
   static bundle b;
   open_bundle(&b, r.path);
   int examples = fill_inputs(&b, &r), code = benching ? bench(&b, &r) : run(&b, &r, examples);

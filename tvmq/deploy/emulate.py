@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tvmq.deploy.board_root import SERVER, default_cache, prepare, require_tools
+from tvmq.deploy.board_root import RUNNER, TVMQ_FOLDER, default_cache, prepare, require_tools
 from tvmq.deploy.counting import plugin
 from tvmq.errors import DeviceError
 
@@ -120,8 +120,9 @@ def counting_board(cache: Path | None = None) -> EmulatedBoard:
 
 def board_command(root: Path, cpu: str, qemu_options: Sequence[str] = (), port: int = 0) -> list[str]:
     """The command line of a board: qemu, its options, the server in `root`, and the server's options."""
-    server = [str(root / SERVER), HOST, str(port), "--until-stdin-closes"]
-    return [find_qemu(), "-cpu", cpu, "-L", str(root), *qemu_options, *server]
+    runner = str(root / TVMQ_FOLDER / RUNNER)
+    options = ["--secret", "none", "--host", HOST, "--port", str(port), "--until-stdin-closes"]
+    return [find_qemu(), "-cpu", cpu, "-L", str(root), *qemu_options, runner, "serve", *options]
 
 
 def _launch(command: list[str], folder: Path) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""A folder for boards without Python: a native program that runs and measures bundles, and TVM's runtime beside it.
+"""A folder for boards without Python: a native program that runs, measures and serves, and TVM's runtime beside it.
 
 TVM's aarch64 libraries -> program, cross-linked with ziglang -> one .tar.gz, equal for equal versions
 """
@@ -10,14 +10,12 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from tvmq.deploy.board_root import ZIG_TRIPLE, compile_program, runtime_libraries
+from tvmq.deploy.board_root import ZIG_TRIPLE, build_runner, runtime_libraries
 from tvmq.errors import DeviceError
 from tvmq.files import atomic_path, require_folder, scratch_folder
 from tvmq.target import Target
 
 FOLDER = "tvmq-board"
-RUNNER = "tvmq-runner"
-SOURCE = Path(__file__).with_name("board_runner.c")
 # The only 64-bit ARM runtime of TVM that is published is for this one.
 _TRIPLE = "aarch64-linux-gnu"
 
@@ -40,7 +38,7 @@ def pack(target: Target, out: str | Path, cache: Path | None = None) -> int:
     with scratch_folder() as scratch:
         folder = scratch / FOLDER
         shutil.copytree(runtime_libraries(cache), folder)
-        compile_program(SOURCE, folder / RUNNER)
+        build_runner(folder)
         with atomic_path(path) as temporary:
             _archive(folder, temporary)
     return path.stat().st_size
