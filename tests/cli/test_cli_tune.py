@@ -60,6 +60,8 @@ def test_logs_without_any(tvmq):
         (["tune"], "tvmq tune: expected a MODEL, or --suite, saw neither"),
         (["tune", "m.pt2", "--suite"], "expected a MODEL, or --suite, saw both"),
         (["tune", "m.pt2", "--models", "resnet18"], "--models and --precisions: expected only with --suite"),
+        (["tune", "m.pt2", "--devices", "rpc://h:1"], "--devices: expected only with --cluster"),
+        (["tune", "m.pt2", "--cluster", "auto", "--device", "rpc://h:1"], "expected --devices with --cluster"),
         (["tune", "--suite", "--precision", "int8"], "--precision: expected only with a MODEL"),
         (["tune", "--suite", "--models", "resnet19"], "did you mean 'resnet18'"),
         (["logs", "bets"], "unknown action 'bets'"),

@@ -14,8 +14,8 @@ from tvmq.kernels.decision import decision_of, legal
 from tvmq.kernels.lower import lower
 from tvmq.tune.budget import Budget, Spending
 from tvmq.tune.database import FINAL, SEARCHED, Writer, read
+from tvmq.tune.equipment import others_of
 from tvmq.tune.records import LogRecords
-from tvmq.tune.run import others_of
 from tvmq.tune.tasks import tasks_of
 from tvmq.tune.tuner import BATCH, Tuner
 

@@ -40,6 +40,7 @@ class Tune(Command):
         "tvmq tune model.pt2 --precision int8 --calibrate data.npz --trials 200 -o tuning_logs/host",
         "tvmq tune model.tvmq --budget 5m",
         "tvmq tune model.pt2 -t raspberry-pi-4b --device tracker://192.168.1.2:9190/pi4 --budget 1h",
+        "tvmq tune model.pt2 --cluster auto --budget 10m",
         "tvmq tune --suite -t x86-64-avx2 --budget 5m -o tuning_logs/x86-64-avx2",
         "tvmq compile model.pt2 --logs tuning_logs/host -o model.tvmq",
     )
@@ -54,6 +55,8 @@ class Tune(Command):
     calibrate: str | None = None
     out: str | None = None
     device: str = "host"
+    cluster: str | None = None
+    devices: tuple[str, ...] = ()
     threads: int = 0
     budget: str | None = None
     trials: int | None = None
@@ -78,6 +81,16 @@ class Tune(Command):
             "-o", "--out", metavar="DIR", help="the folder of the records (default: your own, which compile reads)"
         )
         parser.add_argument("--device", default="host", metavar="D", help=f"{DEVICE_HELP}; all boards of a KEY")
+        parser.add_argument(
+            "--cluster", metavar="RAY", help="spread the tasks over a Ray cluster: auto, local or HOST:PORT"
+        )
+        parser.add_argument(
+            "--devices",
+            nargs="+",
+            default=(),
+            metavar="D",
+            help="of a cluster's workers (default: each its own machine)",
+        )
         parser.add_argument("--threads", type=int, default=0, metavar="N", help="0 (default): the target's cores")
         parser.add_argument("--budget", metavar="TIME", help="as 90s, 10m, 1h (default: 10m, unless --trials is given)")
         parser.add_argument("--trials", type=int, metavar="N", help="the most candidates to measure")
@@ -95,6 +108,10 @@ class Tune(Command):
             raise UsageError("tvmq tune", expected="a MODEL, or --suite", seen="both" if self.suite else "neither")
         if (self.models or self.precisions) and not self.suite:
             raise UsageError("--models and --precisions", expected="only with --suite")
+        if self.devices and self.cluster is None:
+            raise UsageError("--devices", expected="only with --cluster")
+        if self.cluster is not None and self.device != "host":
+            raise UsageError("--device", expected="--devices with --cluster")
         check_budget(self._budget, self.trials, self.stop_at)
         return self._run_suite(out) if self.suite else self._run_model(out, str(self.model))
 
@@ -109,6 +126,8 @@ class Tune(Command):
             "stop_at": self.stop_at / 100,
             "logs": self.out,
             "device": self.device,
+            "cluster": self.cluster,
+            "devices": self.devices,
             "threads": self.threads,
             "flush": self.flush,
             "seed": self.seed,
@@ -217,6 +236,8 @@ def _line(console: Console, event: dict[str, Any]) -> None:
     match event["event"]:
         case "start":
             console.print(f"{event['tasks']} tasks, {event['known']} of them measured before")
+        case "lost":
+            console.print(f"worker {event['worker']} is lost: {event['error']}", soft_wrap=True)
         case "model":
             console.print(f"tuning {event['model']}")
         case "noise":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tvmq.kernels.decision import Decision
 from tvmq.tune.budget import Outlook
-from tvmq.tune.database import Trial
+from tvmq.tune.database import DEFAULT, FINAL, Trial
 from tvmq.tune.search import Candidates
 from tvmq.tune.tasks import TuneTask
 
@@ -38,6 +39,19 @@ class Progress:
         """Seconds of an inference that the best so far saves."""
         return self.tuned.count * ((self.default or 0.0) - (self.best or 0.0))
 
+    def take(self, trial: Trial) -> None:
+        """Note a trial of this task."""
+        if trial.role == FINAL:
+            self.verdict = trial
+            return
+        self.trials += 1
+        if trial.role == DEFAULT and trial.seconds:
+            self.default = trial.best
+        if trial.seconds:
+            self.seconds[trial.decision] = trial.best
+        if self.default is not None:
+            self.candidates.measured(trial.decision, trial.best / self.default)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
@@ -49,6 +63,16 @@ class Progress:
             "expected_gain": self.expected,
             "decision": str(self.verdict.decision if self.verdict else self.tuned.default),
         }
+
+
+def default_seconds(tasks: Iterable[Progress]) -> float:
+    """Seconds of all tasks of an inference, untuned."""
+    return sum(task.tuned.count * (task.default or 0.0) for task in tasks)
+
+
+def best_seconds(tasks: Iterable[Progress]) -> float:
+    """Seconds of all tasks of an inference, with the best so far."""
+    return sum(task.tuned.count * (task.best or 0.0) for task in tasks)
 
 
 @dataclass

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import tvm
 
 from tvmq import pipeline
 from tvmq.deploy import bundle as bundles
-from tvmq.deploy.build import runs_here
 from tvmq.deploy.bundle import Bundle
 from tvmq.errors import TuningError
-from tvmq.files import scratch_folder
 from tvmq.kernels.lower import lower
-from tvmq.kernels.task import Task, module_of
 from tvmq.measure.verify import realized_module
 from tvmq.model import Model
 from tvmq.quantize.table import CalibrationTable
@@ -25,15 +21,12 @@ from tvmq.recipe import Recipe
 from tvmq.target import Target, load_target
 from tvmq.tune import records
 from tvmq.tune import whole as whole_model
-from tvmq.tune.budget import Budget, Spending, seconds_of
-from tvmq.tune.candidate import Timing
-from tvmq.tune.database import DEFAULT, FINAL, Log, Writer
-from tvmq.tune.fleet import Fleet, boards
+from tvmq.tune.budget import Budget, seconds_of
+from tvmq.tune.cluster import spread
+from tvmq.tune.database import Writer
+from tvmq.tune.equipment import Request, runner_of, searching
 from tvmq.tune.interrupt import asked_to_stop
-from tvmq.tune.processes import Builders
 from tvmq.tune.progress import Summary
-from tvmq.tune.runners import LocalRunner, Runner
-from tvmq.tune.search import Candidates
 from tvmq.tune.tasks import TuneTask, tasks_of
 from tvmq.tune.tuner import Event, Tuner
 
@@ -49,6 +42,8 @@ def tune(
     stop_at: float = 0.01,
     logs: str | Path | None = None,
     device: str = "host",
+    cluster: str | None = None,
+    devices: Sequence[str] = (),
     threads: int = 0,
     flush: bool = False,
     seed: int = 0,
@@ -63,48 +58,35 @@ def tune(
     limit. stop_at: the share of the model's time at which what is left to gain is not worth more. logs: the folder of
     the records, which `compile` takes with `logs=`; None means the user's own, which it takes by itself. threads: 0
     means the target's cores. device: "host", "rpc://HOST:PORT", or "tracker://HOST:PORT/KEY" for all boards of a key at
-    once. flush: time each candidate with its weights out of the caches. fresh: learn from no other log, and build every
-    candidate anew. whole: at the end also time the whole model, untuned and tuned, where this machine is the device;
-    where it is slower tuned, the defaults stay. event: called with plain data as things happen. Ctrl-C ends it after
-    the trial in flight.
+    once. cluster: "auto", "local" or HOST:PORT of a Ray cluster (extra `cluster`), over whose workers the tasks are
+    spread: one on each machine, measuring itself, or one for each of `devices`. flush: time each candidate with its
+    weights out of the caches. fresh: learn from no other log, and build every candidate anew. whole: at the end also
+    time the whole model, untuned and tuned, where this machine is the device; where it is slower tuned, the defaults
+    stay. event: called with plain data as things happen. Ctrl-C ends it after the trial in flight.
     Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
-    allowed = Budget(seconds, trials, stop_at)
     spec = _with_threads(load_target(target), threads)
-    runner = _runner(spec, device, flush)
+    request = Request(spec, Budget(seconds, trials, stop_at), device, flush, seed, fresh)
+    if cluster is None and devices:
+        raise TuningError("devices", expected="a cluster whose workers measure on them", seen="none")
+    if cluster is not None and device != "host":
+        raise TuningError(f"device {device}", expected="the devices of a cluster's workers in `devices`")
+    # Asked for first: a device that does not answer is known before the work of importing.
+    runner = None if cluster is not None else runner_of(request)
     recipe = recipe or Recipe()
     realized = realized_of(model, spec, recipe, calibration, progress)
     tasks = tasks_in(realized, spec, recipe)
     folder = Path(logs) if logs is not None else records.user_folder() / spec.name
-    with asked_to_stop() as stopped, Writer(folder, spec) as writer, scratch_folder() as scratch:
-        # The clock starts when there is something to measure: importing a model is not tuning.
-        spending = Spending(allowed)
-        builder = Builders(spec, os.cpu_count() or 1, scratch if fresh else None)
-        try:
-            known = records.LogRecords(spec, []) if fresh else records.load(spec)
-            known = dataclasses.replace(known, logs=[writer.log, *known.logs])
-            others = others_of([*known.logs, *known.likes], {tuned.task for tuned in tasks}, spec)
-            tuner = Tuner(
-                tasks,
-                spec,
-                writer,
-                builder,
-                runner,
-                spending,
-                others=others,
-                records=known,
-                seed=seed,
-                event=event,
-                stopped=stopped,
-            )
+    with asked_to_stop() as stopped, Writer(folder, spec) as writer:
+        if cluster is not None:
+            return spread(tasks, request, cluster, devices, writer, event, stopped)
+        assert runner is not None
+        with searching(tasks, request, writer, runner, event, stopped) as tuner:
             summary = tuner.run()
             if whole and device == "host" and tuner.changed and not summary.interrupted:
                 return _compared(tuner, summary, realized, recipe)
             return summary
-        finally:
-            builder.close()
-            runner.close()
 
 
 def _compared(tuner: Tuner, summary: Summary, realized: tvm.IRModule, recipe: Recipe) -> Summary:
@@ -151,35 +133,3 @@ def _of_bundle(bundle: Bundle, target: Target) -> tvm.IRModule:
 
 def _with_threads(target: Target, threads: int) -> Target:
     return dataclasses.replace(target, cores=threads) if threads else target
-
-
-def _runner(target: Target, device: str, flush: bool) -> Runner:
-    timing = Timing(target.cores, flush=flush)
-    if device != "host":
-        return Fleet(boards(device, timing), timing.timeout_s)
-    if not runs_here(target):
-        raise TuningError(
-            f"target {target.name}", expected="a device that runs its code", seen="this machine", hint="name a --device"
-        )
-    return LocalRunner(timing)
-
-
-def others_of(logs: Sequence[Log], tasks: set[Task], target: Target) -> list[Candidates]:
-    """What was measured for tasks that are none of `tasks`, for the cost model."""
-    return list(_measured(logs, tasks, target))
-
-
-def _measured(logs: Sequence[Log], tasks: set[Task], target: Target) -> Iterator[Candidates]:
-    seen = set(tasks)
-    for log in logs:
-        for task, trials in log.by_task(target.cores).items():
-            default = next((trial.best for trial in trials if trial.role == DEFAULT and trial.seconds), None)
-            if task in seen or default is None:
-                continue
-            seen.add(task)
-            (tuned,) = tasks_of(lower(module_of(task), target).choices)
-            candidates = Candidates(tuned)
-            for trial in trials:
-                if trial.role != FINAL:
-                    candidates.measured(trial.decision, trial.best / default)
-            yield candidates

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tvmq.kernels.decision import Decision, Records, decision_of, legal
+from tvmq.kernels.decision import Decision, Records, Space, decision_of, legal
 from tvmq.kernels.task import Task
 from tvmq.target import Target
 from tvmq.tune.budget import Spending
-from tvmq.tune.database import DEFAULT, FINAL, SEARCHED, Log, Trial, Writer
+from tvmq.tune.database import DEFAULT, FINAL, SEARCHED, Log, Trial
 from tvmq.tune.processes import Built
-from tvmq.tune.progress import Progress, Summary
+from tvmq.tune.progress import Progress, Summary, best_seconds, default_seconds
 from tvmq.tune.runners import Measured, Runner
 from tvmq.tune.search import Candidates, CostModel, promise, propose
 from tvmq.tune.tasks import TuneTask
@@ -44,6 +44,17 @@ class Builder(Protocol):
         """Every candidate, in order."""
 
 
+class TrialWriter(Protocol):
+    """Keeps trials: see `database.Writer`."""
+
+    @property
+    def log(self) -> Log:
+        """What is known, with every trial that was added."""
+
+    def add(self, trial: Trial, spaces: Sequence[Space]) -> None:
+        """Keep a trial."""
+
+
 class Tuner:
     """One run. `stopped` is asked between trials; `event` is told what happens.
 
@@ -54,7 +65,7 @@ class Tuner:
         self,
         tasks: Sequence[TuneTask],
         target: Target,
-        writer: Writer,
+        writer: TrialWriter,
         builder: Builder,
         runner: Runner,
         spending: Spending,
@@ -88,7 +99,7 @@ class Tuner:
         known = log.by_task(self.target.cores)
         for task in self.tasks:
             for trial in known.get(task.tuned.task, ()):
-                self._take(task, trial)
+                task.take(trial)
             searched = list(task.candidates.ratios.values())
             best = 1.0
             for start in range(0, len(searched), BATCH):
@@ -96,18 +107,6 @@ class Tuner:
                 task.outlook.batch(best, after, self.noise)
                 best = after
         self._learn()
-
-    def _take(self, task: Progress, trial: Trial) -> None:
-        if trial.role == FINAL:
-            task.verdict = trial
-            return
-        task.trials += 1
-        if trial.role == DEFAULT and trial.seconds:
-            task.default = trial.best
-        if trial.seconds:
-            task.seconds[trial.decision] = trial.best
-        if task.default is not None:
-            task.candidates.measured(trial.decision, trial.best / task.default)
 
     # --- defaults and noise ---
 
@@ -209,7 +208,7 @@ class Tuner:
         trial = Trial(task.tuned.task, decision, role, result.seconds, self.target.cores)
         self.writer.add(trial, task.tuned.spaces)
         self.spending.trials += 1
-        self._take(task, trial)
+        task.take(trial)
         if result.error:
             self.failures[result.error] += 1
         self._mark()
@@ -228,7 +227,7 @@ class Tuner:
     def _mark(self) -> None:
         """Note how fast the model is by now, once every task was timed."""
         if all(task.best is not None for task in self.tasks):
-            self.curve.append((self.spending.elapsed, self._total() * 1e3))
+            self.curve.append((self.spending.elapsed, best_seconds(self.tasks) * 1e3))
 
     def _learn(self) -> None:
         self.model.learn([*self.others, *(task.candidates for task in self.tasks)])
@@ -279,23 +278,18 @@ class Tuner:
 
     # --- results ---
 
-    def _total(self) -> float:
-        """Seconds of all tasks of an inference, with the best so far."""
-        return sum(task.tuned.count * (task.best or 0.0) for task in self.tasks)
-
     def _why(self) -> str:
         return "interrupted" if self.stopped() else "the budget is spent"
 
     def summary(self, ended: str) -> Summary:
         """What it came to."""
-        default = sum(task.tuned.count * (task.default or 0.0) for task in self.tasks)
         interrupted = self.stopped()
         return Summary(
             self.target.name,
             [task.to_dict() for task in self.tasks],
             self.spending.trials,
-            default * 1e3,
-            self._total() * 1e3,
+            default_seconds(self.tasks) * 1e3,
+            best_seconds(self.tasks) * 1e3,
             self.noise,
             self.spending.elapsed,
             "interrupted" if interrupted else ended,
