@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from serving import Serving
+from serving import NativeServing, Serving
 from tvm import rpc
 
 from tvmq.deploy import condition
@@ -141,6 +141,14 @@ def test_a_server_of_tvm_s_own_does_not_tell() -> None:
     found = RemoteSession(OfTvm()).condition()
     assert (found.known, found.emulated) == (False, False)
     assert "condition of the board: unknown" in str(found)
+
+
+def test_the_native_runner_of_a_real_board_is_not_taken_for_an_emulated_one(native_runner: Path) -> None:
+    with NativeServing(native_runner) as serving:
+        session = connect(f"{serving.url}?secret=none")
+        found = session.condition()
+        session.close()
+    assert (found.known, found.emulated) == (False, False)
 
 
 @pytest.mark.emulated

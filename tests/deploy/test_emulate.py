@@ -209,6 +209,7 @@ def test_the_port_is_what_the_server_says(tmp_path: Path, monkeypatch: pytest.Mo
         *("-cpu", "cortex-a53", "-L", str(root), "-plugin", "p.so"),
         *(str(root / "opt/tvmq/tvmq-runner"), "serve", "--secret", "none", "--host", "127.0.0.1", "--port", "0"),
         "--until-stdin-closes",
+        "--emulated",
     ]
 
 

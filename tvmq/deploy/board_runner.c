@@ -3,7 +3,7 @@
  *
  *     tvmq-runner run BUNDLE [--input NAME=FILE.npy]... [--output FOLDER] [--threads N]
  *     tvmq-runner bench BUNDLE [--input NAME=FILE.npy]... [--repeat N] [--threads N]
- *     tvmq-runner serve --secret FILE|none|- [--host ADDRESS] [--port N] [--until-stdin-closes]
+ *     tvmq-runner serve --secret FILE|none|- [--host ADDRESS] [--port N] [--until-stdin-closes] [--emulated]
  *
  * Without --input the bundle's example inputs are run, and the outputs compared with the bundle's. The
  * server lets those in who know the secret in FILE (-: the first line of stdin; none: everybody), on the loopback
@@ -436,8 +436,10 @@ static int start_server(int argc, char** argv) {
       *value = argv[++i];
     else if (strcmp(argv[i], "--until-stdin-closes") == 0)
       until_stdin_closes = 1;
+    else if (strcmp(argv[i], "--emulated") == 0)
+      emulated = 1;
     else
-      fail("%s: expected --secret FILE, --host ADDRESS, --port N or --until-stdin-closes", argv[i]);
+      fail("%s: expected --secret FILE, --host ADDRESS, --port N, --until-stdin-closes or --emulated", argv[i]);
   }
   char* end = NULL;
   long number = strtol(port, &end, 10);

@@ -52,7 +52,7 @@ class Condition:
         if self.emulated:
             return EMULATED
         if not self.known:
-            return "condition of the board: unknown (a server of TVM's own does not tell; tvmq board serve does)"
+            return "condition of the board: unknown (only tvmq board serve tells)"
         pinned = f", held to {','.join(map(str, self.allowed))}" if len(self.allowed) != self.processors else ""
         heat = "unknown" if self.temperature_c is None else f"{self.temperature_c:.0f} degrees"
         clock = f"{min(self.mhz)} of {max(self.max_mhz or self.mhz)} MHz" if self.mhz else "unknown"

@@ -121,7 +121,7 @@ def counting_board(cache: Path | None = None) -> EmulatedBoard:
 def board_command(root: Path, cpu: str, qemu_options: Sequence[str] = (), port: int = 0) -> list[str]:
     """The command line of a board: qemu, its options, the server in `root`, and the server's options."""
     runner = str(root / TVMQ_FOLDER / RUNNER)
-    options = ["--secret", "none", "--host", HOST, "--port", str(port), "--until-stdin-closes"]
+    options = ["--secret", "none", "--host", HOST, "--port", str(port), "--until-stdin-closes", "--emulated"]
     return [find_qemu(), "-cpu", cpu, "-L", str(root), *qemu_options, runner, "serve", *options]
 
 

@@ -135,13 +135,19 @@ class RemoteSession:
         self.name = name or address.name
         self.remote = address.open(timeout_s)
         self.device = self.remote.cpu(0)
+        self._libraries: dict[str, Any] = {}
 
     def check(self, bundle: Bundle) -> None:
         """Nothing is known of the board before it runs code."""
 
     def load(self, bundle: Bundle) -> Any:
-        """Upload the library and load it there."""
+        """Upload the library and load it there, once: overwriting a library that is in use ends the session."""
         name = f"tvmq-{bundle.manifest['members'][LIBRARY]['sha256'][:16]}.so"
+        if name not in self._libraries:
+            self._libraries[name] = self._load(bundle, name)
+        return self._libraries[name]
+
+    def _load(self, bundle: Bundle, name: str) -> Any:
         triple = bundle.manifest["target"]["triple"]
         with scratch_folder() as folder:
             path = folder / name
@@ -184,7 +190,7 @@ class RemoteSession:
         """The board's own; a server of TVM's does not tell. Raises DeviceError where the board is lost."""
         if self._has("tvmq.board.condition"):
             return conditions.from_json(str(self.call(self.remote.get_function("tvmq.board.condition"))))
-        # No server but the emulated board's counts instructions.
+        # Only an emulated board offers to count instructions; the native runner of a real one tells nothing yet.
         return Condition(known=False, emulated=self._has("tvmq.board.count"))
 
     def _has(self, name: str) -> bool:
