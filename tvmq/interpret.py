@@ -8,7 +8,7 @@ would run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tvm import relax
 
 from tvmq import functions, ir, ops
 from tvmq.errors import ModelError
+from tvmq.interpret_chains import Fused, fused_convolutions
 from tvmq.quantize import groups, numerics
 
 Array = npt.NDArray[Any]
@@ -35,17 +36,23 @@ def run(module: tvm.IRModule, inputs: Sequence[Array], watch: Watch | None = Non
 class Program:
     """A module ready to be interpreted: constants converted, operators looked up, last uses known.
 
-    watched: the names of the tensors that `watch` wants to see; None means all.
+    watched: the names of the tensors that `watch` wants to see; None means all. Where none is inside a float
+    convolution and its followers, these are one step.
     """
 
     def __init__(self, module: tvm.IRModule, watched: Container[str] | None = None) -> None:
         self.params = list(ir.main(module).params)
         self.result = ir.main(module).body.body
         self.watched = watched
-        dead = _dead_after(module)
+        fused = [] if watched is None else fused_convolutions(module, watched)
+        ends = {chain.members[-1]: chain for chain in fused}
+        inside = {member for chain in fused for member in chain.members[:-1]}
+        bindings = [(var, value) for var, value in ir.bindings(module) if var not in inside]
+        reads = [ends[var].operands if var in ends else tuple(ir.operands(value)) for var, value in bindings]
+        dead = _dead_after(reads, ir.operands(self.result))
         self.steps = [
-            _Step(var, str(var.name), value, dead.get(index, []), [_fetcher(arg) for arg in _args(value)])
-            for index, (var, value) in enumerate(ir.bindings(module))
+            _Step(var, str(var.name), value, dead.get(index, []), *_how(value, ends.get(var)))
+            for index, (var, value) in enumerate(bindings)
         ]
 
     def run(self, inputs: Sequence[Array], watch: Watch | None = None) -> tuple[Array, ...]:
@@ -60,8 +67,7 @@ class Program:
                 if watched is None or var.name in watched:
                     watch(str(var.name), array)
         for step in self.steps:
-            args = [fetch(env) for fetch in step.fetches]
-            result = _compute(step.name, step.value, args) if isinstance(step.value, relax.Call) else args[0]
+            result = step.compute(step.name, [fetch(env) for fetch in step.fetches])
             env[step.var] = result
             seen = watch is not None and (watched is None or step.name in watched)
             if watch and seen and isinstance(result, np.ndarray) and not isinstance(step.value, relax.Var):
@@ -80,6 +86,18 @@ class _Step:
     value: Any
     dead: list[Any]
     fetches: list[Fetch]
+    compute: Callable[[str, list[Value]], Value]
+
+
+def _how(value: Any, fused: Fused | None) -> tuple[list[Fetch], Callable[[str, list[Value]], Value]]:
+    """What is looked up for a binding, and how its value is computed from that."""
+    if fused is not None:
+        chain = fused
+        return [_fetcher(operand) for operand in chain.operands], lambda _name, args: chain.compute(args)
+    fetches = [_fetcher(arg) for arg in _args(value)]
+    if isinstance(value, relax.Call):
+        return fetches, lambda name, args: _compute(name, value, args)
+    return fetches, lambda _name, args: args[0]
 
 
 def evaluate(value: Any, env: Mapping[Any, Value]) -> Value:
@@ -203,13 +221,10 @@ def _shared(constant: Any) -> Array:
     return np.from_dlpack(constant.value)
 
 
-def _dead_after(module: tvm.IRModule) -> dict[int, list[Any]]:
-    """Binding index -> the variables that nobody reads after it."""
-    last: dict[Any, int] = {}
-    for index, (_, value) in enumerate(ir.bindings(module)):
-        for operand in ir.operands(value):
-            last[operand] = index
-    for operand in ir.operands(ir.main(module).body.body):
+def _dead_after(reads: Sequence[Iterable[Any]], results: Iterable[Any]) -> dict[int, list[Any]]:
+    """Step -> the variables that nobody reads after it. reads: the variables that each step reads."""
+    last = {operand: index for index, operands in enumerate(reads) for operand in operands}
+    for operand in results:
         last.pop(operand, None)
     dead: dict[int, list[Any]] = {}
     for var, index in last.items():

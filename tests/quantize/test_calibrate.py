@@ -35,7 +35,7 @@ def test_min_max_of_every_tensor(model_of):
     table = case.table()
     assert table.samples == len(case.batches) and table.observer == "min_max"
     for name, entry in table.tensors.items():
-        assert [entry.low, entry.high] == ranges[name]
+        assert [entry.low, entry.high] == pytest.approx(ranges[name], rel=1e-5)  # convolutions may round otherwise
         assert entry.qparams == choose_qparams(entry.low, entry.high)
 
 
