@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,23 +132,25 @@ def test_a_model_without_anything_to_tune():
 # --- the whole model ------------------------------------------------------------------------------------------------
 
 
+def others_win(tuner: Tuner) -> Summary:
+    """A search that finds another decision than the default for every task."""
+    for task in tuner.tasks:
+        task.default = 2e-3
+        for decision in (decision_of(space, p) for space in task.tuned.spaces for p in space.points()[:2]):
+            if decision != task.tuned.default:
+                task.verdict = database.Trial(task.tuned.task, decision, database.FINAL, (1e-3,), tuner.target.cores)
+        tuner.writer.add(task.verdict, task.tuned.spaces)
+    return tuner.summary("done")
+
+
 @pytest.mark.parametrize(("seconds", "stays"), [((2e-3, 1e-3), False), ((1e-3, 2e-3), True)])
 def test_defaults_stay_where_the_whole_model_is_slower(seconds, stays, model, tmp_path, monkeypatch):
     target = load_target("host")
 
-    def others_win(tuner: Tuner) -> Summary:
-        for task in tuner.tasks:
-            task.default = 2e-3
-            for decision in (decision_of(space, p) for space in task.tuned.spaces for p in space.points()[:2]):
-                if decision != task.tuned.default:
-                    task.verdict = database.Trial(task.tuned.task, decision, database.FINAL, (1e-3,), target.cores)
-            tuner.writer.add(task.verdict, task.tuned.spaces)
-        return tuner.summary("done")
-
     monkeypatch.setattr(Tuner, "run", others_win)
     measured = []
 
-    def told(realized, spec, recipe, known):
+    def told(realized, spec, recipe, known, _stopped):
         measured.append(lower(realized, spec, records=known[1]).choices)
         return seconds
 
@@ -166,3 +169,32 @@ def test_a_whole_model_is_timed(model):
     target = load_target("host")
     one, other = whole.latencies(realized_of(model, target, Recipe()), target, Recipe(), [None, None])
     assert 0 < one < 1 and 0 < other < 1
+
+
+@pytest.mark.parametrize("looks", [1, 4])
+def test_ctrl_c_leaves_the_whole_model_out(looks, model, tmp_path, monkeypatch):
+    """While the models are built, and while they are timed."""
+    target, asked = load_target("host"), []
+    seconds = whole.latencies
+
+    def stopping(realized, spec, recipe, known, stopped):
+        def look() -> bool:
+            asked.append(None)
+            if len(asked) == looks:
+                signal.raise_signal(signal.SIGINT)
+            return stopped()
+
+        return seconds(realized, spec, recipe, known, look)
+
+    monkeypatch.setattr(Tuner, "run", others_win)
+    monkeypatch.setattr(whole, "latencies", stopping)
+    summary = tune(model, "host", trials=1, budget=None, logs=tmp_path)
+    assert len(asked) == looks
+    assert summary.interrupted
+    assert summary.ended == "interrupted before the whole model was timed"
+    assert summary.tuned_model_ms is None
+    found = records.load(target, tmp_path)
+    assert all(
+        found.decisions(t.task)[0][0] != t.default
+        for t in tasks_in(realized_of(model, target, Recipe()), target, Recipe())
+    )

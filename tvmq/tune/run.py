@@ -62,7 +62,8 @@ def tune(
     spread: one on each machine, measuring itself, or one for each of `devices`. flush: time each candidate with its
     weights out of the caches. fresh: learn from no other log, and build every candidate anew. whole: at the end also
     time the whole model, untuned and tuned, where this machine is the device; where it is slower tuned, the defaults
-    stay. event: called with plain data as things happen. Ctrl-C ends it after the trial in flight.
+    stay. event: called with plain data as things happen. Ctrl-C ends it after the trial in flight,
+    or without the whole model's time.
     Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
@@ -90,9 +91,15 @@ def tune(
 
 
 def _compared(tuner: Tuner, summary: Summary, realized: tvm.IRModule, recipe: Recipe) -> Summary:
-    """The summary with the whole model's latency; the defaults stay where it is slower tuned."""
+    """The summary with the whole model's latency; the defaults stay where it is slower tuned.
+
+    Where the user stops it, kernels that won alone are taken, and the next run makes the comparison.
+    """
     known = records.LogRecords(tuner.target, [tuner.writer.log])
-    before, after = whole_model.latencies(realized, tuner.target, recipe, [None, known])
+    found = whole_model.latencies(realized, tuner.target, recipe, [None, known], tuner.stopped)
+    if found is None:
+        return dataclasses.replace(summary, ended="interrupted before the whole model was timed", interrupted=True)
+    before, after = found
     if after > before:
         tuner.revert()
         after = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,29 @@ from tvmq.target import Target
 _ROUNDS, _ROUND_S = 15, 0.05
 
 
-def latencies(realized: tvm.IRModule, target: Target, recipe: Recipe, known: Sequence[Records | None]) -> list[float]:
-    """Seconds of an inference on this machine of a realized module, lowered with each of `known`, in turns."""
+def latencies(
+    realized: tvm.IRModule,
+    target: Target,
+    recipe: Recipe,
+    known: Sequence[Records | None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[float] | None:
+    """Seconds of an inference on this machine of a realized module, lowered with each of `known`, in turns.
+
+    stopped: asked between builds and between rounds; None where the user stops before all are done.
+    """
     session = LocalSession()
     session.configure_threads(target.cores)
-    inferences = [_inference(session, realized, target, recipe, records) for records in known]
+    inferences = []
+    for records in known:
+        if stopped():
+            return None
+        inferences.append(_inference(session, realized, target, recipe, records))
     counts = [max(1, round(_ROUND_S / _seconds(run, 2))) for run in inferences]
     best = [math.inf] * len(inferences)
     for number in range(_ROUNDS):
+        if stopped():
+            return None
         # Every other round backwards: none is always the one after another.
         for i in range(len(best))[:: -1 if number % 2 else 1]:
             best[i] = min(best[i], _seconds(inferences[i], counts[i]))
