@@ -12,6 +12,7 @@ from serving import NativeServing, Serving
 from tvm import rpc
 
 from tvmq.deploy import condition
+from tvmq.deploy.address import Link
 from tvmq.deploy.condition import EMULATED, Condition, from_json, read, warnings
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.deploy.session import RemoteSession, connect
@@ -133,8 +134,8 @@ class OfTvm:
 
     name = "rpc://a-board:9090"
 
-    def open(self, timeout_s: float) -> rpc.LocalSession:
-        return rpc.LocalSession()
+    def open(self, timeout_s: float) -> Link:
+        return Link(rpc.LocalSession())
 
 
 def test_a_server_of_tvm_s_own_does_not_tell() -> None:

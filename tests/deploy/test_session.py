@@ -90,7 +90,7 @@ def test_threads_here_leave_the_caller_unpinned() -> None:
 
 @pytest.mark.parametrize("device", ["", "gpu", "host2", "http://a:1", "rpc:/a:1"])
 def test_an_unknown_device(device: str) -> None:
-    with pytest.raises(DeviceError, match="expected host, rpc://HOST:PORT or tracker://HOST:PORT/KEY"):
+    with pytest.raises(DeviceError, match="expected host, rpc://HOST:PORT, tracker://HOST:PORT/KEY or ssh://USER@HOST"):
         connect(device)
 
 

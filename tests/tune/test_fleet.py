@@ -224,9 +224,12 @@ def test_servers_end_with_the_process_that_started_them(tmp_path):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("device", ["tracker://h:1", "tracker://h/k", "tracker://h:99999/k", "ssh://h", "host"])
+@pytest.mark.parametrize("device", ["tracker://h:1", "tracker://h/k", "tracker://h:99999/k", "ssh://-h", "host"])
 def test_addresses_that_are_none(device):
-    with pytest.raises(DeviceError, match=r"expected (tracker://HOST:PORT/KEY|host, rpc://HOST:PORT or tracker)"):
+    with pytest.raises(
+        DeviceError,
+        match=r"expected (tracker://HOST:PORT/KEY|ssh://HOST, ssh://USER@HOST or|host, rpc://HOST:PORT, tracker)",
+    ):
         boards(device, Timing(1))
 
 

@@ -39,7 +39,9 @@ class Command(ABC):
         return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls)})
 
 
-DEVICE_HELP = "host (default), rpc://HOST:PORT or tracker://HOST:PORT/KEY; ?secret=FILE where the board asks for one"
+DEVICE_HELP = (
+    "host (default), rpc://HOST:PORT, tracker://HOST:PORT/KEY (?secret=FILE where the board asks), ssh://USER@HOST"
+)
 
 
 # ---- Options that several commands share ----

@@ -3,15 +3,18 @@
     host                                this process
     rpc://HOST:PORT                     a board that serves TVM's RPC: `tvmq board serve`, or TVM's own server
     tracker://HOST:PORT/KEY             a board that TVM's tracker knows by KEY, as soon as one is free
+    ssh://USER@HOST:PORT                a board that ssh reaches (see tvmq.deploy.ssh); else ssh's own USER, PORT
 
-`?secret=FILE` after an address names the file of the secret that the board asks for (see tvmq.deploy.secret).
+`?secret=FILE` after the others names the file of the secret that the board asks for (see tvmq.deploy.secret).
 """
 
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -21,14 +24,23 @@ from tvm.error import RPCError
 
 from tvmq.deploy.handshake import ticket
 from tvmq.deploy.secret import find_secret
+from tvmq.deploy.ssh import Tunnel
 from tvmq.deploy.tracker import Tracker
 from tvmq.errors import DeviceError
 
 # Seconds to wait for a board to answer.
 CONNECT_TIMEOUT = 10.0
-FORMS = "host, rpc://HOST:PORT or tracker://HOST:PORT/KEY"
+FORMS = "host, rpc://HOST:PORT, tracker://HOST:PORT/KEY or ssh://USER@HOST"
 # What TVM raises where the other end is gone, or said that something failed there.
 LOST = (RPCError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class Link:
+    """An open connection to a board. remote: TVM's session. end: of what was made for the session, after it."""
+
+    remote: Any
+    end: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,9 @@ class Rpc:
         """The address without its options."""
         return f"rpc://{self.host}:{self.port}"
 
-    def open(self, timeout_s: float) -> Any:
-        """TVM's session with the board. Raises DeviceError where none answers in `timeout_s` seconds."""
-        return _open(self.host, self.port, "", find_secret(self.secret), timeout_s)
+    def open(self, timeout_s: float) -> Link:
+        """A session with the board. Raises DeviceError where none answers in `timeout_s` seconds."""
+        return Link(_open(self.host, self.port, "", find_secret(self.secret), timeout_s))
 
 
 @dataclass(frozen=True)
@@ -72,15 +84,37 @@ class Tracked:
             raise DeviceError(tracker.name, expected=f"boards of the key {self.key!r}", seen=seen)
         return known.count(self.key)
 
-    def open(self, timeout_s: float) -> Any:
-        """TVM's session with a board of the key. Raises DeviceError where none is free in `timeout_s` seconds."""
+    def open(self, timeout_s: float) -> Link:
+        """A session with a board of the key. Raises DeviceError where none is free in `timeout_s` seconds."""
         secret = find_secret(self.secret)
         self.count(timeout_s)
         host, port, word = Tracker(self.host, self.port, timeout_s).board(self.key)
-        return _open(host, port, word, secret, timeout_s)
+        return Link(_open(host, port, word, secret, timeout_s))
 
 
-Address = Rpc | Tracked
+@dataclass(frozen=True)
+class Ssh:
+    """A board that ssh reaches as `place`, HOST or USER@HOST. port: None for ssh's own choice."""
+
+    place: str
+    port: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The address."""
+        return f"ssh://{self.place}" + ("" if self.port is None else f":{self.port}")
+
+    def open(self, timeout_s: float) -> Link:
+        """A session with a runner that is started there, and ended with it. Raises DeviceError, OutputError."""
+        tunnel = Tunnel(self.name, self.place, self.port, timeout_s)
+        try:
+            return Link(_open(tunnel.host, tunnel.port, "", tunnel.secret, timeout_s), tunnel.close)
+        except BaseException:  # Ctrl-C too must leave nothing there
+            tunnel.close()
+            raise
+
+
+Address = Rpc | Tracked | Ssh
 
 
 def parse(device: str) -> Address:
@@ -97,6 +131,12 @@ def parse(device: str) -> Address:
         if not key:
             raise DeviceError(f"device {device!r}", expected=expected)
         return Tracked(*_host_and_port(device, where, expected), key, secret)
+    if scheme == "ssh" and "://" in place:
+        # What begins with a dash would be an option of ssh's.
+        found = re.fullmatch(r"((?:[\w.][\w.-]*@)?[\w.][\w.-]*)(?::(\d{1,5}))?/?", rest)
+        if found is None or options:
+            raise DeviceError(f"device {device!r}", expected="ssh://HOST, ssh://USER@HOST or ssh://USER@HOST:PORT")
+        return Ssh(found[1], int(found[2]) if found[2] else None)
     raise DeviceError(f"device {device!r}", expected=FORMS)
 
 

@@ -53,14 +53,14 @@ PREPARE_TOOLS = {"apt-get": "apt", "apt-config": "apt", "dpkg-deb": "dpkg"}
 DOWNLOAD_TIMEOUT_S = 900.0
 
 
-def default_cache() -> Path:
-    """`~/.cache/tvmq/aarch64`, or below XDG_CACHE_HOME where that is set. Raises OutputError where there is no home."""
+def default_cache(machine: str = "aarch64") -> Path:
+    """`~/.cache/tvmq/MACHINE`, or below XDG_CACHE_HOME where that is set. Raises OutputError where there is no home."""
     base = user_cache()
     if base is None:
         raise OutputError(
-            "there is no folder to keep an emulated board in", seen="a user without a home", hint="set HOME"
+            "there is no folder to keep a board's files in", seen="a user without a home", hint="set HOME"
         )
-    return base / "tvmq" / "aarch64"
+    return base / "tvmq" / machine
 
 
 def prepare(cache: Path | None = None) -> Path:
@@ -89,9 +89,13 @@ def root_name() -> str:
     """A folder name that differs where anything differs that a root is built from."""
     versions = [f"{package}=={importlib.metadata.version(package)}" for package in WHEEL_LIBRARIES]
     parts = [*versions, *DEBIAN_PACKAGES, *UNUSED_FOLDERS, ZIG_TRIPLE]
-    parts += [path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS)]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-    return f"root-{importlib.metadata.version('apache-tvm')}-{digest}"
+    return f"root-{importlib.metadata.version('apache-tvm')}-{digest_of_runner(parts)}"
+
+
+def digest_of_runner(parts: Sequence[str]) -> str:
+    """Twelve characters that differ where `parts` or the runner's source do."""
+    texts = [*parts, *(path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def require_tools(tools: Mapping[str, str]) -> None:
@@ -218,7 +222,7 @@ def unpack_libraries(wheel: Path, libraries: Sequence[str], folder: Path) -> Non
             (folder / Path(library).name).write_bytes(archive.read(library))
 
 
-def build_runner(folder: Path) -> None:
+def build_runner(folder: Path, zig_triple: str = ZIG_TRIPLE) -> None:
     """Compile the native runner into `folder`, beside TVM's runtime libraries, which it loads. Raises OutputError."""
     import tvm_ffi.libinfo
 
@@ -228,7 +232,7 @@ def build_runner(folder: Path) -> None:
     # libstdc++ is found on the board, not here; $ORIGIN: the libraries are where the program is.
     link = ["-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN", "-s"]
     headers = [f"-I{include}" for include in sorted(includes)]
-    zig_cc(ZIG_TRIPLE, ["-O2", *headers, str(SOURCE), *libraries, *link], folder / RUNNER)
+    zig_cc(zig_triple, ["-O2", *headers, str(SOURCE), *libraries, *link], folder / RUNNER)
     (folder / RUNNER).chmod(0o755)
 
 

@@ -38,7 +38,7 @@ class OpTime:
 
 
 def load(path: str | Path | Bundle, device: str = "host", *, threads: int = 0) -> Executor:
-    """An executor for the bundle at `path` on `device`: "host", "rpc://HOST:PORT", "tracker://HOST:PORT/KEY".
+    """An executor for the bundle at `path` on `device`: "host", or an address (see tvmq.deploy.address).
 
     `threads`: 0 means all real cores here, and the target's cores on a board.
     Raises BundleError, IsaError, DeviceError.

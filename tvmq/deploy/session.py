@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -133,7 +134,10 @@ class RemoteSession:
 
     def __init__(self, address: Address, timeout_s: float = CONNECT_TIMEOUT, name: str | None = None) -> None:
         self.name = name or address.name
-        self.remote = address.open(timeout_s)
+        link = address.open(timeout_s)
+        self.remote = link.remote
+        # Also where nobody closes the session.
+        self._end = weakref.finalize(self, link.end)
         self.device = self.remote.cpu(0)
         self._libraries: dict[str, Any] = {}
 
@@ -202,4 +206,7 @@ class RemoteSession:
 
     def close(self) -> None:
         """End the session. Does nothing where it has ended."""
-        self.call(lambda: close(self.remote))
+        try:
+            self.call(lambda: close(self.remote))
+        finally:
+            self._end()

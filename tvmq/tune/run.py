@@ -57,7 +57,7 @@ def tune(
     budget: seconds, or text as "10m"; None for no limit of time. trials: the most candidates to measure; None for no
     limit. stop_at: the share of the model's time at which what is left to gain is not worth more. logs: the folder of
     the records, which `compile` takes with `logs=`; None means the user's own, which it takes by itself. threads: 0
-    means the target's cores. device: "host", "rpc://HOST:PORT", or "tracker://HOST:PORT/KEY" for all boards of a key at
+    means the target's cores. device: "host", one board's, or "tracker://HOST:PORT/KEY" for all boards of a key at
     once. cluster: "auto", "local" or HOST:PORT of a Ray cluster (extra `cluster`), over whose workers the tasks are
     spread: one on each machine, measuring itself, or one for each of `devices`. flush: time each candidate with its
     weights out of the caches. fresh: learn from no other log, and build every candidate anew. whole: at the end also
