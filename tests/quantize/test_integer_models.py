@@ -44,7 +44,20 @@ def a_decoder() -> nn.Module:
     return nn.Sequential(nn.ConvTranspose2d(4, 6, 4, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 3))
 
 
+class Frame(nn.Module):
+    """Padding with a value between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 4, H, W] -> [N, 4, H + 1, W]."""
+        return self.b(functional.pad(torch.relu(self.a(x)), (2, 2, 1, 4), value=0.3))
+
+
 MODELS = {
+    "frame": (Frame, (1, 4, 6, 5)),
     "gates": (Gates, (2, 8, 6, 5)),
     "line": (a_line, (2, 4, 14)),
     "volume": (a_volume, (1, 3, 5, 6, 5)),

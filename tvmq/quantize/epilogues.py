@@ -45,6 +45,12 @@ class Stored:
         """The steps that turn a loaded element into its value."""
         return (ops.Dequantize(self.scale, self.zero_point),) if self.is_integer else ()
 
+    def element(self, value: float) -> float:
+        """What stands for `value` among integers."""
+        qmin, qmax = numerics.INT_RANGE[self.dtype]
+        x = np.asarray(value, np.float32)
+        return float(numerics.quantize(x, self.scale, self.zero_point, qmin=qmin, qmax=qmax, dtype=self.dtype))
+
     def to_integer(self, low: float | None = None, high: float | None = None) -> ops.Quantize:
         """The quantize step; [low, high] in units of the scale narrow the range: rounding keeps order."""
         qmin, qmax = numerics.INT_RANGE[self.dtype]

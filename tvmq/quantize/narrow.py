@@ -67,7 +67,7 @@ class _Narrower:
         if not ir.is_call(call, *FOLLOWERS, "nn.attention") or (var not in self.asked and not ir.is_call(call, *MOVES)):
             return False
         wide = [x for x in _tensors(call) if x not in self.makers]
-        declined = f"its input {_name(wide[0])} is float32" if wide else no_stored_form(call)
+        declined = f"its input {_name(wide[0])} is float32" if wide else no_stored_form(call, integer=False)
         if declined and var in self.asked:
             self.reasons[var] = declined
         return declined is None
@@ -105,11 +105,11 @@ def _name(expr: Any) -> str:
     return "a constant" if ir.is_constant(expr) else repr(str(expr.name))
 
 
-def no_stored_form(call: Any) -> str | None:
-    """Why a concat or pass-through operator cannot be computed on 8-bit integers or bfloat16; None where it can."""
-    if ir.is_call(call, "nn.pad") and not (
-        str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0.0
-    ):
+def no_stored_form(call: Any, *, integer: bool) -> str | None:
+    """Why a concat or pass-through operator cannot be computed on 8-bit integers, or on bfloat16; None where it can."""
+    if ir.is_call(call, "nn.pad") and str(call.attrs.pad_mode) != "constant":
+        return f"pads by mode {str(call.attrs.pad_mode)!r}"
+    if ir.is_call(call, "nn.pad") and not integer and float(call.attrs.pad_value) != 0.0:
         return "pads with another value than zero"
     if ir.is_call(call, "image.resize2d") and str(call.attrs.method) != "nearest_neighbor":
         return "interpolates: no integer or bfloat16 kernel"

@@ -210,9 +210,22 @@ class _Planner:
                 return "one of its inputs is a constant"
             if source not in self.integer:
                 return f"its input {_name(source)} is float"
-        if declined := no_stored_form(call):
+        if declined := no_stored_form(call, integer=True):
             return declined
+        if ir.is_call(call, "nn.pad") and not self._holds(sources[0], float(call.attrs.pad_value)):
+            return f"pads with {float(call.attrs.pad_value):g}, outside of its input's range"
         return next((missing for tensor in [*sources, var] if (missing := self._missing(tensor))), None)
+
+    def _holds(self, var: Any, value: float) -> bool:
+        """Whether `value` is in the range that the integers of `var` stand for, where that is known."""
+        while var in self.integer and ir.is_call(self.values.get(var), *PASS_THROUGH):
+            var = self.values[var].args[0]
+        entry = self.entries.get(str(var.name))
+        if entry is None:
+            return True
+        params = entry.qparams
+        low, high = ((q - params.zero_point) * params.scale for q in (params.qmin, params.qmax))
+        return low <= value <= high
 
     def _missing(self, var: Any) -> str | None:
         entry = self.entries.get(str(var.name))

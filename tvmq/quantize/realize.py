@@ -83,7 +83,11 @@ class _Realizer:
             return self._attention(state, self.values[old], None)
         if ir.is_call(value, "matmul") and old not in self.chain_of_end:
             return self._two_activations(state, self.values[old])
-        if ir.is_call(value, "nn.max_pool2d") and ir.dtype_of(value) == "float32" and not no_stored_form(value):
+        if (
+            ir.is_call(value, "nn.max_pool2d")
+            and ir.dtype_of(value) == "float32"
+            and not no_stored_form(value, integer=True)
+        ):
             return _max_pool(value, value.args[0], "float32")
         if old in self.chain_of_end and not self._only_stored(old):
             return self._float_chain(state, name, self.chain_of_end[old])
@@ -250,12 +254,13 @@ class _Realizer:
 
     def _pass_through(self, call: Any, out: Stored) -> Any:
         x = self._source(call.args[0])
-        if x is None or not x.like(out) or no_stored_form(call):
+        if x is None or not x.like(out) or no_stored_form(call, integer=out.is_integer):
             return None
         if ir.is_call(call, "nn.max_pool2d"):
             return _max_pool(call, x.var, out.dtype)
         if ir.is_call(call, "nn.pad"):
-            return relax.op.nn.pad(x.var, call.attrs.pad_width, "constant", float(out.zero_point))
+            value = out.element(float(call.attrs.pad_value)) if out.is_integer else 0.0
+            return relax.op.nn.pad(x.var, call.attrs.pad_width, "constant", value)
         return relax.Call(call.op, [x.var, *call.args[1:]], call.attrs)
 
     def _concat(self, call: Any, out: Stored) -> Any:
