@@ -231,14 +231,3 @@ def test_addresses_that_are_none(device):
         match=r"expected (tracker://HOST:PORT/KEY|ssh://HOST, ssh://USER@HOST or|host, rpc://HOST:PORT, tracker)",
     ):
         boards(device, Timing(1))
-
-
-@pytest.mark.slow
-def test_three_boards_are_faster_than_one():
-    """Boards of a fixed 200 ms a candidate, which is the bottleneck."""
-    elapsed = {}
-    for count in (1, 3):
-        start = time.monotonic()
-        assert len(results(Fleet([Sleeper(f"b{i}", 0.2) for i in range(count)], 9.0))) == 12
-        elapsed[count] = time.monotonic() - start
-    assert elapsed[1] / elapsed[3] >= 2.2

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 from servers import ALONE, Farm, Server
+from tvm.tirx.script.builder import ir as T
 
+from tvmq.deploy.crosslink import linker
 from tvmq.deploy.executor import load
 from tvmq.deploy.session import connect
+from tvmq.deploy.tracker import Tracker
 from tvmq.errors import DeviceError
+from tvmq.kernels import builder
+from tvmq.target import load_target
+from tvmq.tune import candidate
+from tvmq.tune.candidate import Timing
+from tvmq.tune.fleet import Fleet, boards
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))
 from serving import Serving, wait_until
@@ -29,11 +41,10 @@ def farm() -> Iterator[Farm]:
     found.close()
 
 
-def registered(farm: Farm, key: str, *words: str) -> Serving:
-    from tvmq.deploy.tracker import Tracker
-
+def registered(farm: Farm, key: str, *words: str, count: int = 1) -> Serving:
+    """Another board of `key`, once the tracker knows `count` of them."""
     serving = Serving("--tracker", f"127.0.0.1:{farm.tracker.port}", "--key", key, *words)
-    wait_until(lambda: key in set(Tracker("127.0.0.1", farm.tracker.port, 9.0).keys()))
+    wait_until(lambda: Tracker("127.0.0.1", farm.tracker.port, 9.0).keys().count(key) == count)
     return serving
 
 
@@ -72,6 +83,46 @@ def test_a_board_is_offered_again_after_each_session(farm: Farm) -> None:
         # The client that gave up is still in the tracker's line: its turn comes first, and passes.
         second = connect(device, timeout_s=30)
         assert second.fetch(second.tensor(np.arange(3))).tolist() == [0, 1, 2]
+
+
+def pause(folder: Path) -> Path:
+    """A candidate that takes a board 200 ms, whatever else its processor does: 100 to warm up, 100 to be timed."""
+
+    def emit(f: builder.Function) -> None:
+        f.arguments(((1,), "float32"))
+        T.evaluate(T.call_extern("int32", "usleep", 100_000))
+
+    target = load_target("host")
+    library = tvm.compile(builder.module({"pause": builder.function(emit)}), target=target.tvm_target())
+    folder.mkdir()
+    library.export_library(str(folder / candidate.LIBRARY), fcompile=linker(target.zig_triple))
+    program = {"tensors": {"x": [[1], "float32"]}, "calls": [["pause", ["x"]]], "tiles": False}
+    (folder / candidate.PROGRAM).write_text(json.dumps(program))
+    return folder
+
+
+@pytest.mark.slow
+def test_three_boards_are_faster_than_one_and_lose_nothing_with_one(farm: Farm, tmp_path: Path) -> None:
+    jobs, timing = [pause(tmp_path / "pause")] * 12, Timing(1, repeat=1, min_repeat_ms=0)
+    with contextlib.ExitStack() as ends:
+        servings = [ends.enter_context(registered(farm, "three", count=count)) for count in (1, 2, 3)]
+        found = boards(f"tracker://127.0.0.1:{farm.tracker.port}/three", timing)
+        ends.callback(lambda: [board.close() for board in found])
+        elapsed = {}
+        for count in (1, 3):
+            start = time.monotonic()
+            assert all(measured.seconds for _, measured in Fleet(found[:count], 60.0).time(jobs))
+            elapsed[count] = time.monotonic() - start
+        assert elapsed[1] / elapsed[3] >= 2.2
+        fleet, places = Fleet(found, 60.0), {}
+        for index, measured in fleet.time(jobs):
+            assert measured.seconds, measured.error
+            assert index not in places
+            places[index] = measured.place
+            if len(places) == 6:
+                os.killpg(servings[0].pid, signal.SIGKILL)
+        assert len(places) == 12
+        assert (len(fleet.dropped), fleet.width) == (1, 2)
 
 
 def test_tvm_s_own_server_knows_no_secret(tmp_path: Path) -> None:
