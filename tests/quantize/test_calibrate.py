@@ -44,10 +44,16 @@ def test_tensors_inside_a_chain_are_not_observed(model_of):
     assert tensors == ["x", "x_nhwc", "relu", "relu_2", "relu_2_nchw"]  # the convolutions and biases are inside
 
 
-def test_the_parts_of_a_tuple_are_observed(model_of):
-    case = model_of("split")
-    parts = [str(var.name) for var, value in ir.bindings(case.module) if isinstance(value, relax.TupleGetItem)]
-    assert len(parts) == 2 and set(parts) <= set(case.table().tensors)
+def test_the_parts_of_a_tuple_are_observed(graph):
+    def body(emit, x):
+        parts = emit(relax.op.split(x, 2, 1), "parts")
+        left, right = (emit(relax.TupleGetItem(parts, i), name) for i, name in enumerate(("left", "right")))
+        return emit(relax.op.subtract(left, right), "difference")
+
+    signature = Signature((TensorSpec("x0", (1, 4), "float32"),), (TensorSpec("difference", (1, 2), "float32"),))
+    x = np.array([[-1, 2, 3, 5]], np.float32)
+    table = calibrate(graph(body, (1, 4)), signature, [x], Recipe()).tensors
+    assert [(table[part].low, table[part].high) for part in ("left", "right")] == [(-1, 2), (3, 5)]
 
 
 def test_the_recipe_chooses_the_observer_and_symmetry(model_of):
