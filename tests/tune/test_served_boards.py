@@ -17,6 +17,7 @@ import tvm
 from servers import ALONE, Farm, Server
 from tvm.tirx.script.builder import ir as T
 
+from tvmq.cli import main
 from tvmq.deploy.crosslink import linker
 from tvmq.deploy.executor import load
 from tvmq.deploy.session import connect
@@ -138,3 +139,20 @@ def test_tvm_s_own_server_knows_no_secret(tmp_path: Path) -> None:
         session.close()
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("words", [["run"], ["verify"], ["bench", "--repeat", "2"]], ids=["run", "verify", "bench"])
+def test_commands_take_a_board_of_the_tracker(
+    farm: Farm, bundle_of: Callable[..., Path], words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    device = f"tracker://127.0.0.1:{farm.tracker.port}/{words[0]}"
+    with registered(farm, words[0]):
+        assert main([*words, str(bundle_of("flatten_linear")), "--device", device, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["device"] == device
+
+
+def test_run_lets_go_of_its_board(farm: Farm, bundle_of: Callable[..., Path]) -> None:
+    with registered(farm, "one") as serving:
+        device = f"tracker://127.0.0.1:{farm.tracker.port}/one"
+        assert main(["run", str(bundle_of("flatten_linear")), "--device", device]) == 0
+        serving.wait_for("session of")

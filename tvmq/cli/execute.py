@@ -58,10 +58,10 @@ class Run(Command):
             report("loading TVM", 0)
             import tvmq
 
-            executor = tvmq.load(self.bundle, self.device, threads=self.threads)
-            values = inputs if inputs is not None else executor.bundle.golden()[0]
-            report("inference", 0)
-            outputs = executor(values) if isinstance(values, Mapping) else executor(*values)
+            with tvmq.load(self.bundle, self.device, threads=self.threads) as executor:
+                values = inputs if inputs is not None else executor.bundle.golden()[0]
+                report("inference", 0)
+                outputs = executor(values) if isinstance(values, Mapping) else executor(*values)
         named = dict(zip([spec.name for spec in executor.signature.outputs], outputs, strict=True))
         if self.out is not None:
             _save(self.out, named)
