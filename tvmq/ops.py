@@ -421,6 +421,12 @@ def is_row_quantizer(value: Expr) -> bool:
     return is_ours and row_quantizer(value) is not None
 
 
+def is_row_dequantizer(value: Any) -> bool:
+    """Whether `value` is a map that only dequantizes rows."""
+    is_map = isinstance(value, relax.Call) and str(getattr(value.op, "name", "")) == f"{PREFIX}map"
+    return is_map and epilogue_of(value) == (RowScale(),)
+
+
 def row_quantizer(call: Any) -> QuantizeRows | None:
     """The last step of a tvmq call that quantizes rows; None for the others."""
     steps = epilogue_of(call)

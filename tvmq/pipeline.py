@@ -46,6 +46,7 @@ from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan, sourc
 from tvmq.quantize.realize import realize
 from tvmq.quantize.refine import Samples, products_of, reshaped, unused_algorithms, with_corrected_biases
 from tvmq.quantize.simulate import simulated
+from tvmq.quantize.sources import with_own_rows
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import WITH_DATA, Observer, Precision, Recipe
@@ -192,8 +193,8 @@ def quantize(
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
     asked = tuple(algorithm.value for algorithm in recipe.algorithms)
-    if is_quantized(model.module):
-        module = stages("layout", channels_last(model.module))
+    if is_quantized(source := with_own_rows(model.module)):
+        module = stages("layout", channels_last(source))
         return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
     calibration = _again(calibration, recipe)
     samples = _samples(model, calibration)

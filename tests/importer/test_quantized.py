@@ -105,3 +105,24 @@ def test_torchao(quantizer: Callable[[], object], storage: str, tmp_path: Path) 
     assert [ir.dtype_of(call.args[0]) for call in anchors] == [storage] * 3
     step = float(np.abs(model.reference[0]).max()) / 100
     np.testing.assert_allclose(interpret.run(realized, model.example)[0], model.reference[0], atol=step)
+
+
+def test_quantization_aware_training() -> None:
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.testing.pt2e import _xnnpack_quantizer as xnnpack
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12)
+    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
+    exported = torch.export.export(Net().train(), (x,)).module()
+    prepared = pt2e.prepare_qat_pt2e(exported, xnnpack.XNNPACKQuantizer().set_global(config))
+    for _ in range(3):
+        prepared(x).square().mean().backward()
+    converted = move_exported_model_to_eval(pt2e.convert_pt2e(prepared))
+    model = import_model(torch.export.export(converted, (x,)))
+    realized = _realized(model, "int8")
+    anchors = [call for _, call in ir.calls(realized) if ir.is_call(call, "tvmq.conv2d", "tvmq.matmul")]
+    assert [ir.dtype_of(call.args[0]) for call in anchors] == ["int8"] * 3
+    step = float(np.abs(model.reference[0]).max()) / 100
+    np.testing.assert_allclose(interpret.run(realized, model.example)[0], model.reference[0], atol=step)

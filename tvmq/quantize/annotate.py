@@ -126,7 +126,7 @@ def _linear(
     if precision is Precision.INT8_DYNAMIC:
         twin = _weight(weight, 1, 0.0, recipe, products)
         if x not in rows:
-            rows[x] = _through_rows(state, x)
+            rows[x] = through_rows(state, x)
         x = rows[x]
     else:
         bits = 4 if precision is Precision.INT4_WEIGHT else 8
@@ -139,7 +139,8 @@ def _linear(
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
 
 
-def _through_rows(state: ir.Rewrite, x: Any) -> Any:
+def through_rows(state: ir.Rewrite, x: Any) -> Any:
+    """The twin of float32 x whose rows were quantized and dequantized."""
     name = state.names.get(x) or str(x.name)
     results = state.emit(ops.quantize_rows(x), f"{name}_rows")
     parts = [state.emit(relax.TupleGetItem(results, i), f"{name}_{part}") for i, part in enumerate(("q", "scale"))]

@@ -14,7 +14,7 @@ from typing import Any
 
 import tvm
 
-from tvmq import ir
+from tvmq import ir, ops
 from tvmq.errors import RecipeError
 from tvmq.graph.fusion import FLOAT_ANCHORS, Chain, find_chains, has_attention_kernel
 from tvmq.quantize import auto
@@ -282,9 +282,14 @@ def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
             continue
         chain = chains.get(var)
         tensors = chain.activations if chain else list(ir.operands(call))
-        integer = bool(tensors) and all(ir.is_call(values.get(tensor), "dequantize") for tensor in tensors)
-        precision = Precision.INT8 if integer else Precision.FP32
-        reason = "quantized by its source" if integer else "its source reads floats here"
+        if ops.is_row_quantizer(call) or ops.is_row_dequantizer(call):
+            continue
+        precision = Precision.FP32
+        if chain is not None and ops.is_row_dequantizer(values.get(chain.x)):
+            precision = Precision.INT8_DYNAMIC
+        elif tensors and all(ir.is_call(values.get(tensor), "dequantize") for tensor in tensors):
+            precision = Precision.INT8
+        reason = "its source reads floats here" if precision is Precision.FP32 else "quantized by its source"
         found.append(Decision(str(var.name), chain.kind if chain else ir.op_name(call), precision, reason))
     return tuple(found)
 

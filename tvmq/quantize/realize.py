@@ -174,7 +174,7 @@ class _Realizer:
     def _source_rows(self, state: ir.Rewrite, var: Any) -> Stored | None:
         """The stored tensor whose rows an old float variable dequantizes."""
         call: Any = self.values.get(var)
-        if not ir.is_call(call, "tvmq.map") or ops.epilogue_of(call) != (ops.RowScale(),):
+        if call is None or not ops.is_row_dequantizer(call):
             return None
         q, scales = (state.new_of[arg] for arg in call.args)
         return Stored(q, self.storage, zero_point=self.offset, rows=scales)
