@@ -77,6 +77,10 @@ BROKEN: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
         (IMAGE,),
     ),
     "selu": (functional.selu, (IMAGE,)),
+    "integers divided by fractions, rounded": (
+        lambda x: x + torch.div(torch.arange(x.shape[-1]), torch.tensor(2.5), rounding_mode="floor"),
+        (IMAGE,),
+    ),
     "average with a divisor": (lambda x: functional.avg_pool2d(x, 3, divisor_override=2), (IMAGE,)),
     "padded average with a divisor": (
         lambda x: functional.avg_pool2d(x, (3, 2), 2, 1, ceil_mode=True, divisor_override=5),

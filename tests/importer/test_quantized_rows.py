@@ -101,7 +101,7 @@ class Dynamic(nn.Module):
         self.register_buffer(
             "weight", torch.randint(-127, 128, (6, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
         )
-        self.register_buffer("scales", torch.full((6,), 0.01))
+        self.register_buffer("scales", torch.full((6,), 1 / 128))
         self.register_buffer("zeros", torch.full((6,), zeros))
         self.low, self.high, self.steps = low, high, steps
 
@@ -136,10 +136,18 @@ def test_rows_of_the_source() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [Dynamic(-8, 7, 15.0), Dynamic(steps=15.0), Dynamic(zeros=1), Mean(), Columns()], ids=range(5)
+    ("module", "precision"),
+    [
+        (Dynamic(-8, 7, 15.0), "int8-weight"),
+        (Dynamic(steps=15.0), "int8-weight"),
+        (Dynamic(zeros=1), "fp32"),
+        (Mean(), "int8-weight"),
+        (Columns(), "int8-weight"),
+    ],
+    ids=range(5),
 )
-def test_other_arithmetic_is_left_alone(module: nn.Module) -> None:
+def test_other_arithmetic_is_left_alone(module: nn.Module, precision: str) -> None:
     model = import_model(module, X)
     found = quantize(model, Recipe())
-    assert _precisions(found) == ["fp32"]
+    assert _precisions(found) == [precision]
     np.testing.assert_allclose(interpret.run(realize(found.qdq), model.example)[0], model.reference[0], atol=1e-4)

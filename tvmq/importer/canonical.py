@@ -86,7 +86,12 @@ def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
     """Calls whose every operand is a constant become constants; random and shape-valued ones stay.
 
     So do weights that are dequantized, which tells that they are quantized; a transpose of one goes into the constant.
+    An int8 matrix that is only multiplied by, as floats, is such a weight, with a scale of 1.
     """
+    readers, values = ir.users(module), dict(ir.bindings(module))
+
+    def is_multiplied_by(var: Any) -> bool:
+        return all(ir.is_call(values.get(reader), "matmul") for reader in readers.get(var, [None]))
 
     def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
         if ir.is_call(value, "permute_dims") and quantized.is_weight(inner := state.value(value.args[0])):
@@ -95,6 +100,10 @@ def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
             return quantized.transposed(
                 inner, list(range(ndim))[::-1] if axes is None else [int(a) % ndim for a in axes]
             )
+        if quantized.is_widened(value) and is_multiplied_by(state.current):
+            return quantized.dequantized(value.args[0])
+        if ir.is_call(value, "tvmq.dequantize_groups"):
+            return None
         if not ir.is_call(value) or quantized.is_weight(value) or any(True for _ in ir.operands(value)):
             return None
         if not value.args or not isinstance(value.ty, relax.TensorType) or not ir.is_static(value):

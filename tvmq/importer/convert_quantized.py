@@ -5,6 +5,7 @@ Their meaning is that of `numerics.quantize` and `dequantize`, and they are real
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,14 @@ def table() -> dict[str, Converter]:
         "quantize_per_tensor.default": _quantize,
         "dequantize_per_tensor.default": _dequantize,
         "dequantize_per_channel.default": _dequantize_channels,
+        "dequantize_affine.default": _dequantize_blocks,
     }
+
+
+def kept() -> tuple[Any, ...]:
+    """Operators that stay whole where torchao was imported, as it is for a model of its tensors."""
+    packet = getattr(torch.ops.torchao, "dequantize_affine", None)
+    return () if packet is None else (packet.default,)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -81,6 +89,25 @@ def _dequantize_channels(node: fx.Node, importer: Any) -> Any:
     if ir.dtype_of(scales) != "float32":
         scales = importer.block_builder.emit(_op.astype(scales, "float32"))
     return importer.block_builder.emit(_op.dequantize(q, scales, zeros, axis=a["axis"]))
+
+
+def _dequantize_blocks(node: fx.Node, importer: Any) -> Any:
+    """torchao's `(q - zero_point) * scale` of blocks of q: its rows of blocks that lie in one row each are a matrix."""
+    a = arguments(node)
+    q, scales = importer.env[a["input"]], importer.env[a["scale"]]
+    shape, block, emit = ir.shape_of(q), [int(n) for n in a["block_size"]], importer.block_builder.emit
+    if node.meta["val"].dtype != torch.float32 or any(n != 1 for n in block[:-1]) or shape[-1] % block[-1]:
+        raise ValueError(f"blocks of {block} as {node.meta['val'].dtype}")
+    count = math.prod(shape) // block[-1]
+    rows, scales = emit(_op.reshape(q, [count, block[-1]])), emit(_op.reshape(scales, [count]))
+    zeros: Any = ir.constant(np.zeros(count, "int8"))
+    if a["zero_point"] is not None:
+        zeros = emit(_op.astype(emit(_op.reshape(importer.env[a["zero_point"]], [count])), "int8"))
+    if a["input"].op == "placeholder" and ir.dtype_of(q) == "int8" and ir.dtype_of(scales) == "float32":
+        return emit(_op.reshape(emit(_op.dequantize(rows, scales, zeros, axis=0)), shape))
+    zeros, scales = (_op.reshape(_op.astype(part, "float32"), [count, 1]) for part in (zeros, scales))
+    steps = emit(_op.subtract(emit(_op.astype(rows, "float32")), emit(zeros)))
+    return emit(_op.reshape(emit(_op.multiply(steps, emit(scales))), shape))
 
 
 def _quantize_plain(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Any:

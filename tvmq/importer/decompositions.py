@@ -33,7 +33,7 @@ def table() -> Any:
     decompositions.update(torch._decomp.get_decompositions(TAKEN_APART))  # type: ignore[no-untyped-call]
     for operator, function in OURS.items():
         decompositions[operator] = function
-    for operator in KEPT:
+    for operator in (*KEPT, *convert_quantized.kept()):
         decompositions.pop(operator, None)  # type: ignore[no-untyped-call]
     return decompositions
 
@@ -69,6 +69,22 @@ def _div(x: Any, y: Any) -> Any:
     if any(tensor.is_floating_point() for tensor in tensors):
         return NotImplemented
     return x.to(torch.get_default_dtype()) / y
+
+
+def _div_rounded(x: Any, y: Any, *, rounding_mode: str | None) -> Any:
+    """`div` of an integer by a fraction, or the other way, is in floats (torch.div); TVM's wants both of one dtype."""
+    tensors = [value for value in (x, y) if isinstance(value, Tensor)]
+    whole = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    dtype = torch.result_type(x, y)
+    if not whole or not dtype.is_floating_point:
+        return NotImplemented
+    x, y = (value.to(dtype) if isinstance(value, Tensor) else value for value in (x, y))
+    return torch.div(x, y, rounding_mode=rounding_mode)
+
+
+def _int_mm(x: Tensor, y: Tensor) -> Tensor:
+    """The product of two int8 matrices, int32."""
+    return torch.matmul(x.to(torch.int32), y.to(torch.int32))
 
 
 def _attention(
@@ -260,6 +276,8 @@ OURS: dict[Any, Callable[..., Any]] = {
     **{operator: _promoted(operator) for operator in _COMPARISONS},
     aten.mul.Tensor: _mul,
     aten.div.Tensor: _div,
+    aten.div.Tensor_mode: _div_rounded,
+    aten._int_mm.default: _int_mm,
     aten.scaled_dot_product_attention.default: _attention,
     aten.exp2.default: _exp2,
     aten.copy.default: _copy,

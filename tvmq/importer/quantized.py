@@ -2,6 +2,7 @@
 
 dequantize(quantize(x, s, z: uint8), s, z)  ->  dequantize(quantize(x, s, z - 128: int8), s, z - 128)
 permute_dims(dequantize(w: constant, s, z)) ->  dequantize(w', s, z), w' the transposed constant
+astype(w: constant int8 matrix, float32)    ->  dequantize(w, 1, 0)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _SHIFT = 128
 
 def is_quantized(module: tvm.IRModule) -> bool:
     """Whether a module holds quantize or dequantize operators."""
-    return any(ir.is_call(call, "quantize", "dequantize") for _, call in ir.calls(module))
+    names = ("quantize", "dequantize", "tvmq.dequantize_groups")
+    return any(ir.is_call(call, *names) for _, call in ir.calls(module))
 
 
 def signed(module: tvm.IRModule) -> tvm.IRModule:
@@ -62,3 +64,20 @@ def transposed(call: Any, axes: list[int]) -> Any:
     axis = int(call.attrs.axis) % len(axes)
     constant = ir.constant(ir.to_numpy(weight).transpose(axes))
     return relax.op.dequantize(constant, scales, zeros, axis=axes.index(axis))
+
+
+def is_widened(value: Any) -> bool:
+    """Whether a call converts an int8 constant matrix to float32."""
+    return (
+        ir.is_call(value, "astype")
+        and ir.is_constant(value.args[0])
+        and (ir.dtype_of(value.args[0]), ir.dtype_of(value)) == ("int8", "float32")
+        and len(ir.shape_of(value)) == 2
+    )
+
+
+def dequantized(weight: Any) -> Any:
+    """An int8 constant matrix as it is, dequantized with a scale of 1 a column."""
+    columns = ir.shape_of(weight)[1]
+    scales, zeros = ir.constant(np.ones(columns, np.float32)), ir.constant(np.zeros(columns, np.int8))
+    return relax.op.dequantize(weight, scales, zeros, axis=1)

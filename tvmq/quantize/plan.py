@@ -278,7 +278,7 @@ def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
     values = dict(ir.bindings(module))
     found = []
     for var, call in ir.calls(module):
-        if var in inside or ir.is_call(call, "quantize", "dequantize"):
+        if var in inside or ir.is_call(call, "quantize", "dequantize", "tvmq.dequantize_groups"):
             continue
         chain = chains.get(var)
         tensors = chain.activations if chain else list(ir.operands(call))
@@ -287,6 +287,8 @@ def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
         precision = Precision.FP32
         if chain is not None and ops.is_row_dequantizer(values.get(chain.x)):
             precision = Precision.INT8_DYNAMIC
+        elif chain is not None and ir.is_call(weight := values.get(chain.call.args[-1]), "tvmq.dequantize_groups"):
+            precision = Precision.INT4_WEIGHT if ops.attributes(weight)["bits"] == 4 else Precision.INT8_WEIGHT
         elif tensors and all(ir.is_call(values.get(tensor), "dequantize") for tensor in tensors):
             precision = Precision.INT8
         reason = "its source reads floats here" if precision is Precision.FP32 else "quantized by its source"

@@ -1,4 +1,4 @@
-"""What a model's source quantized while it runs, as tvmq's own dynamic linear layers.
+"""What a model's source quantized while it runs, or only in its weights, as tvmq's own linear layers.
 
     matmul((clip(round(x / s) + z) - z) * s, dequantize(w))        s, z from the extremes of x, or of its rows
       ->  matmul(dequantize_rows(quantize_rows(x)), dequantize(w))
@@ -8,12 +8,14 @@ Each row gets a symmetric scale of its own, which the kernel that makes the row 
 source's, so that an element is at most one of the source's steps away from its value; where rows differ in size, much
 closer. Weights of a source that has a zero point for them, so that they need 9 bits, are rounded in the same way. Other
 widths than 8 bits, scales that are not made from extremes alone, and weights that are no int8 constants
-with a scale an output channel (or one) are left as the floats that they say.
+with a scale an output channel (or one) are left as the floats that they say. `weight_only` tells what becomes of
+weights that floats are multiplied by; where they have groups, x stays float though the source quantizes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.quantize import weight_only
 from tvmq.quantize.annotate import through_rows
 
 Array = npt.NDArray[Any]
@@ -41,22 +44,45 @@ def with_own_rows(module: tvm.IRModule) -> tvm.IRModule:
     """The module with the linear layers that its source quantizes dynamically in the form that `realize` reads."""
     rows: dict[Any, Any] = {}
 
-    def read(state: ir.Rewrite, x: Any) -> Any:
+    def read(state: ir.Rewrite, x: Any, like: Any) -> Any:
+        x = _in_shape(state, x, like)
         if x not in rows:
             rows[x] = through_rows(state, x)
         return rows[x]
 
     def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
-        if ir.is_call(value, "matmul") and ir.dtype_of(value) == "float32" and _is_weight(state.value(value.args[1])):
-            x = _dequantized(state, value.args[0])
-            return None if x is None else relax.Call(value.op, [read(state, x), value.args[1]], value.attrs)
-        found = _integer_product(state, value) if ir.is_call(value, "multiply") else None
+        if ir.is_call(value, "matmul") and ir.dtype_of(value) == "float32":
+            return _linear(state, name, value, read)
+        if not ir.is_call(value, "multiply"):
+            return None
+        if (scaled := weight_only.with_columns(state, value)) is not None:
+            return scaled
+        found = _integer_product(state, value)
         if found is None:
             return None
         weight = relax.op.dequantize(*(ir.constant(part) for part in found.weight), axis=1)
-        return relax.op.matmul(read(state, found.x), state.emit(weight, f"{name}_weight"))
+        return relax.op.matmul(read(state, found.x, found.q), state.emit(weight, f"{name}_weight"))
 
     return ir.rewrite(module, visit)
+
+
+def _linear(state: ir.Rewrite, name: str, call: Any, read: Callable[[ir.Rewrite, Any, Any], Any]) -> Any:
+    """A linear layer of floats by its weight: rows of integers, or floats by groups; None where it stays as it is."""
+    x = _dequantized(state, call.args[0])
+    if x is not None and _is_weight(state.value(call.args[1])):
+        return relax.Call(call.op, [read(state, x, call.args[0]), call.args[1]], call.attrs)
+    twin = None if ir.is_call(state.value(call.args[0]), "dequantize") else weight_only.groups_of(state, call.args[1])
+    if twin is None:
+        return None
+    x = call.args[0] if x is None else _in_shape(state, x, call.args[0])
+    return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
+
+
+def _in_shape(state: ir.Rewrite, x: Any, like: Any) -> Any:
+    """`x` in the shape of `like`, which has the same rows."""
+    if ir.shape_of(x) == ir.shape_of(like):
+        return x
+    return state.emit(relax.op.reshape(x, list(ir.shape_of(like))), f"{state.names.get(x, x.name)}_rows")
 
 
 def _is_weight(value: Any) -> bool:
@@ -100,16 +126,23 @@ def _quantized(state: ir.Rewrite, var: Any) -> Any:
 
 
 def _plain(state: ir.Rewrite, var: Any) -> Any:
-    """`var` before conversions."""
-    while ir.is_call(value := state.value(var), "astype"):
+    """`var` before conversions, and reshapes that keep its rows."""
+    while ir.is_call(value := state.value(var), "astype") or _keeps_rows(value):
         var = value.args[0]
     return var
+
+
+def _keeps_rows(value: Any) -> bool:
+    if not ir.is_call(value, "reshape") or not (ir.is_static(value) and ir.is_static(value.args[0])):
+        return False
+    before, after = ir.shape_of(value.args[0]), ir.shape_of(value)
+    return len(before) > 1 and len(after) > 1 and before[-1] == after[-1]
 
 
 def _is_scale(state: ir.Rewrite, var: Any, x: Any) -> bool:
     """Whether `var`, one number or one a row of x, is made of the extremes of x alone, for 8 bits."""
     shape = ir.shape_of(var)
-    if int(np.prod(shape)) != 1 and shape != (*ir.shape_of(x)[:-1], 1):
+    if math.prod(shape) != 1 and (shape[-1] != 1 or math.prod(shape) != math.prod(ir.shape_of(x)[:-1])):
         return False
     calls = list(_behind(state, var, x))
     divisors = [
@@ -136,23 +169,24 @@ def _behind(state: ir.Rewrite, var: Any, x: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Product:
-    """What a product of integers multiplies: rows of x, and a weight (int8 [K, N], scales [N], zeros [N])."""
+    """What a product of integers multiplies: x in the shape of q, and int8 [K, N], scales [N], zeros [N]."""
 
     x: Any
+    q: Any
     weight: tuple[Array, Array, Array]
 
 
 def _integer_product(state: ir.Rewrite, value: Any) -> _Product | None:
     """`astype(matmul(q - z, w)) * s * s_w` with the factors in any order; None for anything else."""
     factors = list(_factors(state, value))
-    products = [product for product in map(state.value, factors) if _is_integer_matmul(product)]
-    if len(products) != 1:
-        return None
-    x = _quantized(state, products[0].args[0])
-    weight = ir.to_numpy(products[0].args[1])
     constants = [ir.to_numpy(factor) for factor in factors if ir.is_constant(factor)]
-    scales = [f for f in factors if not ir.is_constant(f) and not _is_integer_matmul(state.value(f))]
-    if x is None or len(scales) != 1 or not _is_scale(state, scales[0], x):
+    variables = [factor for factor in factors if not ir.is_constant(factor)]
+    products = [product for factor in variables if (product := _integer_matmul(state, state.value(factor))) is not None]
+    if len(products) != 1 or len(variables) != 2:
+        return None
+    q, weight = products[0]
+    x = _quantized(state, q)
+    if x is None or not any(_is_scale(state, factor, x) for factor in variables):
         return None
     columns = weight.shape[1]
     if any(constant.size not in (1, columns) for constant in constants):
@@ -162,7 +196,7 @@ def _integer_product(state: ir.Rewrite, value: Any) -> _Product | None:
         if constant.size > 1 and constant.shape[-1] != columns:
             return None
         scale = scale * constant.reshape(-1).astype(np.float32)
-    return _Product(x, (weight, scale, np.zeros(columns, np.int8)))
+    return _Product(x, q, (weight, scale, np.zeros(columns, np.int8)))
 
 
 def _bytes(weight: Array) -> tuple[Array, Array]:
@@ -182,10 +216,20 @@ def _factors(state: ir.Rewrite, value: Any) -> Iterator[Any]:
             yield arg if ir.is_constant(arg) else _plain(state, arg)
 
 
-def _is_integer_matmul(value: Any) -> bool:
-    return (
-        ir.is_call(value, "matmul")
-        and ir.dtype_of(value) == "int32"
-        and ir.is_constant(value.args[1])
-        and len(ir.shape_of(value.args[1])) == 2
-    )
+def _integer_matmul(state: ir.Rewrite, value: Any) -> tuple[Any, Array] | None:
+    """What a product of integers [.., K] by a constant [K, N] multiplies; None for anything else.
+
+    Also `matmul(q + n, w) - n * sum(w)`, with n the difference between int8 and uint8, which is the same.
+    """
+    if ir.is_call(value, "subtract") and ir.is_constant(value.args[1]):
+        inner: Any = state.value(value.args[0])
+        shifted: Any = state.value(_plain(state, inner.args[0])) if ir.is_call(inner, "matmul") else None
+        found = _integer_matmul(state, inner)
+        if found is None or not ir.is_call(shifted, "add") or not ir.is_constant(shifted.args[1]):
+            return None
+        undone = ir.to_numpy(shifted.args[1]) * found[1].sum(axis=0)
+        return (shifted.args[0], found[1]) if np.array_equal(undone, ir.to_numpy(value.args[1]).reshape(-1)) else None
+    whole = ir.is_call(value, "matmul") and ir.dtype_of(value) == "int32" and ir.is_constant(value.args[1])
+    if not whole or len(ir.shape_of(value.args[1])) != 2:
+        return None
+    return value.args[0], ir.to_numpy(value.args[1])
