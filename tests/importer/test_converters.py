@@ -81,6 +81,10 @@ BROKEN: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
         lambda x: x + torch.div(torch.arange(x.shape[-1]), torch.tensor(2.5), rounding_mode="floor"),
         (IMAGE,),
     ),
+    "fractions divided by integers, rounded": (
+        lambda x: x + torch.div(torch.arange(x.shape[-1]).float(), 2, rounding_mode="floor"),
+        (IMAGE,),
+    ),
     "average with a divisor": (lambda x: functional.avg_pool2d(x, 3, divisor_override=2), (IMAGE,)),
     "padded average with a divisor": (
         lambda x: functional.avg_pool2d(x, (3, 2), 2, 1, ceil_mode=True, divisor_override=5),
@@ -283,7 +287,8 @@ def test_converters_are_of_operators_that_exist() -> None:
 
     for name in set(converters.table()) - {"getitem"}:
         operator, overload = name.split(".")
-        found = [getattr(space, operator, None) for space in (torch.ops.aten, torch.ops.quantized_decomposed)]
+        spaces = (torch.ops.aten, torch.ops.quantized_decomposed, torch.ops.torchao)
+        found = [getattr(space, operator, None) for space in spaces]
         overloads = [getattr(packet, overload) for packet in found if hasattr(packet, overload)]
         assert overloads and isinstance(overloads[0], torch._ops.OpOverload), name
 

@@ -107,6 +107,7 @@ def test_torchao(quantizer: Callable[[], object], storage: str, tmp_path: Path) 
     np.testing.assert_allclose(interpret.run(realized, model.example)[0], model.reference[0], atol=step)
 
 
+@pytest.mark.slow
 def test_quantization_aware_training() -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     from torchao.quantization.pt2e import move_exported_model_to_eval

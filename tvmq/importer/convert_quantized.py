@@ -31,7 +31,7 @@ def table() -> dict[str, Converter]:
         "quantize_per_tensor.default": _quantize,
         "dequantize_per_tensor.default": _dequantize,
         "dequantize_per_channel.default": _dequantize_channels,
-        "dequantize_affine.default": _dequantize_blocks,
+        **({"dequantize_affine.default": _dequantize_blocks} if kept() else {}),
     }
 
 

@@ -73,12 +73,11 @@ def _div(x: Any, y: Any) -> Any:
 
 def _div_rounded(x: Any, y: Any, *, rounding_mode: str | None) -> Any:
     """`div` of an integer by a fraction, or the other way, is in floats (torch.div); TVM's wants both of one dtype."""
-    tensors = [value for value in (x, y) if isinstance(value, Tensor)]
-    whole = [tensor for tensor in tensors if not tensor.is_floating_point()]
     dtype = torch.result_type(x, y)
-    if not whole or not dtype.is_floating_point:
+    kinds = [value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float) for value in (x, y)]
+    if all(kinds) or not dtype.is_floating_point:
         return NotImplemented
-    x, y = (value.to(dtype) if isinstance(value, Tensor) else value for value in (x, y))
+    x, y = (value.to(dtype) if isinstance(value, Tensor) else float(value) for value in (x, y))
     return torch.div(x, y, rounding_mode=rounding_mode)
 
 
