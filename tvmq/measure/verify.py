@@ -85,7 +85,11 @@ def verify(
     alone differ. Raises BundleError, IsaError, DeviceError, SignatureError, OutputError.
     """
     bundle = path if isinstance(path, Bundle) else bundles.read(path)
-    executor = Executor(bundle, connect(device))
+    with Executor(bundle, connect(device)) as executor:
+        return _verified(executor, bundle, device, inputs, save)
+
+
+def _verified(executor: Executor, bundle: Bundle, device: str, inputs: object, save: str | Path | None) -> Verification:
     arrays = bundle.golden()[0] if inputs is None else bundle.signature.arrays(inputs)
     oracle = _oracle(bundle, arrays)
     checks: list[OpCheck] = []
