@@ -294,7 +294,7 @@ class TestPt2:
         (tmp_path / "folder.pt2").mkdir()
         with pytest.raises(ModelError, match="saw a folder"):
             import_model(tmp_path / "folder.pt2")
-        with pytest.raises(ModelError, match=r"expected a .pt2 or .onnx file or .*saw .h5"):
+        with pytest.raises(ModelError, match=r"expected a .pt2 or .onnx file, a folder .*saw .h5"):
             import_model("weights.h5")
         with pytest.raises(ModelError, match="saw no suffix"):
             import_model(tmp_path / "model")

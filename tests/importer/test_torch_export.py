@@ -128,7 +128,7 @@ def test_a_converter_makes_it_supported() -> None:
 
     model = import_model(Cube(), IMAGE, converters={"cube.default": convert})
     np.testing.assert_allclose(model.reference[0], IMAGE**3, rtol=1e-6)
-    assert model.converters == {"cube.default": "tvmq"}
+    assert model.converters == {"cube.default": "yours"}
 
 
 def test_a_converter_without_overload_is_refused() -> None:

@@ -5,6 +5,7 @@ bfloat16 inputs are given as float32, and rounded by the module itself: a progra
 
 from __future__ import annotations
 
+import gc
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -135,6 +136,8 @@ def run(
 
 
 def _uploaded(executable: Any, target: Target, board: EmulatedBoard) -> tuple[Any, Any]:
+    # TVM's sessions sit in reference cycles, and the board serves the next when the last run's is gone.
+    gc.collect()
     remote = rpc.connect(board.host, board.port)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.so"
