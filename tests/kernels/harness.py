@@ -5,8 +5,8 @@ bfloat16 inputs are given as float32, and rounded by the module itself: a progra
 
 from __future__ import annotations
 
-import gc
 import functools
+import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
