@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -68,6 +69,8 @@ def entry() -> NoReturn:
         # TVM and PyTorch do while they load), and TVM's threads are not waited for.
         sys.stderr.flush()
         os._exit(code)
+    # What was asked for is done and told: an interrupt from here on would only print a traceback of some library's end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 
