@@ -31,15 +31,20 @@ from tvmq.tune.worker import end_with_input
 
 # What MetaSchedule imports when it starts to tune; apache-tvm does not bring them.
 _NEEDS = ("cloudpickle", "psutil")
-# Creating the first context imports the intrinsics of every device; parsing those of others takes 18 s of CPU time, or
-# some minutes where PyTorch is loaded too, since each looks through all modules for its source.
-_START = """
+# Its process and each of its builders import the intrinsics of every device before they start; parsing those of others
+# takes 18 s of CPU time, or some minutes where PyTorch is loaded too, since each looks through all modules for its
+# source. That is no part of a search: none of its processes gets them, by a module that Python imports when it starts.
+_SITE = "sitecustomize.py"
+_WITHOUT = """
 import sys, types
 for name in ("arm_cpu", "cuda", "hexagon", "riscv_cpu", "rocm", "metal"):
     sys.modules["tvm.s_tir.tensor_intrin." + name] = types.ModuleType(name)
 sys.modules["torch"] = None
-from tvmq.measure import stock
+"""
+_START = """
+import sys
 from pathlib import Path
+from tvmq.measure import stock
 stock.main(Path(sys.argv[1]))
 """
 _JOB, _LOG = "job.json", "stock.log"
@@ -113,13 +118,15 @@ def tune(module: tvm.IRModule, target: Target, seconds: float, folder: Path) -> 
 
 def _run(folder: Path, seconds: float, threads: int) -> list[tuple[float, int]]:
     """Let the process tune; (elapsed seconds, bytes of records) as they grew."""
+    (folder / _SITE).write_text(_WITHOUT, encoding="utf-8")
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     with (folder / _LOG).open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _START, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=os.environ | {"TVM_NUM_THREADS": str(threads)},
+            env=os.environ | {"TVM_NUM_THREADS": str(threads), "PYTHONPATH": path},
             # A group of its own: its builders and runners end with it.
             start_new_session=True,
         )
