@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tvmq.errors import SignatureError
+
+if TYPE_CHECKING:
+    from tvmq.dynamic import Dynamic
 
 Array = npt.NDArray[Any]
 
@@ -47,6 +50,11 @@ class Signature:
 
         Raises SignatureError.
         """
+        named = zip(self.inputs, self.ordered(values), strict=True)
+        return tuple(spec.check(as_array(value)) for spec, value in named)
+
+    def ordered(self, values: object) -> Sequence[object]:
+        """What `values` holds for each input, in order, not looked at. Raises SignatureError."""
         names = [spec.name for spec in self.inputs]
         if isinstance(values, Mapping):
             unknown = sorted(set(map(str, values)) - set(names))
@@ -59,7 +67,7 @@ class Signature:
         assert isinstance(values, Sequence)
         if len(values) != len(names):
             raise SignatureError("inputs", expected=f"{len(names)} ({', '.join(names)})", seen=len(values))
-        return tuple(spec.check(as_array(value)) for spec, value in zip(self.inputs, values, strict=True))
+        return values
 
 
 def as_array(value: object) -> Array:
@@ -76,7 +84,8 @@ class Model:
     `module`: one function `main` in inference form, parameters bound as constants, batch norms and constants folded.
     `paths`: variable name -> path of the layer in the source model. `example`: inputs that fit the signature.
     `reference`: what the source model computes on them. `converters`: operator -> "tvm", "tvmq" or "yours", which
-    converted it, or "decomposed" into others.
+    converted it, or "decomposed" into others. `dynamic`: of a model of several sizes, the axes that vary; this is then
+    the model of the smallest size, and `larger` holds the others, ascending.
     """
 
     module: Any
@@ -86,3 +95,5 @@ class Model:
     reference: tuple[Array, ...]
     paths: Mapping[str, str] = field(default_factory=dict)
     converters: Mapping[str, str] = field(default_factory=dict)
+    dynamic: Dynamic | None = None
+    larger: tuple[Model, ...] = ()

@@ -26,12 +26,13 @@ import tvm
 
 from tvmq import interpret, ir
 from tvmq.deploy import build
-from tvmq.errors import CalibrationError
+from tvmq.errors import CalibrationError, RecipeError
 from tvmq.files import atomic_write_text, require_folder
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.graph.zeros import fold_zero_products
 from tvmq.importer.canonical import fold_constants
 from tvmq.importer.quantized import is_quantized
+from tvmq.kernels.decision import Records
 from tvmq.kernels.lower import lower
 from tvmq.kernels.rates import rates_of
 from tvmq.kernels.schedule import schedule
@@ -40,7 +41,7 @@ from tvmq.quantize import levels
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
-from tvmq.quantize.data import inferences
+from tvmq.quantize.data import fits, inferences
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan, source_decisions
 from tvmq.quantize.realize import realize
@@ -124,12 +125,33 @@ def compile_model(
     for int8 (with scales fixed beforehand). `dump`: a folder that receives the Relax of every stage. `progress(stage,
     n)` is called as stages begin, and with n = 1, 2, ... for each calibration inference. `logs`: a folder of tuning
     records for the target; None means the user's own and the shipped ones. `untuned`: without any.
+    A model of several sizes becomes one bundle with a program a size, all quantized with the scales of one table.
     Raises TargetError, RecipeError, CalibrationError, OutputError, TuningError.
     """
     spec, recipe, out = load_target(target), recipe or Recipe(), require_folder(out)
     known = None if untuned else records.load(spec, logs)
     report = progress or (lambda _stage, _n: None)
     stages = _Dump(dump)
+    if model.dynamic is not None:
+        _check_sizes(recipe)
+        calibration = _table_of_sizes(model, recipe, calibration, report)
+    programs = [_program(one, spec, recipe, calibration, known, report, stages) for one in (model, *model.larger)]
+    report("bundle", 0)
+    written = build.write_bundle([built for built, _ in programs], out, model.dynamic)
+    quantized = programs[0][1]
+    return Compiled(*written, quantized.unused_rules, quantized.unused_algorithms)
+
+
+def _program(
+    model: Model,
+    spec: Target,
+    recipe: Recipe,
+    calibration: Iterable[Any] | CalibrationTable | None,
+    known: Records | None,
+    report: Progress,
+    stages: _Dump,
+) -> tuple[build.Built, Quantized]:
+    """A model of one size, compiled and checked."""
     made = realized_module(model, spec, recipe, calibration, report, stages)
     quantized, realized, model, conversions = made.quantized, made.module, made.model, made.conversions
     report("lower", 0)
@@ -152,9 +174,30 @@ def compile_model(
     report("check", 0)
     expected = interpret.run(realized, model.example)
     build.check(product, library, expected)
-    report("bundle", 0)
-    written = build.write_bundle(product, library, expected, out)
-    return Compiled(*written, quantized.unused_rules, quantized.unused_algorithms)
+    return build.Built(product, library, expected), quantized
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Raise RecipeError for what would make sizes differ in more than size, or padding in more than zeros."""
+    if wanted := [algorithm.value for algorithm in recipe.algorithms if algorithm in WITH_DATA]:
+        hint = "it would give each size weights of its own: compile one size"
+        raise RecipeError(f"algorithm {wanted[0]} for several sizes", hint=hint)
+    if recipe.integer_io:
+        raise RecipeError("integer_io for several sizes", hint="inputs are padded with zeros: compile one size")
+
+
+def _table_of_sizes(
+    model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None, report: Progress
+) -> Iterable[Any] | CalibrationTable | None:
+    """One table for all sizes, by the program that the data fit; what was given where the recipe needs none."""
+    if calibration is None or isinstance(calibration, CalibrationTable) or is_quantized(model.module):
+        return calibration
+    if not wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}:
+        return calibration
+    batches = calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
+    fitting = [one for one in (model, *model.larger) if fits(batches, one.signature)]
+    report("calibrate", 0)
+    return calibrate((fitting or [model])[0], recipe, batches, lambda n: report("calibrate", n))
 
 
 def realized_module(

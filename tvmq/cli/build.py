@@ -31,6 +31,7 @@ class Compile(Command):
         "tvmq compile model.pt2 -o model.tvmq",
         "tvmq compile model.pt2 -t raspberry-pi-4b --precision int8 --calibrate data.npz -o model.tvmq",
         "tvmq compile encoder.pt2 --precision int8-dynamic -o encoder.tvmq",
+        "tvmq compile model.onnx --dynamic x:0=1,2,4,8 -o model.tvmq",
         "tvmq compile mypackage.zoo:resnet18 -t my-board.toml --recipe recipe.toml --calibrate table.json",
     )
 
@@ -44,6 +45,7 @@ class Compile(Command):
     untuned: bool = False
     dump: str | None = None
     check: bool = True
+    dynamic: str | None = None
     converters: str | None = None
     verbose: bool = False
 
@@ -76,6 +78,12 @@ class Compile(Command):
         parser.add_argument(
             "--no-check", dest="check", action="store_false", help="do not compare the imported model with PyTorch"
         )
+        parser.add_argument(
+            "--dynamic",
+            metavar="INPUT:AXIS=N,N,...",
+            help="a program for each size of an axis, as x:0=1,2,4,8: inputs between them are padded, outputs cut; "
+            "ids:1,mask:1=64,128: axes that vary together; x:1==64,128: no other sizes; ';ids:0=1': one size",
+        )
         add_converters(parser)
         parser.add_argument("-v", "--verbose", action="store_true", help="also print who converted which operators")
 
@@ -91,7 +99,7 @@ class Compile(Command):
 
             target = tvmq.load_target(self.target)
             report("import", 0)
-            model = tvmq.import_model(self.model, check=self.check, converters=self.converters)
+            model = tvmq.import_model(self.model, check=self.check, converters=self.converters, dynamic=self.dynamic)
             path = self.out if self.out is not None else f"{model.name}.tvmq"
             done = tvmq.compile(
                 model,
@@ -113,12 +121,14 @@ class Compile(Command):
             "recipe": recipe.to_dict(),
             "operators": done.operators,
             "converters": dict(model.converters),
+            "dynamic": None if model.dynamic is None else model.dynamic.to_dict(),
             "unused_rules": list(done.unused_rules),
             "unused_algorithms": list(done.unused_algorithms),
         }
         counts = ", ".join(f"{count} {precision}" for precision, count in sorted(precisions.items()))
         size = render.kilobytes(done.size)
-        summary = f"{done.path}: {size} for {target.name}, operators: {counts}; see tvmq explain {done.path}"
+        sizes = "" if model.dynamic is None else f", a program for each of {model.dynamic}"
+        summary = f"{done.path}: {size} for {target.name}{sizes}, operators: {counts}; see tvmq explain {done.path}"
         rules = (f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules)
         idle = (f"the recipe's algorithm {name!r} finds nothing to do" for name in done.unused_algorithms)
         who = render.converters(model.converters) if self.verbose else []

@@ -119,8 +119,10 @@ class Explain(Command):
             "activation_bytes": size,
             "operators": rows,
             "converters": bundle.converters,
+            "dynamic": None if bundle.dynamic is None else bundle.dynamic.to_dict(),
         }
         text: list[Any] = [render.operators(rows, timed=self.profile), f"activations: {size:,} bytes"]
+        text += sizes_text(bundle)
         if self.verbose:
             text += render.converters(bundle.converters)
         if times is not None:
@@ -175,6 +177,21 @@ class Explain(Command):
             executor = tvmq.load(bundle, self.device, threads=self.threads)
             report("profiling", 0)
             return executor.profile()
+
+
+def sizes_text(bundle: Bundle) -> list[str]:
+    """What is said of a bundle of several sizes: which, what happens between them, and where kernels differ."""
+    if bundle.dynamic is None:
+        return []
+    between = "others are refused" if bundle.dynamic.exact else "others are padded to the next, and their outputs cut"
+    lines = [f"a program for each of {bundle.dynamic}: {between}; the operators above are those of the smallest"]
+    first, *others = bundle.programs()
+    kernels = {row["name"]: row["kernel"] for row in first.manifest["operators"]}
+    for size, program in zip(bundle.dynamic.sizes[1:], others, strict=True):
+        rows = program.manifest["operators"]
+        changed = sum(kernels.get(row["name"]) != row["kernel"] for row in rows)
+        lines.append(f"size {size}: {changed} of {len(rows)} operators have other kernels")
+    return lines
 
 
 def accuracy_text(found: AccuracyReport) -> list[Any]:

@@ -229,8 +229,12 @@ static void open_bundle(bundle* b, const char* path) {
   b->path = path;
   b->file = read_file(path);
   const uint8_t* record;
-  for (size_t place = 0; (record = next_record(b->file, &place, path)) != NULL;)
-    if (!is_known(record + 46, little(record + 28, 2))) fail("bundle %s: an unknown member; do not use this file", path);
+  for (size_t place = 0; (record = next_record(b->file, &place, path)) != NULL;) {
+    size_t length = little(record + 28, 2);
+    if (record[46] >= '1' && record[46] <= '9' && memchr(record + 46, '/', length) != NULL)
+      fail("bundle %s: expected a program for one size of inputs, saw several; compile it without --dynamic", path);
+    if (!is_known(record + 46, length)) fail("bundle %s: an unknown member; do not use this file", path);
+  }
   bytes json = zip_member(b->file, "manifest.json", MANIFEST_LIMIT, path);
   TVMFFIByteArray said = {(const char*)json.data, json.size};
   TVMFFIAny source = {0};

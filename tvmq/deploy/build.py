@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +23,10 @@ from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.crosslink import linker
 from tvmq.deploy.exact import is_exact_graph, rounds_inexact
 from tvmq.deploy.executor import Executor
+from tvmq.deploy.parameters import shared
 from tvmq.deploy.session import LocalSession
 from tvmq.deploy.steps import Step, extract, with_entry_points
+from tvmq.dynamic import Dynamic
 from tvmq.errors import CheckFailed
 from tvmq.files import scratch_folder
 from tvmq.kernels import memory
@@ -140,12 +142,32 @@ def runs_here(target: Target) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Built:
+    """A product, its library, and what the oracle gives for the example."""
+
+    product: Product
+    library: bytes
+    expected: tuple[Array, ...]
+
+
 def write_bundle(
-    product: Product, library: bytes, expected: tuple[Array, ...], out: str | Path
+    built: Sequence[Built], out: str | Path, dynamic: Dynamic | None = None
 ) -> tuple[Path, int, list[dict[str, Any]]]:
-    """Write the bundle; returns its path, its size in bytes and the operator rows. Raises OutputError."""
-    manifest = _manifest(product)
-    size = bundle.write(out, manifest, _members(product, library, expected))
+    """Write the bundle of one program, or of one a size, ascending; returns its path, its size in bytes and the
+    operator rows of the first. Raises OutputError.
+    """
+    parameters, indices = shared([one.product.parameters for one in built])
+    manifests = [{**_manifest(one.product), "parameters": index} for one, index in zip(built, indices, strict=True)]
+    members = {**_members(built[0].product, built[0].library, built[0].expected), bundle.PARAMETERS: parameters}
+    manifest, *others = manifests
+    if dynamic is not None:
+        programs = [{key: value for key, value in other.items() if value != manifest[key]} for other in others]
+        manifest = {**manifest, "dynamic": {**dynamic.to_dict(), "programs": programs}}
+        for size, one in zip(dynamic.sizes[1:], built[1:], strict=True):
+            own = _members(one.product, one.library, one.expected)
+            members.update({f"{size}/{name}": own[name] for name in bundle.OF_A_SIZE})
+    size = bundle.write(out, manifest, members)
     return Path(out), size, manifest["operators"]
 
 

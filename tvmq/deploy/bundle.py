@@ -8,14 +8,19 @@
     oracle.json       the realized graph in Relax, its packed weights named, for op by op verification
     calibration.json  the calibration table (integer bundles)
 
+A bundle of several sizes of its inputs is that of the smallest, with the others' library, golden pair and oracle in
+folders named after their sizes; equal parameters of all are stored once. The manifest has what is different of theirs.
+
 A bundle is untrusted until it was read: names, sizes and hashes are checked, and nothing in it is unpickled.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -26,6 +31,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvmq.deploy.parameters import ALIGNMENT, stored_size
+from tvmq.dynamic import Dynamic
 from tvmq.errors import BundleError, SignatureError
 from tvmq.files import atomic_path
 from tvmq.model import Signature, TensorSpec
@@ -41,8 +48,8 @@ LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION = (
 )
 MANIFEST = "manifest.json"
 _MEMBERS = {LIBRARY, PARAMETERS, GOLDEN, ORACLE, CALIBRATION}
-# A cache line, and what any vector load needs.
-_ALIGNMENT = 64
+# Members that each size has of its own.
+OF_A_SIZE = (LIBRARY, GOLDEN, ORACLE)
 # No manifest comes near this; a larger one is an attack or an accident.
 _MANIFEST_LIMIT = 64 << 20
 # What fraction of a parameter's bytes it must take without its zeros to be stored so: loading it costs a pass.
@@ -75,14 +82,34 @@ class Bundle:
         """LLVM features that a machine must have to run it."""
         return tuple(self.manifest["isa"]["required_features"])
 
+    @functools.cached_property
+    def dynamic(self) -> Dynamic | None:
+        """The sizes that there are programs for; None where shapes are static."""
+        found = self.manifest.get("dynamic")
+        return None if found is None else Dynamic.from_dict(found, self.where)
+
+    def programs(self) -> tuple[Bundle, ...]:
+        """A bundle a size, ascending; the bundle alone where shapes are static. Parameters are shared."""
+        if self.dynamic is None:
+            return (self,)
+        common = {key: value for key, value in self.manifest.items() if key != "dynamic"}
+        own = dict(zip(self.dynamic.sizes, ({}, *self.manifest["dynamic"]["programs"]), strict=True))
+        found = []
+        for index, (size, changes) in enumerate(own.items()):
+            names = {name: f"{size}/{name}" if index and name in OF_A_SIZE else name for name in _MEMBERS}
+            there = {name: stored for name, stored in names.items() if stored in self.members}
+            listed = {name: self.manifest["members"][stored] for name, stored in there.items()}
+            members = {name: self.members[stored] for name, stored in there.items()}
+            found.append(Bundle({**common, **changes, "members": listed}, members, self.path))
+        return tuple(found)
+
     def parameters(self) -> dict[str, Array]:
         """The parameters by name, as views of the file's bytes. Raises BundleError."""
         data = self.members[PARAMETERS]
         arrays = {}
         for entry in self.manifest["parameters"]:
             dtype, shape, offset = np.dtype(entry["dtype"]), tuple(entry["shape"]), int(entry["offset"])
-            count, kept = int(np.prod(shape, dtype=np.int64)), entry.get("nonzero")
-            size = count * dtype.itemsize if kept is None else -(-count // 8) + int(kept) * dtype.itemsize
+            count, kept, size = int(np.prod(shape, dtype=np.int64)), entry.get("nonzero"), stored_size(entry)
             where = f"{self.where}: parameter {entry['name']!r}"
             if offset < 0 or offset + size > len(data) or (kept is not None and int(kept) < 0):
                 raise BundleError(where, expected="inside params.bin", seen=f"offset {offset}")
@@ -109,7 +136,7 @@ def pack_parameters(parameters: Mapping[str, Array]) -> tuple[bytes, list[dict[s
     """All parameters in one block, and where each is; `nonzero` counts the elements of those stored without zeros."""
     block, index = bytearray(), []
     for name, array in parameters.items():
-        block.extend(b"\0" * (-len(block) % _ALIGNMENT))
+        block.extend(b"\0" * (-len(block) % ALIGNMENT))
         entry = {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "offset": len(block)}
         flat = np.ascontiguousarray(array).ravel()
         # Bits, so that a negative zero stays one.
@@ -181,7 +208,7 @@ def read(path: str | Path) -> Bundle:
 def _checked(archive: zipfile.ZipFile, file: Path) -> Bundle:
     names = archive.namelist()
     for name in names:
-        if name != MANIFEST and name not in _MEMBERS:
+        if name != MANIFEST and name not in _MEMBERS and not _is_of_a_size(name):
             raise BundleError(
                 f"bundle {file}: member {name!r}",
                 expected=f"one of {', '.join(sorted(_MEMBERS))}",
@@ -210,7 +237,35 @@ def _checked(archive: zipfile.ZipFile, file: Path) -> Bundle:
                 f"bundle {file}: {name}", expected=f"sha256 {entry['sha256'][:12]}...", seen="another", hint=hint
             )
         members[name] = data
-    return Bundle(manifest, members, file)
+    bundle = Bundle(manifest, members, file)
+    _check_sizes(bundle)
+    return bundle
+
+
+def _is_of_a_size(name: str) -> bool:
+    size, _, member = name.partition("/")
+    return member in OF_A_SIZE and re.fullmatch(r"[1-9]\d{0,8}", size) is not None
+
+
+def _check_sizes(bundle: Bundle) -> None:
+    """Raise BundleError where what the manifest says of several sizes is not so."""
+    dynamic, where = bundle.dynamic, f"{bundle.where}: dynamic sizes"
+    folders = {int(name.partition("/")[0]) for name in bundle.members if "/" in name}
+    if folders != (set() if dynamic is None else set(dynamic.sizes[1:])):
+        raise BundleError(where, expected="a folder for each but the smallest", seen=sorted(folders))
+    if dynamic is None:
+        return
+    programs = bundle.manifest["dynamic"].get("programs")
+    listed = isinstance(programs, list) and all(isinstance(program, dict) for program in programs)
+    if not listed or len(programs) != len(folders):
+        raise BundleError(where, expected=f"{len(folders)} other programs", seen=type(programs).__name__)
+    shapes = {spec.name: spec.shape for spec in bundle.signature.inputs}
+    axes = all(name in shapes and axis < len(shapes[name]) for name, axis in dynamic.axes)
+    cuts = dynamic.exact or len(dynamic.cuts) == len(bundle.signature.outputs)
+    if not axes or not cuts:
+        raise BundleError(where, expected="axes of inputs, and a cut an output", seen=str(dynamic))
+    for program in bundle.programs():
+        _check_keys(program.manifest, where)
 
 
 def _read(archive: zipfile.ZipFile, name: str, file: Path) -> bytes:
@@ -250,9 +305,7 @@ def _manifest(data: bytes, file: Path) -> dict[str, Any]:
         raise BundleError(
             where, expected=f"schema {SCHEMA}", seen=seen, hint="compile the model with this version of tvmq"
         )
-    for key, kind in _REQUIRED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise BundleError(where, expected=f"{key!r} of type {kind.__name__}", seen=type(manifest.get(key)).__name__)
+    _check_keys(manifest, where)
     for name, entry in manifest["members"].items():
         if (
             not isinstance(entry, dict)
@@ -261,6 +314,12 @@ def _manifest(data: bytes, file: Path) -> dict[str, Any]:
         ):
             raise BundleError(where, expected=f"size and sha256 of {name!r}", seen=entry)
     return manifest
+
+
+def _check_keys(manifest: Mapping[str, Any], where: str) -> None:
+    for key, kind in _REQUIRED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(where, expected=f"{key!r} of type {kind.__name__}", seen=type(manifest.get(key)).__name__)
 
 
 def _spec(entry: Any) -> TensorSpec:

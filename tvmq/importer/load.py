@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tvmq import ir
+from tvmq.dynamic import Dynamic
 from tvmq.importer import check as checks
 from tvmq.importer import program as programs
+from tvmq.importer import sizes, torch_export
 from tvmq.importer import source as sources
-from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
 from tvmq.model import Model, Signature
 
@@ -22,6 +23,7 @@ def import_model(
     tolerance: float = 1e-4,
     converters: Mapping[str, torch_export.Converter] | str | None = None,
     name: str | None = None,
+    dynamic: Dynamic | str | None = None,
 ) -> Model:
     """A PyTorch model as canonical Relax, compared with PyTorch on the example inputs.
 
@@ -34,24 +36,36 @@ def import_model(
     `check`: compare every tensor with PyTorch's, within `tolerance` (`check.deviation` is the formula).
     `converters`: operator with overload ("exp2.default") -> function, as in `converters.py`, or the name of a module
     whose `table()` returns them. `name`: default the class, the name of the file or folder, or the function.
+    `dynamic`: sizes of axes that vary, "x:0=1,2,4,8" (see `dynamic.py`): a program a size, in one model.
 
     Raises ModelError for a source that cannot be read, UnsupportedOpError for an operator without a converter,
     ImportMismatchError where the translation computes something else, SignatureError for example inputs that do not
     fit; nothing is imported then.
     """
     own = sources.read_converters(converters) if isinstance(converters, str) else converters
-    found = sources.read(source, example_inputs, name)
+    tolerated = tolerance if check else None
+    found = sources.find(source, example_inputs, name)
+    if dynamic is None:
+        return _translated(found.at(found.example({})), own, tolerated)
+    wanted = Dynamic.parse(dynamic) if isinstance(dynamic, str) else dynamic
+    return sizes.imported(found, wanted, lambda one: _translated(one, own, tolerated), tolerance)
+
+
+def _translated(
+    found: sources.Source, own: Mapping[str, torch_export.Converter] | None, tolerance: float | None
+) -> Model:
+    """The model of a program, compared with PyTorch within `tolerance`; None: not compared."""
     inputs = Signature(programs.inputs(found.program), ())
     example = inputs.arrays(found.example)
     reference = programs.run(found.program, example)
     signature = Signature(inputs.inputs, programs.outputs(found.program, reference))
     translation = torch_export.translate(found.program, own)
-    if check and found.reference is not None:
-        checks.compare_runtimes(translation, reference, *found.reference(), tolerance)
-    if check:
+    if tolerance is not None:
+        if found.reference is not None:
+            checks.compare_runtimes(translation, reference, *found.reference(), tolerance)
         checks.compare(translation, example, tolerance)
     module = canonicalize(translation.module)
-    if check:
+    if tolerance is not None:
         checks.compare_outputs(module, signature, example, reference, tolerance)
     paths = _live(translation.paths, module)
     return Model(module, signature, found.name, example, reference, paths, translation.converters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,23 @@ def inputs(model: onnx.ModelProto) -> dict[str, tuple[list[Any], torch.dtype]]:
     return found
 
 
-def example(model: onnx.ModelProto, name: str) -> dict[str, torch.Tensor]:
-    """Inputs that fit: seeded normal numbers, and zeros of other types. Raises ModelError where an extent is open."""
+def example(
+    model: onnx.ModelProto, name: str, sizes: Mapping[tuple[str, int], int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Inputs that fit: seeded normal numbers, and zeros of other types.
+
+    `sizes`: of (input, axis) that the model leaves open. Raises ModelError where an extent stays open.
+    """
     generator = np.random.default_rng(_SEED)
     made = {}
-    for key, (extents, dtype) in inputs(model).items():
+    for key, (declared, dtype) in inputs(model).items():
+        extents = [
+            extent if isinstance(extent, int) else (sizes or {}).get((key, axis), extent)
+            for axis, extent in enumerate(declared)
+        ]
         if not all(isinstance(extent, int) for extent in extents):
             shape = [extent if extent is not None else "?" for extent in extents]
-            hint = "pass example inputs of the shape that you want: shapes are static after the import"
+            hint = "pass example inputs of the shape that you want, or the sizes of open axes (--dynamic)"
             raise ModelError(f"input {key!r} of {name}", expected="a static shape", seen=shape, hint=hint)
         if dtype.is_floating_point:
             made[key] = torch.from_numpy(generator.standard_normal(extents).astype(np.float32)).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,55 @@ _TRAINING = {
 _MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
-def dynamic_shapes(what: str) -> ModelError:
+@dataclass(frozen=True)
+class OpenAxes:
+    """(input, axis) pairs that a program leaves open, with one size for all, from `low` to `high` (None: any)."""
+
+    axes: tuple[tuple[str, int], ...]
+    low: int = 1
+    high: int | None = None
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}:{axis}" for name, axis in self.axes)
+
+
+def dynamic_shapes(what: str, axes: Sequence[OpenAxes]) -> ModelError:
     """The refusal of a program with dynamic shapes."""
-    hint = "export it with torch.export.export(module, example_inputs), without dynamic_shapes"
-    return ModelError(f"{what} has dynamic shapes", expected="static shapes", hint=hint)
+    listed = " and ".join(map(str, axes)) or "one that its data decide"
+    hint = (
+        "tvmq compile --dynamic INPUT:AXIS=N,N,... (dynamic= of import_model) makes a program a size; or export it by "
+        "torch.export.export(module, example_inputs), without dynamic_shapes"
+    )
+    return ModelError(f"{what} has dynamic shapes", expected="static shapes", seen=f"open axes {listed}", hint=hint)
+
+
+def open_axes(program: ExportedProgram) -> list[OpenAxes]:
+    """The axes of inputs that a program leaves open, those of one symbol together. Raises ModelError."""
+    groups: dict[Any, list[tuple[str, int]]] = {}
+    for name, value in _input_values(program).items():
+        for axis, extent in enumerate(value.shape):
+            if not isinstance(extent, int):
+                symbol = extent.node.expr
+                if not symbol.is_Symbol:
+                    hint = "export it with an axis of its own there"
+                    raise ModelError(
+                        f"input {name!r}", expected="a free axis", seen=f"axis {axis} of {symbol}", hint=hint
+                    )
+                groups.setdefault(symbol, []).append((name, axis))
+    return [OpenAxes(tuple(axes), *_limits(program, symbol)) for symbol, axes in groups.items()]
+
+
+def _limits(program: ExportedProgram, symbol: Any) -> tuple[int, int | None]:
+    limits = program.range_constraints.get(symbol)
+    if limits is None:
+        return 1, None
+    return max(1, int(limits.lower)), int(limits.upper) if limits.upper.is_Integer else None
 
 
 def check_interface(program: ExportedProgram, name: str) -> None:
     """Raise ModelError unless inputs and outputs are tensors of static shape."""
     if program.range_constraints:
-        raise dynamic_shapes(name)
+        raise dynamic_shapes(name, open_axes(program))
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT and not isinstance(spec.arg, TensorArgument):
             hint = "bind it in a wrapper module"
@@ -71,11 +111,16 @@ def input_names(program: ExportedProgram) -> list[str]:
 
 def inputs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     """What the caller passes, in order."""
-    values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
     return tuple(
-        TensorSpec(name, tuple(values[name].shape), str(values[name].dtype).removeprefix("torch."))
-        for name in input_names(program)
+        TensorSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in _input_values(program).items()
     )
+
+
+def _input_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Tensors like those that the caller passes, by name, in order."""
+    values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+    return {name: values[name] for name in input_names(program)}
 
 
 def outputs(program: ExportedProgram, values: Sequence[Array]) -> tuple[TensorSpec, ...]:

@@ -2,18 +2,22 @@
 
 `torch.export.load` unpickles with all of Python allowed in four places: example inputs (it retries without
 `weights_only` when the safe load fails), weights and constants marked `use_pickle`, custom objects, and old weight
-files. It evaluates the text of symbolic shapes, and loads the shared libraries of a compiled package. PyTorch says
-never to load an untrusted file. Here each member is checked first, through the same archive reader: a pickle must load
-with `weights_only=True`, and what needs more is refused. This closes the doors that are known, no more.
+files. It evaluates the text of symbolic shapes and of guards, and loads the shared libraries of a compiled package.
+PyTorch says never to load an untrusted file. Here each member is checked first, through the same archive reader: a
+pickle must load with `weights_only=True`, a symbolic shape must be plain arithmetic, guards are left out, and what
+needs more is refused. This closes the doors that are known, no more.
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
+import re
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,6 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
 from tvmq.errors import ModelError
-from tvmq.importer import program as programs
 
 # What PyTorch's reader raises for a member that is missing, garbled, or of another version.
 _DAMAGED = (
@@ -44,6 +47,16 @@ _CONFIGS = {
     "data/constants/": "data/constants/model_constants_config.json",
 }
 _EXPORT_AGAIN = "write it with torch.export.save(torch.export.export(module, example_inputs), path)"
+
+# What sizes are computed with, as sympy's `srepr` writes them, and how long their text may be.
+_FUNCTIONS = {
+    *("Integer", "Add", "Mul", "Mod", "Max", "Min", "Equality", "Unequality", "And", "Or", "Not"),
+    *("GreaterThan", "LessThan", "StrictGreaterThan", "StrictLessThan"),
+    *("FloorDiv", "CleanDiv", "CeilDiv", "PythonMod", "ModularIndexing"),
+}
+_LONGEST = 4096
+# Powers of numbers could be larger than memory.
+_EXPONENTS = ("Integer(2)", "Integer(3)", "Integer(4)")
 
 
 def load(path: Path) -> ExportedProgram:
@@ -95,9 +108,42 @@ def _check_members(path: Path, names: set[str]) -> None:
 
 
 def _check_graph(path: Path, reader: PT2ArchiveReader) -> None:
-    """No symbolic shape: PyTorch evaluates its text, and tvmq compiles static shapes."""
-    if _has_key(json.loads(reader.read_string(_MODEL)), "expr_str"):
-        raise programs.dynamic_shapes(str(path))
+    """Symbolic shapes are arithmetic: PyTorch evaluates their text."""
+    for text in _values(json.loads(reader.read_string(_MODEL)), "expr_str"):
+        if not isinstance(text, str) or not _is_arithmetic(text):
+            raise _refused(path, f"a size that is no arithmetic ({str(text)[:80]!r}), which was not evaluated")
+
+
+def _is_arithmetic(text: str) -> bool:
+    """Whether a text is calls of known functions of symbols and small numbers, as in Add(Symbol('s0'), Integer(1))."""
+    if len(text) > _LONGEST:
+        return False
+    try:
+        return _is_known(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _is_known(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return _is_known(node.operand)
+    if isinstance(node, ast.Constant):
+        return type(node.value) is int and node.value < 2**63
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return False
+    if node.func.id == "Symbol":
+        return _is_symbol(node)
+    if node.func.id == "Pow":
+        return len(node.args) == 2 and _is_symbol(node.args[0]) and ast.unparse(node.args[1]) in _EXPONENTS
+    return node.func.id in _FUNCTIONS and not node.keywords and all(map(_is_known, node.args))
+
+
+def _is_symbol(node: ast.expr) -> bool:
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Symbol" or len(node.args) != 1:
+        return False
+    (name,), assumed = node.args, [word.value for word in node.keywords]
+    named = isinstance(name, ast.Constant) and re.fullmatch(r"[a-z]{1,3}\d{1,9}", str(name.value)) is not None
+    return named and all(isinstance(value, ast.Constant) and isinstance(value.value, bool) for value in assumed)
 
 
 def _check_pickles(path: Path, reader: PT2ArchiveReader, names: set[str]) -> None:
@@ -122,7 +168,13 @@ def _refused(path: Path, seen: str) -> ModelError:
     return ModelError(f"{path}", expected="a program that torch.export.save wrote", seen=seen, hint=_EXPORT_AGAIN)
 
 
-def _has_key(value: Any, key: str) -> bool:
+def _values(value: Any, key: str) -> Iterator[Any]:
+    """What `key` holds, wherever it is in plain data."""
     if isinstance(value, dict):
-        return key in value or any(_has_key(item, key) for item in value.values())
-    return isinstance(value, list) and any(_has_key(item, key) for item in value)
+        if key in value:
+            yield value[key]
+        for item in value.values():
+            yield from _values(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _values(item, key)

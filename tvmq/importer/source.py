@@ -21,7 +21,10 @@ from torch.utils import _pytree as pytree
 from tvmq.errors import ModelError, nearest
 from tvmq.importer import program as programs
 from tvmq.importer import pt2, torch_export, widen
+from tvmq.importer.program import OpenAxes
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Sizes = Mapping[tuple[str, int], int]
 _KINDS = (
     "a torch.nn.Module, a torch.export.ExportedProgram, a path to a .pt2 or .onnx file or to a folder of transformers, "
     "or 'package.module:function'"
@@ -32,34 +35,56 @@ _KINDS = (
 class Source:
     """A program with static shapes, the name it goes by, and its inputs, flat and in the program's order.
 
+    `arguments`: the same inputs as what was exported takes them, positional and by name.
     `reference` tells what another runtime computes on the example inputs, and its name; None without one.
     """
 
     program: ExportedProgram
     name: str
     example: tuple[torch.Tensor, ...]
+    arguments: Arguments = ((), {})
     reference: Callable[[], tuple[list[Any], str]] | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a user named, before its inputs have a size.
+
+    `example(sizes)`: example inputs as it takes them, None for the program's own; where it makes them up, axes that it
+    leaves open have the sizes given. `at(arguments)`: the program of the shapes of such inputs. `open_axes()`: those
+    that it leaves open; None for a module, which does not say.
+    """
+
+    example: Callable[[Sizes], Arguments | None]
+    at: Callable[[Arguments | None], Source]
+    open_axes: Callable[[], list[OpenAxes] | None] = lambda: None
+
+
 def read(source: object, example_inputs: object = None, name: str | None = None) -> Source:
-    """Read `source` (see `load.import_model`). Raises ModelError."""
+    """`source` with the shapes of its example inputs (see `load.import_model`). Raises ModelError."""
+    found = find(source, example_inputs, name)
+    return found.at(found.example({}))
+
+
+def find(source: object, example_inputs: object = None, name: str | None = None) -> Found:
+    """What `source` names (see `load.import_model`). Raises ModelError."""
     if isinstance(source, torch.nn.Module):
-        return _from_module(source, example_inputs, name)
+        return _of_module(source, example_inputs, name or type(source).__name__)
     if isinstance(source, ExportedProgram):
-        return _from_program(source, example_inputs, name or "model")
+        return _of_program(source, example_inputs, name or "model")
     if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
         path = Path(source)
         if path.suffix == ".onnx":
-            return _from_onnx(path, example_inputs, name or path.stem)
+            return _of_onnx(path, example_inputs, name or path.stem)
         if path.is_dir() and path.suffix != ".pt2":
-            return _from_folder(path, example_inputs, name or path.resolve().name)
+            return _of_folder(path, example_inputs, name or path.resolve().name)
         if path.suffix != ".pt2":
             wanted = "a .pt2 or .onnx file, a folder with config.json, or 'package.module:function'"
             raise ModelError(f"{path}", expected=wanted, seen=path.suffix or "no suffix")
-        return _from_program(pt2.load(path), example_inputs, name or path.stem)
+        return _of_program(pt2.load(path), example_inputs, name or path.stem)
     if isinstance(source, str):
         model, example, function = _call(source)
-        return read(model, example if example_inputs is None else example_inputs, name or function)
+        return find(model, example if example_inputs is None else example_inputs, name or function)
     raise ModelError("model", expected=_KINDS, seen=type(source).__name__)
 
 
@@ -67,30 +92,65 @@ def _is_path(text: str) -> bool:
     return ":" not in text or text.endswith((".pt2", ".onnx")) or Path(text).exists()
 
 
-def _from_module(module: torch.nn.Module, example_inputs: object, name: str | None) -> Source:
-    title = name or type(module).__name__
+def _of_module(module: torch.nn.Module, example_inputs: object, title: str) -> Found:
     if example_inputs is None:
         raise ModelError(f"module {title} without example inputs", hint="pass import_model(module, example_inputs)")
-    args, kwargs = _arguments(example_inputs)
-    return _from_program(torch_export.export(module, args, kwargs), None, title)
+    given = _arguments(example_inputs)
+
+    def at(arguments: Arguments | None) -> Source:
+        return _with_own_example(torch_export.export(module, *(arguments or given)), title)
+
+    return Found(lambda _sizes: given, at)
 
 
-def _from_program(program: ExportedProgram, example_inputs: object, name: str) -> Source:
+def _of_program(program: ExportedProgram, example_inputs: object, name: str) -> Found:
+    given = None if example_inputs is None else _arguments(example_inputs)
+
+    def example(sizes: Sizes) -> Arguments | None:
+        return given or (program.example_inputs if sizes else None)
+
+    def at(arguments: Arguments | None) -> Source:
+        if arguments is None:
+            return _with_own_example(program, name)
+        if program.range_constraints:
+            called = _as_called(program, arguments, name) if arguments is given else arguments
+            return _with_own_example(torch_export.specialized(program, *called), name)
+        programs.check_interface(program, name)
+        flat = _flat(program, arguments, name)
+        return Source(widen.widened(program), name, tuple(map(widen.wide, flat)))
+
+    return Found(example, at, lambda: programs.open_axes(program))
+
+
+def _with_own_example(program: ExportedProgram, name: str) -> Source:
     programs.check_interface(program, name)
-    program = widen.widened(program)
-    if example_inputs is None:
-        if not program.example_inputs:
-            raise ModelError(f"{name} carries no example inputs", hint="pass import_model(..., example_inputs)")
-        return Source(program, name, tuple(pytree.tree_leaves(program.example_inputs)))
-    args, kwargs = _arguments(example_inputs)
+    if not program.example_inputs:
+        raise ModelError(f"{name} carries no example inputs", hint="pass import_model(..., example_inputs)")
+    wide = widen.widened(program)
+    return Source(wide, name, tuple(pytree.tree_leaves(wide.example_inputs)), program.example_inputs)
+
+
+def _as_called(program: ExportedProgram, arguments: Arguments, name: str) -> Arguments:
+    """Example inputs, positional or by name, in the nested form that the program is called with."""
+    flat, names = _flat(program, arguments, name), programs.input_names(program)
+    if len(flat) != len(names):
+        raise ModelError(f"example inputs of {name}", expected=f"{len(names)} ({', '.join(names)})", seen=len(flat))
+    args, kwargs = pytree.tree_unflatten(flat, program.call_spec.in_spec)
+    return args, kwargs
+
+
+def _flat(program: ExportedProgram, arguments: Arguments, name: str) -> list[torch.Tensor]:
+    """Example inputs, positional or by name, in the order of the program's."""
+    args, kwargs = arguments
+    if args or not kwargs:
+        return pytree.tree_leaves(args)
     names = programs.input_names(program)
-    if kwargs and set(kwargs) != set(names):
+    if set(kwargs) != set(names):
         raise ModelError(f"example inputs of {name}", expected=names, seen=sorted(kwargs))
-    flat = pytree.tree_leaves(args) if args else [kwargs[key] for key in names]
-    return Source(program, name, tuple(map(widen.wide, flat)))
+    return [kwargs[key] for key in names]
 
 
-def _from_onnx(path: Path, example_inputs: object, name: str) -> Source:
+def _of_onnx(path: Path, example_inputs: object, name: str) -> Found:
     try:
         from tvmq.importer import onnx_source
     except ModuleNotFoundError as error:
@@ -98,12 +158,19 @@ def _from_onnx(path: Path, example_inputs: object, name: str) -> Source:
             raise
         hint = "pip install 'tvmq[onnx]'"
         raise ModelError(f"{path}", expected="the package onnx to read it", seen="none installed", hint=hint) from error
-    args, kwargs = _arguments(() if example_inputs is None else example_inputs)
-    program, example, reference = onnx_source.read(path, args, kwargs)
-    return dataclasses.replace(_from_program(program, example, name), reference=reference)
+    given = None if example_inputs is None else _arguments(example_inputs)
+
+    def at(arguments: Arguments | None) -> Source:
+        program, reference = onnx_source.read(path, *(arguments or ((), {})))
+        return dataclasses.replace(_with_own_example(program, name), reference=reference)
+
+    def example(sizes: Sizes) -> Arguments | None:
+        return given or (((), onnx_source.example(path, sizes)) if sizes else None)
+
+    return Found(example, at, lambda: onnx_source.open_axes(path))
 
 
-def _from_folder(path: Path, example_inputs: object, name: str) -> Source:
+def _of_folder(path: Path, example_inputs: object, name: str) -> Found:
     try:
         from tvmq.importer import hf
     except ModuleNotFoundError as error:
@@ -112,7 +179,7 @@ def _from_folder(path: Path, example_inputs: object, name: str) -> Source:
         what, hint = "the package transformers to read it", "pip install 'tvmq[hf]'"
         raise ModelError(f"{path}", expected=what, seen="none installed", hint=hint) from error
     module, example = hf.read(path)
-    return _from_module(module, example if example_inputs is None else example_inputs, name)
+    return _of_module(module, example if example_inputs is None else example_inputs, name)
 
 
 def _arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:

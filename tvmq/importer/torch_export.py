@@ -64,18 +64,31 @@ def export(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(module, tuple(args), dict(kwargs or {}))
-    except (*_PYTHON_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ModelError(
-            f"torch.export cannot trace {type(module).__name__}",
-            seen=_first_line(error),
-            hint="check the example inputs, keep forward() free of data-dependent control flow, or pass a .pt2 file",
-        ) from error
+        return _traced(module, type(module).__name__, args, kwargs or {})
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def specialized(program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    """A program with dynamic shapes as one of the shapes of its inputs `args` and `kwargs`. Raises ModelError.
+
+    What it guards is text that would be evaluated: PyTorch checks the ranges of its sizes instead.
+    """
+    return _traced(program.module(check_guards=False), "the program", args, kwargs)
+
+
+def _traced(module: torch.nn.Module, what: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, tuple(args), dict(kwargs))
+    except (*_PYTHON_ERRORS, torch._dynamo.exc.TorchDynamoException) as error:
+        raise ModelError(
+            f"torch.export cannot trace {what}",
+            seen=_first_line(error),
+            hint="check the example inputs, keep forward() free of data-dependent control flow, or pass a .pt2 file",
+        ) from error
 
 
 def translate(program: ExportedProgram, extra: Mapping[str, Converter] | None = None) -> Translation:

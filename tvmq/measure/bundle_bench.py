@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy import condition
+from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.condition import Condition
 from tvmq.deploy.executor import Executor
 from tvmq.deploy.latency import Latency, latency
@@ -104,12 +105,13 @@ def run(
 ) -> BundleBench:
     """Measure bundles in turns, `repeat` rounds, or rounds for `sustain_s` seconds where that is given.
 
-    All share one session, for a board has one at a time. Raises BundleError, IsaError, DeviceError.
+    All share one session, for a board has one at a time. A bundle of several sizes is measured at each.
+    Raises BundleError, IsaError, DeviceError.
     """
-    names = tuple(map(str, paths))
     session = connect(device)
     try:
-        read = [bundles.read(path) for path in paths]
+        named = [(name, one) for path in paths for name, one in _programs(str(path), bundles.read(path))]
+        names, read = tuple(name for name, _ in named), [one for _, one in named]
         # The device has one pool of threads: the same number for all.
         count = threads or (0 if device == "host" else int(read[0].manifest["target"]["cores"]))
         executors = [Executor(bundle, session, threads=count) for bundle in read]
@@ -132,6 +134,14 @@ def run(
     found = tuple(latency(row, number, executor.threads) for row, executor in zip(times, executors, strict=True))
     comparisons = tuple(compare([(name, one.times_ms) for name, one in zip(names, found, strict=True)]))
     return BundleBench(device, names, found, comparisons, warm, before, after, tuple(sustained))
+
+
+def _programs(name: str, bundle: Bundle) -> list[tuple[str, Bundle]]:
+    """A bundle, or each of its sizes: as "m.tvmq (x:0=4)"."""
+    if bundle.dynamic is None:
+        return [(name, bundle)]
+    sizes = [replace(bundle.dynamic, sizes=(size,), exact=False) for size in bundle.dynamic.sizes]
+    return [(f"{name} ({size})", one) for size, one in zip(sizes, bundle.programs(), strict=True)]
 
 
 def warm_up(measure: Timer) -> bool:

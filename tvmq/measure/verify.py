@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from tvmq.deploy.build import agrees
 from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.exact import is_exact
 from tvmq.deploy.executor import Executor
-from tvmq.deploy.session import connect
+from tvmq.deploy.session import Session, connect
 from tvmq.deploy.steps import Step, StepRunner
+from tvmq.dynamic import Dynamic
 from tvmq.errors import OutputError
 from tvmq.kernels.lowering import packing_of
 from tvmq.quantize import numerics
@@ -82,11 +83,43 @@ def verify(
 
     `inputs`: None means the golden ones. `save`: a folder that receives the first difference as OPERATOR.npz, with the
     operands arg0, arg1, ... (weights packed) and the result as `expected` and `got`; outputs.npz where the outputs
-    alone differ. Raises BundleError, IsaError, DeviceError, SignatureError, OutputError.
+    alone differ. Of a bundle of several sizes each program is verified, operators named `NAME at SIZE`; with `inputs`
+    the one that runs them. Raises BundleError, IsaError, DeviceError, SignatureError, OutputError.
     """
     bundle = path if isinstance(path, Bundle) else bundles.read(path)
-    with Executor(bundle, connect(device)) as executor:
-        return _verified(executor, bundle, device, inputs, save)
+    session = connect(device)
+    try:
+        if bundle.dynamic is None:
+            return _verified(Executor(bundle, session), bundle, device, inputs, save)
+        return _of_sizes(bundle, bundle.dynamic, session, inputs, save, device)
+    finally:
+        session.close()
+
+
+def _of_sizes(
+    bundle: Bundle, dynamic: Dynamic, session: Session, inputs: object, save: str | Path | None, device: str
+) -> Verification:
+    programs = dict(zip(dynamic.sizes, bundle.programs(), strict=True))
+    if inputs is not None:
+        arrays = dynamic.arrays(bundle.signature, inputs)
+        named = {spec.name: array for spec, array in zip(bundle.signature.inputs, arrays, strict=True)}
+        size = dynamic.program_for(dynamic.size_of(named))
+        programs = {size: programs[size]}
+        inputs = {name: dynamic.padded(name, array, size) for name, array in named.items()}
+    found: list[Verification] = []
+    for size, one in programs.items():
+        wanted = save if all(other.saved is None for other in found) else None
+        result = _verified(Executor(one, session), one, device, inputs, wanted)
+        ops = [replace(op, name=f"{op.name} at {size}") for op in result.ops]
+        found.append(replace(result, ops=ops, unchecked=[f"{name} at {size}" for name in result.unchecked]))
+    return Verification(
+        found[0].bundle,
+        device,
+        [op for one in found for op in one.ops],
+        [name for one in found for name in one.unchecked],
+        all(one.outputs_agree for one in found),
+        next((one.saved for one in found if one.saved), None),
+    )
 
 
 def _verified(executor: Executor, bundle: Bundle, device: str, inputs: object, save: str | Path | None) -> Verification:

@@ -60,6 +60,14 @@ def inferences(batches: Iterable[Any], signature: Signature) -> Iterator[tuple[A
             )
 
 
+def fits(batches: Iterable[Any], signature: Signature) -> bool:
+    """Whether the first of some batches has shapes of the signature."""
+    try:
+        return next(inferences(batches, signature), None) is not None
+    except CalibrationError:
+        return False
+
+
 def _where(index: int, name: str) -> str:
     return f"calibration batch {index}, input {name!r}"
 
