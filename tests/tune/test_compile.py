@@ -58,8 +58,8 @@ def test_tuned_and_compiled(model, tmp_path):
         np.testing.assert_array_equal(one, other)
     # A bundle has the same tasks as the model that it was made of.
     target = load_target("host")
-    of_model = tasks_in(realized_of(model, target, INT8, calibration_of(model)), target, INT8)
-    of_bundle = tasks_in(realized_of(tmp_path / "plain.tvmq", target, INT8), target, INT8)
+    of_model = tasks_in(lower(realized_of(model, target, INT8, calibration_of(model)), target))
+    of_bundle = tasks_in(lower(realized_of(tmp_path / "plain.tvmq", target, INT8), target))
     assert [(t.task, t.count) for t in of_model] == [(t.task, t.count) for t in of_bundle]
 
 
@@ -126,7 +126,7 @@ def test_a_target_that_this_machine_cannot_time(model):
 def test_a_model_without_anything_to_tune():
     model = import_model(nn.ReLU(), (torch.zeros(1, 4),))
     with pytest.raises(TuningError, match="expected convolutions or products with weights, saw none"):
-        tasks_in(realized_of(model, load_target("host"), Recipe()), load_target("host"), Recipe())
+        tasks_in(lower(realized_of(model, load_target("host"), Recipe()), load_target("host")))
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_defaults_stay_where_the_whole_model_is_slower(seconds, stays, model, tm
     assert ("defaults stay" in summary.ended) == stays
     # What was timed is what compiling takes, unless the defaults stay.
     assert {choice.source for choice in measured[0].values()} == {TUNED}
-    again = tasks_in(realized_of(model, target, Recipe()), target, Recipe())
+    again = tasks_in(lower(realized_of(model, target, Recipe()), target))
     found = records.load(target, tmp_path)
     assert all((found.decisions(t.task)[0][0] == t.default) == stays for t in again)
 
@@ -196,5 +196,5 @@ def test_ctrl_c_leaves_the_whole_model_out(looks, model, tmp_path, monkeypatch):
     found = records.load(target, tmp_path)
     assert all(
         found.decisions(t.task)[0][0] != t.default
-        for t in tasks_in(realized_of(model, target, Recipe()), target, Recipe())
+        for t in tasks_in(lower(realized_of(model, target, Recipe()), target))
     )

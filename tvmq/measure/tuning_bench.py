@@ -182,7 +182,6 @@ class _Match:
             budget=self.seconds,
             logs=logs,
             fresh=True,
-            whole=False,
         )
         runners["tvmq", ""] = self._compiled(logs)
         return Side(trials=summary.trials, seconds=summary.seconds, curve=summary.curve)

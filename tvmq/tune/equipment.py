@@ -28,7 +28,10 @@ from tvmq.tune.tuner import Event, TrialWriter, Tuner
 
 @dataclass(frozen=True)
 class Request:
-    """How a search is to be done; the fields are those of `run.tune`. target: its cores are the threads."""
+    """How a search is to be done; the fields are those of `run.tune`. target: its cores are the threads.
+
+    model_bytes: of the model's weights.
+    """
 
     target: Target
     budget: Budget
@@ -36,11 +39,12 @@ class Request:
     flush: bool = False
     seed: int = 0
     fresh: bool = False
+    model_bytes: int = 0
 
 
 def runner_of(request: Request) -> Runner:
     """What times candidates on the device. Raises TuningError, DeviceError."""
-    target, timing = request.target, Timing(request.target.cores, flush=request.flush)
+    target, timing = request.target, timing_of(request)
     if request.device != "host":
         return Fleet(boards(request.device, timing), timing.timeout_s)
     if not runs_here(target):
@@ -48,6 +52,14 @@ def runner_of(request: Request) -> Runner:
             f"target {target.name}", expected="a device that runs its code", seen="this machine", hint="name a --device"
         )
     return LocalRunner(timing)
+
+
+def timing_of(request: Request) -> Timing:
+    """How its candidates are timed. On a board, weights that its caches cannot hold are thrown out of them."""
+    target = request.target
+    caches = 1024 * (target.l3_kib or target.l2_kib * target.cores)
+    flush = request.flush or (request.device != "host" and request.model_bytes > caches)
+    return Timing(target.cores, flush=flush, model_bytes=request.model_bytes)
 
 
 @contextlib.contextmanager
@@ -61,6 +73,7 @@ def searching(
 ) -> Iterator[Tuner]:
     """Yield the search, which knows what `writer`'s log and this machine's know; ends its processes and `runner`."""
     target = request.target
+    runner.timing = timing_of(request)
     with scratch_folder() as scratch:
         # The clock starts when there is something to measure: importing a model is not tuning.
         spending = Spending(request.budget)

@@ -35,6 +35,8 @@ _LOOK = 0.2
 class Board(Protocol):
     """One device."""
 
+    timing: Timing
+
     @property
     def name(self) -> str:
         """What it is called in errors and events."""
@@ -115,6 +117,16 @@ class Fleet:
 
     def __post_init__(self) -> None:
         self._seats = [_Seat(board) for board in self.boards]
+
+    @property
+    def timing(self) -> Timing:
+        """How its boards time."""
+        return self.boards[0].timing
+
+    @timing.setter
+    def timing(self, timing: Timing) -> None:
+        for board in self.boards:
+            board.timing = timing
 
     @property
     def width(self) -> int:

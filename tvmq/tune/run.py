@@ -14,6 +14,7 @@ from tvmq.deploy import bundle as bundles
 from tvmq.deploy.bundle import Bundle
 from tvmq.errors import TuningError
 from tvmq.kernels.lower import lower
+from tvmq.kernels.lowering import Lowered
 from tvmq.measure.verify import realized_module
 from tvmq.model import Model
 from tvmq.quantize.table import CalibrationTable
@@ -77,7 +78,9 @@ def tune(
     runner = None if cluster is not None else runner_of(request)
     recipe = recipe or Recipe()
     realized = realized_of(model, spec, recipe, calibration, progress)
-    tasks = tasks_in(realized, spec, recipe)
+    lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse)
+    tasks = tasks_in(lowered)
+    request = dataclasses.replace(request, model_bytes=sum(value.nbytes for value in lowered.parameters.values()))
     folder = Path(logs) if logs is not None else records.user_folder() / spec.name
     with asked_to_stop() as stopped, Writer(folder, spec) as writer:
         if cluster is not None:
@@ -121,9 +124,9 @@ def realized_of(
     return _of_bundle(model if isinstance(model, Bundle) else bundles.read(model), target)
 
 
-def tasks_in(realized: tvm.IRModule, target: Target, recipe: Recipe) -> list[TuneTask]:
-    """The tasks of a realized module. Raises TuningError where there are none."""
-    tasks = tasks_of(lower(realized, target, winograd=recipe.winograd, sparse=recipe.sparse).choices)
+def tasks_in(lowered: Lowered) -> list[TuneTask]:
+    """The tasks of a lowered module. Raises TuningError where there are none."""
+    tasks = tasks_of(lowered.choices)
     if not tasks:
         raise TuningError("tuning", expected="convolutions or products with weights", seen="none in this model")
     return tasks

@@ -24,8 +24,10 @@ class Measured:
 class Runner(Protocol):
     """Times candidates.
 
-    width: how many at once. remote: whether building here leaves the figures alone.
+    timing: how. width: how many at once. remote: whether building here leaves the figures alone.
     """
+
+    timing: Timing
 
     @property
     def width(self) -> int:
