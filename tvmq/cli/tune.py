@@ -97,7 +97,11 @@ class Tune(Command):
         parser.add_argument(
             "--stop-at", type=float, default=1.0, metavar="PERCENT", help="end when less is left to gain (default 1)"
         )
-        parser.add_argument("--flush", action="store_true", help="time kernels with their weights out of all caches (default: as far as in the whole model)")
+        parser.add_argument(
+            "--flush",
+            action="store_true",
+            help="time kernels with their weights out of all caches (default: as far as in the whole model)",
+        )
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
         parser.add_argument("--fresh", action="store_true", help="learn from no other log, build every candidate anew")
         add_converters(parser)

@@ -49,7 +49,6 @@ def tune(
     flush: bool = False,
     seed: int = 0,
     fresh: bool = False,
-    whole: bool = True,
     event: Event = lambda _event: None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Summary:
@@ -61,10 +60,10 @@ def tune(
     means the target's cores. device: "host", one board's, or "tracker://HOST:PORT/KEY" for all boards of a key at
     once. cluster: "auto", "local" or HOST:PORT of a Ray cluster (extra `cluster`), over whose workers the tasks are
     spread: one on each machine, measuring itself, or one for each of `devices`. flush: time each candidate with its
-    weights out of the caches. fresh: learn from no other log, and build every candidate anew. whole: at the end also
-    time the whole model, untuned and tuned, where this machine is the device; where it is slower tuned, the defaults
-    stay. event: called with plain data as things happen. Ctrl-C ends it after the trial in flight,
-    or without the whole model's time.
+    weights out of all caches, where they otherwise are as far as in the whole model. fresh: learn from no other log,
+    and build every candidate anew. event: called with plain data as things happen. At the end the whole model is timed
+    too, untuned and tuned, where this machine is the device; where it is slower tuned, the defaults stay. Ctrl-C ends
+    it after the trial in flight, or without the whole model's time.
     Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
@@ -88,7 +87,7 @@ def tune(
         assert runner is not None
         with searching(tasks, request, writer, runner, event, stopped) as tuner:
             summary = tuner.run()
-            if whole and device == "host" and tuner.changed and not summary.interrupted:
+            if device == "host" and tuner.changed and not summary.interrupted:
                 return _compared(tuner, summary, realized, recipe)
             return summary
 
