@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tvmq import zoo
-from tvmq.measure import bundle_bench, chart, compile_cost, efficiency, matvec, sparse_bench
+from tvmq.measure import bundle_bench, chart, compile_cost, count_bench, efficiency, matvec, sparse_bench
 from tvmq.measure.benchmark import rounds
 
 
@@ -124,11 +124,12 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected bundles, or one of --suite, --kernels, --pipelines, --matvec, --sparse, --compile"),
+        ([], "expected bundles, or one of --suite, --kernels, --pipelines, --counts, --matvec, --sparse, --compile"),
         (["--suite", "m.tvmq"], "saw bundles, --suite"),
         (["--suite", "--kernels"], "saw --suite, --kernels"),
         (["m.tvmq", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
         (["--kernels", "-t", "host.toml"], "--target: expected only with --suite or --compile"),
+        (["--counts", "-t", "raspberry-pi-4b"], "--target: expected only with --suite or --compile"),
         (["--matvec", "--models", "resnet18"], "--models: expected only with --suite or --compile"),
         (["--matvec", "--kernels"], "saw --kernels, --matvec"),
         (["--compile", "--per-op"], "--per-op: expected only with --suite"),
@@ -162,7 +163,15 @@ def test_kernels_layers_and_compile_write_their_tables(tvmq, tmp_path, monkeypat
     monkeypatch.setattr(matvec, "run", lambda threads, repeat, progress: linear)
     layers = sparse_bench.SparseBench("a processor", 2, 2, 128, [])
     monkeypatch.setattr(sparse_bench, "run", lambda threads, repeat, progress: layers)
-    for name, report in (("kernels", found), ("compile", cost), ("matvec", linear), ("sparse", layers)):
+    table = count_bench.CountBench("cortex-a76", "raspberry-pi-5", [])
+    monkeypatch.setattr(count_bench, "run", lambda models, precisions, with_peers, progress: table)
+    for name, report in (
+        ("kernels", found),
+        ("compile", cost),
+        ("matvec", linear),
+        ("sparse", layers),
+        ("counts", table),
+    ):
         outcome = tvmq("bench", f"--{name}", "-o", tmp_path, "--json")
         assert outcome.code == 0
         assert set(outcome.document) == {"schema", "command", name, "files"}

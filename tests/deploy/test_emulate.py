@@ -275,7 +275,7 @@ def test_a_root_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (root / "runner").is_file()
     assert [p.name for p in root.parent.iterdir() if p.name != ".lock"] == [root.name]
     # From now on nothing is needed.
-    monkeypatch.setattr(preparation, "_locked", None)
+    monkeypatch.setattr(preparation, "locked", None)
     assert prepare(tmp_path / "new" / "cache") == root
 
 

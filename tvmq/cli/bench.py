@@ -27,6 +27,7 @@ BENCHMARKS = {
     "suite": "tvmq's model zoo on tvmq, PyTorch, ONNX Runtime and OpenVINO",
     "kernels": "each micro-kernel beside the measured peak of its instruction, on one thread",
     "pipelines": "the inner loops of ARM micro-kernels in LLVM's models of processors (llvm-mca)",
+    "counts": "instructions of tvmq and ONNX Runtime (64-bit ARM) on one thread of an emulated Cortex-A76 (qemu-user)",
     "matvec": "linear layers of 4096 x 4096 in each precision beside PyTorch's float32, weights from memory",
     "sparse": "linear layers with sparse weights beside dense ones, SciPy's and PyTorch's sparse products",
     "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
@@ -34,11 +35,11 @@ BENCHMARKS = {
 }
 # Which of them an option belongs to; the options that are not here are of several.
 _OPTIONS = {
-    "models": ("suite", "compile", "tuning"),
-    "precisions": ("suite", "compile", "tuning"),
+    "models": ("suite", "compile", "tuning", "counts"),
+    "precisions": ("suite", "compile", "tuning", "counts"),
     "target": ("suite", "compile", "tuning"),
     "budget": ("tuning",),
-    "peers": ("suite",),
+    "peers": ("suite", "counts"),
     "per_op": ("suite",),
     "out": tuple(BENCHMARKS),
 }
@@ -62,6 +63,7 @@ class Bench(Command):
         "tvmq bench --suite --no-peers --per-op",
         "tvmq bench --kernels",
         "tvmq bench --pipelines",
+        "tvmq bench --counts --models mobilenetv2 --precisions int8",
         "tvmq bench --matvec --threads 1",
         "tvmq bench --sparse",
         "tvmq bench --compile --models resnet18 resnet50",
@@ -72,6 +74,7 @@ class Bench(Command):
     suite: bool = False
     kernels: bool = False
     pipelines: bool = False
+    counts: bool = False
     matvec: bool = False
     sparse: bool = False
     compile: bool = False
@@ -144,6 +147,7 @@ class Bench(Command):
                 "suite": self._suite,
                 "kernels": self._kernels,
                 "pipelines": self._pipelines,
+                "counts": self._counts,
                 "matvec": self._matvec,
                 "sparse": self._sparse,
                 "compile": self._compile,
@@ -240,6 +244,13 @@ class Bench(Command):
         from tvmq.measure import pipelines
 
         return pipelines.run(progress=show), [], []
+
+    def _counts(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
+        """Instructions, tvmq's and ONNX Runtime's."""
+        from tvmq.measure import count_bench
+
+        models, precisions = self.models or count_bench.MODELS, self.precisions or count_bench.PRECISIONS
+        return count_bench.run(models, precisions, with_peers=self.peers, progress=show), [], []
 
     def _matvec(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
         """Linear layers in each precision."""

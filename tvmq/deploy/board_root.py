@@ -75,7 +75,7 @@ def prepare(cache: Path | None = None) -> Path:
         return root
     require_tools(PREPARE_TOOLS)
     require_pip()
-    with _locked(cache), _scratch(cache) as scratch:
+    with locked(cache), scratch_in(cache) as scratch:
         if not root.is_dir():  # another process may have built it while this one waited for the lock
             building = scratch / "root"
             install_debian_packages(building, scratch / "apt")
@@ -177,7 +177,7 @@ def runtime_libraries(cache: Path | None = None) -> Path:
     """
     cache = default_cache() if cache is None else cache
     require_pip()
-    with _locked(cache), _scratch(cache) as scratch:
+    with locked(cache), scratch_in(cache) as scratch:
         return _libraries(cache, scratch / "wheels")
 
 
@@ -240,7 +240,7 @@ def build_runner(folder: Path, zig_triple: str = ZIG_TRIPLE) -> None:
 
 
 @contextlib.contextmanager
-def _locked(cache: Path) -> Iterator[None]:
+def locked(cache: Path) -> Iterator[None]:
     """Let one process at a time build in `cache`."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def _locked(cache: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scratch(cache: Path) -> Iterator[Path]:
+def scratch_in(cache: Path) -> Iterator[Path]:
     """A folder in `cache` that is gone afterwards.
 
     The caller has the lock: what a killed process left behind is ours to remove.

@@ -2,8 +2,9 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/syscall.h>
 #include <sys/time.h>
+
+#include "board_count.h"
 
 static char session_folder[1024];
 
@@ -88,15 +89,6 @@ static int load_module(void* self, const TVMFFIAny* args, int32_t num_args, TVMF
 }
 
 /* ---- Instruction counts, on an emulated board whose qemu has count_plugin.c. ---- */
-
-enum { MARK = 0x7471 }; /* the same in count_plugin.c */
-
-/* Instructions that this process has run so far; 0 where nobody counts them. */
-static uint64_t instructions(const int descriptors[2]) {
-  uint64_t count = 0;
-  syscall(MARK, descriptors[1]);
-  return read(descriptors[0], &count, sizeof count) == sizeof count ? count : 0;
-}
 
 /* (module, function, arguments...) -> how many instructions the second of two calls of the function takes. */
 static int count_call(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {

@@ -21,7 +21,7 @@ size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb*);
 
 __attribute__((visibility("default"))) int qemu_plugin_version = PLUGIN_VERSION;
 
-enum { MARK = 0x7471 }; /* "tq"; the same in board_session.h */
+enum { MARK = 0x7471 }; /* "tq"; the same in board_count.h */
 static uint64_t executed;
 
 static void run(unsigned processor, void* count) {

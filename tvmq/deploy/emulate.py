@@ -125,10 +125,13 @@ def board_command(root: Path, cpu: str, qemu_options: Sequence[str] = (), port: 
     return [find_qemu(), "-cpu", cpu, "-L", str(root), *qemu_options, runner, "serve", *options]
 
 
+def board_environment() -> dict[str, str]:
+    """The variables of programs under qemu: LD_* are of this machine, QEMU_* would come on top of our options."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("LD_", "QEMU_"))}
+
+
 def _launch(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    # LD_*: the libraries of this machine are not the board's. QEMU_*: options that would come on top of ours.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LD_", "QEMU_"))}
-    environment = kept | {"TMPDIR": str(folder)}
+    environment = board_environment() | {"TMPDIR": str(folder)}
     # The write end of stdin is never written: the server ends when this process, and so the pipe, is gone.
     pipe = subprocess.PIPE
     with _log(folder).open("wb") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.emulate import counting_board
-from tvmq.deploy.executor import load
+from tvmq.deploy.executor import Executor, load
 from tvmq.deploy.session import RemoteSession
 from tvmq.deploy.steps import StepRunner
 
@@ -47,16 +48,31 @@ def count(
     """
     report = progress or (lambda _text: None)
     report("preparing the board")
-    with counting_board(cache).start(cpu=cpu) as board:
+    with _loaded(path, cpu, cache) as (executor, session):
         report("an inference")
-        executor = load(path, board.url, threads=1)
-        session = executor.session
-        assert isinstance(session, RemoteSession)
-        executor.runner()  # inputs are bound
-        total = session.instructions(executor.machine.module, "invoke_stateful", "main")
+        number = _inference(executor, session)
         runner = StepRunner(executor.bundle, session, executor.library)
         ops = list(_operators(runner, session, executor.tensors(), report))
-    return Counts(str(executor.bundle.path or executor.bundle.manifest["name"]), cpu, total, ops)
+    return Counts(str(executor.bundle.path or executor.bundle.manifest["name"]), cpu, number, ops)
+
+
+def total(path: str | Path | Bundle, cpu: str, *, cache: Path | None = None) -> int:
+    """The instructions of an inference alone; as `count` otherwise."""
+    with _loaded(path, cpu, cache) as (executor, session):
+        return _inference(executor, session)
+
+
+@contextlib.contextmanager
+def _loaded(path: str | Path | Bundle, cpu: str, cache: Path | None) -> Iterator[tuple[Executor, RemoteSession]]:
+    with counting_board(cache).start(cpu=cpu) as board:
+        executor = load(path, board.url, threads=1)
+        assert isinstance(executor.session, RemoteSession)
+        yield executor, executor.session
+
+
+def _inference(executor: Executor, session: RemoteSession) -> int:
+    executor.runner()  # inputs are bound
+    return session.instructions(executor.machine.module, "invoke_stateful", "main")
 
 
 def _operators(

@@ -151,12 +151,17 @@ class _Contest:
 
 def compiled(subject: Subject, precision: str, target: Target) -> Executor:
     """The subject compiled by tvmq, loaded, with its example as inputs."""
+    return load(bundle_of(subject, precision, target), threads=subject.threads)
+
+
+def bundle_of(subject: Subject, precision: str, target: Target) -> Path:
+    """The subject compiled by tvmq, in its folder."""
     model = import_model(subject.module, subject.example, check=False, name=subject.name)
     path = subject.folder / f"{subject.name}-{precision}.tvmq"
     recipe = Recipe(precision=Precision(precision))
     data = subject.calibration if recipe.precision in (Precision.INT8, Precision.AUTO) else None
     compile_model(model, target, recipe, data, path)
-    return load(path, threads=subject.threads)
+    return path
 
 
 def interleave(runners: dict[tuple[str, str], Run], rounds: int) -> dict[tuple[str, str], Array]:
