@@ -18,6 +18,7 @@ from tvmq.kernels import builder, gemm, tile_blocking
 from tvmq.kernels.builder import FLOAT
 from tvmq.kernels.lowering import SHORT, Packing
 from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
+from tvmq.kernels.spans import Pairs
 from tvmq.kernels.tile_gemm import TileGemm
 from tvmq.kernels.tiles import LANES, ROW_BYTES, ROWS, TILES, Dot, Unit, unit_of
 from tvmq.target import Target
@@ -89,8 +90,12 @@ class VectorRow:
 
     @property
     def _count(self) -> int:
-        """Accumulators: all registers but one for the factors, and one to work with."""
-        return self.micro.registers - 2
+        """Accumulators: all registers but one for the factors, and those to work with.
+
+        A product of several instructions holds a register between them, and several products are on their way.
+        """
+        working = 8 if isinstance(self.micro.span, Pairs) else 1
+        return self.micro.registers - 1 - working
 
     @property
     def macs(self) -> int:
