@@ -70,7 +70,9 @@ def test_a_chart_without_matplotlib_is_refused_before_measuring(files, tvmq, mon
 def test_bench_prints_a_row_a_bundle(files, tvmq):
     outcome = tvmq("bench", files.bundle, "--repeat", 1, "--min-repeat-ms", 1)
     assert outcome.code == 0
-    assert "processors" in outcome.out.splitlines()[0]
+    for line, when in zip(outcome.out.splitlines(), ("before", "after"), strict=False):
+        assert line.startswith(f"{when}: governor ")
+        assert "processors" in line
     assert any(line.startswith(str(files.bundle)) for line in outcome.out.splitlines())
     assert outcome.err == ""
 
@@ -139,7 +141,10 @@ def test_without_matplotlib_the_suite_says_that_there_is_no_chart(tiny_model, tv
         (["m.tvmq", "-o", "folder"], "--out: expected only with --suite"),
         (["--suite", "--sustain", "1m"], "--sustain: expected only with bundles"),
         (["m.tvmq", "--plot", "x.png"], "--plot: expected only with --sustain"),
-        (["m.tvmq", "--sustain", "ten"], "'ten': expected a number with s, m or h"),
+        (["m.tvmq", "--sustain", "ten"], "--sustain 'ten': expected a number with s, m or h"),
+        (["m.tvmq", "--cooldown", "2"], "--cooldown '2': expected a number with s, m or h"),
+        (["m.tvmq", "--cooldown", "2s", "--sustain", "1m"], "--cooldown: expected only without --sustain"),
+        (["--kernels", "--cooldown", "2s"], "--cooldown: expected only with bundles"),
         (["--suite", "--models", "resnet"], "model 'resnet': expected one of resnet18"),
         (["--suite", "--precisions", "int7"], "did you mean 'int8'?"),
         (["--suite", "-t", "raspberry-pi-4b"], "target raspberry-pi-4b: expected one that this machine can run"),

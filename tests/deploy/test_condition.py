@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,13 +12,17 @@ import pytest
 from serving import NativeServing, Serving
 from tvm import rpc
 
+from tvmq.cli import render
 from tvmq.deploy import condition
 from tvmq.deploy.address import Link
-from tvmq.deploy.condition import EMULATED, Condition, from_json, read, warnings
+from tvmq.deploy.condition import EMULATED, FILES, Condition, fastest, gather, pack, parse, read, unpack, warnings
 from tvmq.deploy.emulate import EmulatedBoard
+from tvmq.deploy.latency import latency
 from tvmq.deploy.session import RemoteSession, connect
 from tvmq.errors import DeviceError
 from tvmq.measure import bundle_bench, chart, sustained_chart
+from tvmq.measure.bundle_bench import BundleBench
+from tvmq.measure.significance import compare
 
 CALM = Condition(governors=("performance",), throttle_events=0, load=0.0, processors=4, allowed=(0, 1, 2, 3))
 
@@ -38,7 +43,13 @@ def pi(root: Path, word: str = "0", governor: str = "ondemand") -> Path:
     contents |= {f"{cpu}{i}__cpufreq__cpuinfo_max_freq": "1800000" for i in range(4)}
     contents |= {"sys__devices__platform__soc__soc:firmware__get_throttled": word}
     contents |= {"sys__class__thermal__thermal_zone0__temp": "48312", "proc__loadavg": "0.52 0.3 0.1 1/120 999"}
+    contents |= {"sys__devices__system__cpu__present": "0-3", "proc__self__task__9__status": status("0-3")}
     return files(root, **contents)
+
+
+def status(processors: str) -> str:
+    """Of a thread, in part."""
+    return f"Name:\tserver\nCpus_allowed:\tf\nCpus_allowed_list:\t{processors}\nMems_allowed:\t1"
 
 
 def test_a_board_s_files_are_read(tmp_path: Path) -> None:
@@ -52,7 +63,40 @@ def test_a_board_s_files_are_read(tmp_path: Path) -> None:
     said = str(found)
     assert "governor ondemand; slowest clock 600 of 1800 MHz; temperature 48 degrees" in said
     assert "throttled under-voltage, throttled; load 0.52; processors 4" in said
-    assert from_json(json.dumps(found.to_dict())) == found
+    assert (found.allowed, found.threads) == ((0, 1, 2, 3), ("0-3",))
+    assert json.loads(json.dumps(found.to_dict()))["threads"] == ["0-3"]
+
+
+def test_files_travel_as_one_text(tmp_path: Path) -> None:
+    found = gather(FILES, pi(tmp_path))
+    assert unpack(pack(found)) == found
+    assert parse(found) == read(tmp_path)
+    assert unpack("") == {}
+    assert unpack(pack({"a": "", "b": "two\nlines"})) == {"a": "", "b": "two\nlines"}
+
+
+def test_threads_that_are_held_to_processors(tmp_path: Path) -> None:
+    threads = {f"proc__self__task__{10 + i}__status": status(text) for i, text in enumerate(("3", "3", "0-1,4"))}
+    found = read(files(pi(tmp_path), proc__self__task__9__status=status("2-3"), **threads))
+    assert found.threads == ("2-3", "3", "0-1,4")
+    assert found.allowed == (0, 1, 2, 3, 4)
+    assert "processors 4, threads held to 2-3 and 3 and 0-1,4" in str(found)
+
+
+def test_the_fastest_processors_come_first_and_of_equal_ones_the_last(tmp_path: Path) -> None:
+    clocks = {
+        f"sys__devices__system__cpu__cpu{i}__cpufreq__cpuinfo_max_freq": f"{khz}"
+        for i, khz in enumerate((1800, 1800, 2400, 2400))
+    }
+    found = gather(FILES, files(pi(tmp_path), **clocks))
+    assert fastest(found) == [3, 2, 1, 0]
+    assert fastest({**found, "proc/self/task/9/status": status("0-2")}) == [2, 1, 0]
+    assert fastest({}) == []
+
+
+def test_ten_and_more_processors_are_in_their_order(tmp_path: Path) -> None:
+    clocks = {f"sys__devices__system__cpu__cpu{i}__cpufreq__scaling_cur_freq": f"{1000 * i}" for i in range(12)}
+    assert read(files(tmp_path, **clocks)).mhz == tuple(range(12))
 
 
 def test_a_processor_that_counts_throttling(tmp_path: Path) -> None:
@@ -114,7 +158,9 @@ def test_two_bundles_share_a_board_that_serves_one_session_at_a_time(
     assert [one.repeat for one in found.latencies] == [2, 2]
     assert found.before.known
     assert not found.before.emulated
-    assert found.before.allowed == condition.read().allowed
+    # The one thread is held to one of the processors.
+    assert set(found.before.allowed) < {*condition.read().allowed, -1}
+    assert len(found.before.allowed) == 1
     assert found.before.processors == condition.read().processors
     document = json.loads(json.dumps(found.to_dict()))
     assert set(document["condition"]) == {"before", "after"}
@@ -144,12 +190,27 @@ def test_a_server_of_tvm_s_own_does_not_tell() -> None:
     assert "condition of the board: unknown" in str(found)
 
 
-def test_the_native_runner_of_a_real_board_is_not_taken_for_an_emulated_one(native_runner: Path) -> None:
+def test_the_native_runner_tells_what_the_board_says(native_runner: Path) -> None:
     with NativeServing(native_runner) as serving:
         session = connect(f"{serving.url}?secret=none")
-        found = session.condition()
+        found, here = session.condition(), condition.read()
         session.close()
-    assert (found.known, found.emulated) == (False, False)
+    assert (found.known, found.emulated) == (True, False)
+    assert found.load is not None
+    for name in ("processors", "allowed", "governors", "max_mhz"):
+        assert getattr(found, name) == getattr(here, name)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_of_a_measurement_have_processors_of_their_own(
+    native_runner: Path, bundle_of: Callable[..., Path], count: int
+) -> None:
+    last = sorted(os.sched_getaffinity(0))[-count:]
+    with NativeServing(native_runner) as serving:
+        found = bundle_bench.run([bundle_of("residual")], serving.url, threads=count, repeat=1, min_repeat_ms=1)
+    assert found.before.allowed == found.after.allowed == tuple(last)
+    assert f"threads held to {last[-1]}" in str(found.before) or count > 1
 
 
 @pytest.mark.emulated
@@ -159,6 +220,7 @@ def test_emulated_times_are_marked(board: EmulatedBoard, bundle_of: Callable[...
     assert str(found.before) == EMULATED
     assert found.warnings() == [EMULATED]
     assert all(row["emulated"] for row in found.rows())
+    assert all(row["emulated"] for row in found.to_dict()["sustained"])
     if chart.available():
         sustained_chart.draw(found, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 1000
@@ -182,3 +244,24 @@ def test_what_never_gets_steady_ends() -> None:
 def test_a_drift_is_the_last_tenth_beside_the_first() -> None:
     one = bundle_bench.Sustained("a", list(map(float, range(20))), [10.0] * 2 + [11.0] * 16 + [12.0] * 2)
     assert one.drift == pytest.approx(0.2)
+
+
+def test_a_rest_comes_before_each_measurement() -> None:
+    seen: list[object] = []
+    measure = bundle_bench.rested(lambda: seen.append("measured") or 1.0, 2.5, seen.append)
+    assert [measure(), measure()] == [1.0, 1.0]
+    assert seen == [2.5, "measured", 2.5, "measured"]
+    assert bundle_bench.rested(lambda: 3.0, 0.0, seen.append)() == 3.0
+    assert len(seen) == 4
+
+
+def test_every_figure_of_an_emulated_board_is_marked() -> None:
+    before = Condition(known=False, emulated=True)
+    times = (latency([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0], 1, 1), latency([2.0] * 7, 1, 1))
+    compared = compare([(name, one.times_ms) for name, one in zip("ab", times, strict=True)])
+    found = BundleBench("rpc://b:1", ("a", "b"), times, tuple(compared), (True,) * 2, before, before, 0.0, ())
+    assert found.warnings() == [EMULATED]
+    assert all(row["emulated"] for row in found.to_dict()["comparisons"])
+    columns = render.latencies(found.rows()).columns
+    for column in columns[1:6]:
+        assert all(str(cell).endswith(render.EMULATED) for cell in column.cells), column.header

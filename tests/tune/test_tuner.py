@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeBuilder, FakeRunner, bowl, two_tasks
 from harness import target_of
 
-from tvmq.errors import TuningError
+from tvmq.errors import InputError, TuningError
 from tvmq.tune.budget import Budget, Outlook, Spending, seconds_of
 from tvmq.tune.database import DEFAULT, FINAL, Writer, read, verdict
 from tvmq.tune.tuner import Tuner
@@ -157,7 +157,7 @@ def test_budgets_are_times(text, seconds):
 
 @pytest.mark.parametrize("text", ["10", "m", "-3m", "ten minutes", "0m", "0.0s"])
 def test_budgets_that_are_none(text):
-    with pytest.raises(TuningError, match=r"budget '.*': expected (a number with s, m or h|more than nothing)"):
+    with pytest.raises(InputError, match=r"budget '.*': expected (a number with s, m or h|more than nothing)"):
         seconds_of(text)
 
 

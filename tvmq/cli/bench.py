@@ -56,6 +56,7 @@ class Bench(Command):
     examples: ClassVar[tuple[str, ...]] = (
         "tvmq bench model.tvmq",
         "tvmq bench fp32.tvmq int8.tvmq --repeat 20",
+        "tvmq bench fp32.tvmq int8.tvmq --device rpc://192.168.1.20:9090 --cooldown 2s",
         "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --json",
         "tvmq bench model.tvmq --device rpc://192.168.1.20:9090 --sustain 10m --plot sustained.png",
         "tvmq bench --suite",
@@ -91,6 +92,7 @@ class Bench(Command):
     repeat: int = 10
     number: int = 1
     min_repeat_ms: int = 50
+    cooldown: str | None = None
     sustain: str | None = None
     plot: str | None = None
 
@@ -128,6 +130,9 @@ class Bench(Command):
             "--min-repeat-ms", type=int, default=50, metavar="MS", help="a measurement's least time (default 50)"
         )
         parser.add_argument(
+            "--cooldown", metavar="TIME", help="of bundles: rest before each measurement (2s), for boards that get hot"
+        )
+        parser.add_argument(
             "--sustain", metavar="TIME", help="of bundles: rounds for so long (90s, 10m) instead of --repeat of them"
         )
         parser.add_argument("--plot", metavar="FILE.png", help="of --sustain: latency over time")
@@ -158,8 +163,11 @@ class Bench(Command):
 
     def _check_options(self, wanted: list[str]) -> None:
         names = ", ".join(f"--{name}" for name in BENCHMARKS)
-        if wanted and self.sustain:
-            raise UsageError("--sustain", expected="only with bundles")
+        for name in ("sustain", "cooldown"):
+            if wanted and getattr(self, name):
+                raise UsageError(f"--{name}", expected="only with bundles")
+        if self.sustain and self.cooldown:
+            raise UsageError("--cooldown", expected="only without --sustain, which is to heat the device")
         if self.plot is not None and not self.sustain:
             raise UsageError("--plot", expected="only with --sustain")
         given = [*(["bundles"] if self.bundles else []), *(f"--{name}" for name in wanted)]
@@ -188,15 +196,16 @@ class Bench(Command):
                 repeat=self.repeat,
                 number=self.number,
                 min_repeat_ms=self.min_repeat_ms,
-                sustain_s=seconds_of(self.sustain) if self.sustain else 0.0,
+                cooldown_s=seconds_of(self.cooldown, "--cooldown") if self.cooldown else 0.0,
+                sustain_s=seconds_of(self.sustain, "--sustain") if self.sustain else 0.0,
                 progress=report,
             )
             if self.plot is not None:
                 sustained_chart.draw(found, Path(self.plot))
         text: list[Any] = [
-            str(found.before),
+            *render.conditions(found.before, found.after),
             render.latencies(found.rows()),
-            *map(str, found.comparisons),
+            *(f"{one}{render.EMULATED if found.emulated else ''}" for one in found.comparisons),
             *found.warnings(),
         ]
         out.result(found.to_dict(), *text)

@@ -110,7 +110,7 @@ class Explain(Command):
         from tvmq.deploy import bundle as bundles
 
         bundle = bundles.read(self.bundle)
-        times = self._profile(bundle, out) if self.profile else None
+        times, mark = self._profile(bundle, out) if self.profile else (None, "")
         rows = operator_rows(bundle.manifest["operators"], times)
         size = bundle.manifest["activation_bytes"]
         document = {
@@ -121,14 +121,15 @@ class Explain(Command):
             "converters": bundle.converters,
             "dynamic": None if bundle.dynamic is None else bundle.dynamic.to_dict(),
         }
-        text: list[Any] = [render.operators(rows, timed=self.profile), f"activations: {size:,} bytes"]
+        text: list[Any] = [render.operators(rows, timed=self.profile, mark=mark), f"activations: {size:,} bytes"]
         text += sizes_text(bundle)
         if self.verbose:
             text += render.converters(bundle.converters)
         if times is not None:
             total = sum(time.ms for time in times)
             document["total_ms"] = total
-            text.append(f"{total:.4f} ms in {len(times)} kernel calls, each timed alone")
+            document["emulated"] = bool(mark)
+            text.append(f"{total:.4f} ms{mark} in {len(times)} kernel calls, each timed alone")
         if self.accuracy is not None:
             found = self._accuracy(bundle, out)
             document["accuracy"] = found.to_dict()
@@ -169,14 +170,16 @@ class Explain(Command):
                 sensitivity.draw(found, self.plot)
             return found
 
-    def _profile(self, bundle: Bundle, out: Output) -> list[OpTime]:
+    def _profile(self, bundle: Bundle, out: Output) -> tuple[list[OpTime], str]:
+        """The times, and what follows each where they mean nothing."""
         with progress(out.errors, "explain") as report:
             report("loading TVM", 0)
             import tvmq
 
-            executor = tvmq.load(bundle, self.device, threads=self.threads)
-            report("profiling", 0)
-            return executor.profile()
+            with tvmq.load(bundle, self.device, threads=self.threads) as executor:
+                report("profiling", 0)
+                mark = render.EMULATED if executor.session.condition().emulated else ""
+                return executor.profile(), mark
 
 
 def sizes_text(bundle: Bundle) -> list[str]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from tvmq.deploy.condition import Condition
+
+# After figures of an emulated board.
+EMULATED = " (emulated)"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> Table:
@@ -22,23 +28,26 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: It
 
 
 def latencies(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """One row a bundle, as `tvmq bench --json` lists them; emulated times are marked."""
+    """One row a bundle, as `tvmq bench --json` lists them; emulated times are marked, each of them."""
     columns = ("bundle", "median ms", "95 % interval", "p90 ms", "min ms", "std ms", "threads")
-    cells = (
-        (
-            row["bundle"],
-            f"{row['median_ms']:.3f}{' (emulated)' if row['emulated'] else ''}",
-            "" if row["low_ms"] is None else f"{row['low_ms']:.3f} to {row['high_ms']:.3f}",
-            *(f"{row[key]:.3f}" for key in ("p90_ms", "min_ms", "std_ms")),
-            row["threads"],
-        )
-        for row in rows
-    )
+    cells = []
+    for row in rows:
+        mark = EMULATED if row["emulated"] else ""
+        interval = "" if row["low_ms"] is None else f"{row['low_ms']:.3f} to {row['high_ms']:.3f}{mark}"
+        median, *others = (f"{row[key]:.3f}{mark}" for key in ("median_ms", "p90_ms", "min_ms", "std_ms"))
+        cells.append((row["bundle"], median, interval, *others, row["threads"]))
     return table(columns, cells, right=columns[1:])
 
 
-def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
-    """One row an operator, as `tvmq explain --json` lists them."""
+def conditions(before: Condition, after: Condition) -> list[str]:
+    """A line each; one for a board that does not tell."""
+    if before.emulated or not before.known:
+        return [str(before)]
+    return [f"before: {before}", f"after: {after}"]
+
+
+def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool, mark: str = "") -> Table:
+    """One row an operator, as `tvmq explain --json` lists them. mark: after each time."""
     columns = ("layer", "op", "precision", "kernel", "tuning", *(("ms",) if timed else ()), "why, and notes")
     cells = (
         (
@@ -47,7 +56,7 @@ def operators(rows: Iterable[Mapping[str, Any]], *, timed: bool) -> Table:
             row["precision"],
             row["kernel"],
             row.get("tuning", ""),
-            *(("" if row["ms"] is None else f"{row['ms']:.4f}",) if timed else ()),
+            *(("" if row["ms"] is None else f"{row['ms']:.4f}{mark}",) if timed else ()),
             "; ".join(text for text in (row["reason"], row.get("note", "")) if text),
         )
         for row in rows

@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl
 from tvm import rpc
 from tvm.error import RPCError
 
+from tvmq.deploy import patience
 from tvmq.deploy.handshake import ticket
 from tvmq.deploy.secret import find_secret
 from tvmq.deploy.ssh import Tunnel
@@ -185,6 +186,7 @@ def _open(host: str, port: int, key: str, secret: bytes | None, timeout_s: float
             hint = "?secret=FILE after the address; or a tracker owns it: tracker://HOST:PORT/KEY"
             raise _no_server(name, "one that asks for a secret or a key", hint) from answer
         raise _no_server(name, said, running) from answer
+    patience.limit(host, port)
     return answer
 
 

@@ -4,6 +4,7 @@
 #include <sys/prctl.h>
 #include <sys/time.h>
 
+#include "board_condition.h"
 #include "board_count.h"
 
 static char session_folder[1024];
@@ -122,6 +123,22 @@ static int count_call(void* self, const TVMFFIAny* args, int32_t num_args, TVMFF
   return 0;
 }
 
+/* (patterns...) -> the files that match, for who wants to know the board's condition. */
+static int files_call(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  (void)self;
+  text_buffer text = {0};
+  int whole = append(&text, "", 0);
+  for (int32_t i = 0; i < num_args && whole; i++) {
+    TVMFFIByteArray pattern = text_of(args + i);
+    if (pattern.data != NULL) whole = append_files(&text, pattern.data, pattern.size);
+  }
+  TVMFFIByteArray bytes = {text.data, text.size};
+  int failed = !whole || TVMFFIStringFromByteArray(&bytes, result) != 0;
+  free(text.data);
+  if (!whole) TVMFFIErrorSetRaisedFromCStr("MemoryError", "no memory for the board's files");
+  return failed ? -1 : 0;
+}
+
 /* Told by whoever started the emulator: a program cannot tell that it is emulated. */
 static int emulated = 0;
 
@@ -153,6 +170,7 @@ static void serve_client(int connection, double seconds, pid_t parent) {
   register_function("tvm.rpc.server.workpath", workpath);
   register_function("tvm.rpc.server.upload", upload);
   register_function("tvm.rpc.server.load_module", load_module);
+  register_function("tvmq.board.files", files_call);
   /* Clients know an emulated board by this function: its times mean nothing. */
   if (emulated) register_function("tvmq.board.count", count_call);
   TVMFFIObjectHandle loop = global_function("rpc.ServerLoop");

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 from pathlib import Path
@@ -56,4 +55,9 @@ def _register(folder: Path) -> None:
 
     for function in (workpath, upload, load_module):
         tvm_ffi.register_global_func(f"tvm.rpc.server.{function.__name__}", function, override=True)
-    tvm_ffi.register_global_func("tvmq.board.condition", lambda: json.dumps(condition.read().to_dict()), override=True)
+    tvm_ffi.register_global_func("tvmq.board.files", _files, override=True)
+
+
+def _files(*patterns: str) -> str:
+    """The files of this machine that match, for who wants to know its condition."""
+    return condition.pack(condition.gather(patterns))

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tvmq.deploy.handshake import Gate, Greeting, Verdict, welcome
+from tvmq.deploy.patience import Patience
 from tvmq.deploy.tracker import Registration
 from tvmq.errors import DeviceError
 
@@ -30,8 +31,8 @@ from tvmq.errors import DeviceError
 GREETING_S = 5.0
 # Greetings at a time, and clients that wait for their session; a new one takes the place of the oldest.
 MOST_GUESTS = 32
-# Seconds of silence, between probes, and how many of them: a client whose machine is off frees the board in a minute.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+# A client whose machine is off frees the board in a minute.
+_PATIENCE = Patience()
 NAME = "tvmq-board"
 # Imported late: the server itself needs no TVM to greet, and to refuse.
 _SESSION = "tvmq.deploy.board_session"
@@ -225,9 +226,7 @@ class Server:
         with guest.connection as connection, contextlib.ExitStack() as undo:
             try:
                 connection.setblocking(True)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in _KEEPALIVE:
-                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+                _PATIENCE.apply(connection)
                 folder = Path(tempfile.mkdtemp(prefix="tvmq-session-"))
                 undo.callback(shutil.rmtree, folder, ignore_errors=True)
                 connection.sendall(welcome(NAME))

@@ -49,6 +49,9 @@ class Session(Protocol):
     def configure_threads(self, count: int) -> int:
         """Size the device's thread pool; returns the number used."""
 
+    def pin_threads(self, count: int) -> None:
+        """For a measurement, before anything has run: hold `count` threads to the fastest processors of a board."""
+
     def condition(self) -> Condition:
         """What a measurement there depends on: clocks, temperature, load, ..."""
 
@@ -121,6 +124,9 @@ class LocalSession:
         tvm.get_global_func("runtime.config_threadpool")(-3, cores, processors, cores)
         return cores
 
+    def pin_threads(self, count: int) -> None:
+        """Nothing: this process's other threads would be held too."""
+
     def condition(self) -> Condition:
         """This machine's."""
         return conditions.read()
@@ -190,12 +196,28 @@ class RemoteSession:
             self.call(lambda: self.remote.get_function("runtime.config_threadpool")(1, count))
         return count
 
+    def pin_threads(self, count: int) -> None:
+        """Before anything runs: a processor of its own for each thread, on a board that tells which there are."""
+        cores = [] if self._has("tvmq.board.count") else conditions.fastest(self._files())
+        if count and len(cores) >= count:
+            names = self.call(lambda: self.remote.get_function("ffi.Array")(*map(str, cores[:count])))
+            # Mode -2 gives each thread a processor of the list; the pool is as large as the list from the start.
+            self.call(lambda: self.remote.get_function("runtime.config_threadpool")(-2, count, names, count))
+
     def condition(self) -> Condition:
         """The board's own; a server of TVM's does not tell. Raises DeviceError where the board is lost."""
-        if self._has("tvmq.board.condition"):
-            return conditions.from_json(str(self.call(self.remote.get_function("tvmq.board.condition"))))
-        # Only an emulated board offers to count instructions; the native runner of a real one tells nothing yet.
-        return Condition(known=False, emulated=self._has("tvmq.board.count"))
+        # Only an emulated board offers to count instructions; it would tell of this machine.
+        if self._has("tvmq.board.count"):
+            return Condition(known=False, emulated=True)
+        files = self._files()
+        return conditions.parse(files) if files else Condition(known=False)
+
+    def _files(self) -> dict[str, str]:
+        """What tells the board's condition; empty where it does not tell."""
+        if not self._has("tvmq.board.files"):
+            return {}
+        read = self.remote.get_function("tvmq.board.files")
+        return conditions.unpack(str(self.call(lambda: read(*conditions.FILES))))
 
     def _has(self, name: str) -> bool:
         try:

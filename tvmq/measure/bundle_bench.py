@@ -47,7 +47,7 @@ class Sustained:
 class BundleBench:
     """Latencies of bundles in their order. warm: whether each was steady before it was measured.
 
-    sustained: of a run with a duration, else empty.
+    cooldown_s: of rest before each measurement. sustained: of a run with a duration, else empty.
     """
 
     device: str
@@ -57,12 +57,18 @@ class BundleBench:
     warm: tuple[bool, ...]
     before: Condition
     after: Condition
+    cooldown_s: float
     sustained: tuple[Sustained, ...]
+
+    @property
+    def emulated(self) -> bool:
+        """Whether all times are void."""
+        return self.before.emulated
 
     def rows(self) -> list[dict[str, Any]]:
         """One a bundle, for JSON and for the table."""
         return [
-            {"bundle": bundle, **found.to_dict(), "warm": warm, "emulated": self.before.emulated}
+            {"bundle": bundle, **found.to_dict(), "warm": warm, "emulated": self.emulated}
             for bundle, found, warm in zip(self.bundles, self.latencies, self.warm, strict=True)
         ]
 
@@ -71,20 +77,21 @@ class BundleBench:
         return {
             "device": self.device,
             "bundles": self.rows(),
-            "comparisons": [one.to_dict() for one in self.comparisons],
+            "comparisons": [{**one.to_dict(), "emulated": self.emulated} for one in self.comparisons],
             "condition": {"before": self.before.to_dict(), "after": self.after.to_dict()},
             "warnings": self.warnings(),
-            "sustained": [{**asdict(one), "drift": one.drift} for one in self.sustained],
+            "cooldown_s": self.cooldown_s,
+            "sustained": [{**asdict(one), "drift": one.drift, "emulated": self.emulated} for one in self.sustained],
         }
 
     def warnings(self) -> list[str]:
-        """What makes the figures doubtful, a sentence each."""
-        found = [
-            *condition.warnings(self.before, self.after),
-            *(one.warning for one in self.comparisons if one.warning),
-        ]
+        """What makes the figures doubtful, a sentence each; of an emulated board that says it all."""
+        found = condition.warnings(self.before, self.after)
+        if self.emulated:
+            return found
+        found += [one.warning for one in self.comparisons if one.warning]
         for bundle, warm in zip(self.bundles, self.warm, strict=True):
-            if not warm and not self.before.emulated:
+            if not warm:
                 found.append(f"warning: {bundle} was not steady after {MOST} measurements to warm up")
         for one in self.sustained:
             if one.drift > DRIFT:
@@ -100,10 +107,13 @@ def run(
     repeat: int = 10,
     number: int = 1,
     min_repeat_ms: int = 50,
+    cooldown_s: float = 0.0,
     sustain_s: float = 0.0,
     progress: Callable[[str, int], None] | None = None,
 ) -> BundleBench:
     """Measure bundles in turns, `repeat` rounds, or rounds for `sustain_s` seconds where that is given.
+
+    cooldown_s: of rest before each measurement, in which the device cools.
 
     All share one session, for a board has one at a time. A bundle of several sizes is measured at each.
     Raises BundleError, IsaError, DeviceError.
@@ -114,6 +124,7 @@ def run(
         names, read = tuple(name for name, _ in named), [one for _, one in named]
         # The device has one pool of threads: the same number for all.
         count = threads or (0 if device == "host" else int(read[0].manifest["target"]["cores"]))
+        session.pin_threads(count)
         executors = [Executor(bundle, session, threads=count) for bundle in read]
         before = session.condition()
         timers = [timer(executor, number, min_repeat_ms, warmup=1) for executor in executors]
@@ -125,7 +136,7 @@ def run(
         times = (
             _sustain(timers, sustain_s, starts, lambda n: show("round", n))
             if sustain_s
-            else rounds(timers, repeat, lambda n: show("round", n))
+            else rounds([rested(one, cooldown_s) for one in timers], repeat, lambda n: show("round", n))
         )
         after = session.condition()
     finally:
@@ -133,7 +144,18 @@ def run(
     sustained = [Sustained(name, starts, row) for name, row in zip(names, times, strict=True)] if sustain_s else []
     found = tuple(latency(row, number, executor.threads) for row, executor in zip(times, executors, strict=True))
     comparisons = tuple(compare([(name, one.times_ms) for name, one in zip(names, found, strict=True)]))
-    return BundleBench(device, names, found, comparisons, warm, before, after, tuple(sustained))
+    return BundleBench(device, names, found, comparisons, warm, before, after, cooldown_s, tuple(sustained))
+
+
+def rested(measure: Timer, seconds: float, sleep: Callable[[float], object] = time.sleep) -> Timer:
+    """As `measure`, after so long a rest."""
+
+    def run() -> float:
+        if seconds:
+            sleep(seconds)
+        return measure()
+
+    return run
 
 
 def _programs(name: str, bundle: Bundle) -> list[tuple[str, Bundle]]:

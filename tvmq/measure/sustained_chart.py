@@ -21,11 +21,11 @@ def draw(bench: BundleBench, path: Path) -> None:
         panel.plot(one.seconds, one.ms, linewidth=1, label=f"{one.bundle} ({100 * one.drift:+.1f} %)")
     panel.set_ylim(bottom=0)
     panel.set_xlabel("seconds")
-    panel.set_ylabel("ms an inference")
+    panel.set_ylabel(f"ms an inference{' (emulated)' if bench.emulated else ''}")
     panel.grid(color="#dddddd", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(fontsize=8)
     title = f"Latency over time on {bench.device}; in brackets: the last tenth beside the first"
-    drawing.suptitle(f"{title}\n{EMULATED}" if bench.before.emulated else title, fontsize=9)
+    drawing.suptitle(f"{title}\n{EMULATED}" if bench.emulated else title, fontsize=9)
     with atomic_path(path) as temporary:
         drawing.savefig(temporary, format="png")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tvmq.errors import TuningError
+from tvmq.errors import InputError, TuningError
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 # What a first batch may bring before anything is known of a task: measured on the zoo, tuned tasks gain 5 to 20 %.
@@ -20,14 +20,14 @@ _HOPE = 0.1
 _BELIEF = 0.75
 
 
-def seconds_of(text: str) -> float:
-    """ "90s", "10m", "1.5h" as seconds. Raises TuningError."""
+def seconds_of(text: str, what: str = "budget") -> float:
+    """ "90s", "10m", "1.5h" as seconds. what: it is, for errors. Raises InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
     if match is None:
-        raise TuningError(f"budget {text!r}", expected="a number with s, m or h, as 10m")
+        raise InputError(f"{what} {text!r}", expected="a number with s, m or h, as 10m")
     seconds = float(match[1]) * _UNITS[match[2]]
     if seconds <= 0:
-        raise TuningError(f"budget {text!r}", expected="more than nothing")
+        raise InputError(f"{what} {text!r}", expected="more than nothing")
     return seconds
 
 
