@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -91,9 +92,15 @@ def test_parameters_without_their_zeros(native: Run, bundle_of: Callable[..., Pa
 
 def test_a_benchmark_says_what_it_measured(native: Run, bundle_of: Callable[..., Path]) -> None:
     done = native("bench", bundle_of("flatten_linear"), "--repeat", 5, "--threads", 1)
+    before, found, after = done.stdout.splitlines()
     assert done.returncode == 0
-    assert "ms median" in done.stdout
-    assert done.stdout.endswith("(5 repeats, 1 threads)\n")
+    assert "ms median" in found
+    assert found.endswith("(5 repeats, 1 threads)")
+    for line, when in ((before, "before"), (after, "after")):
+        assert re.match(
+            rf"{when}: governor \S+(, slowest clock \d+ of \d+ MHz)?(, -?\d+ degrees)?, throttled \S+, load [\d.]+, processors \S+$",
+            line,
+        )
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

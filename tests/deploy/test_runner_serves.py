@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import tvm
 from serving import NativeServing, is_alive, wait_until
 
-from tvmq.deploy.board_root import SOURCE
+from tvmq.deploy.board_root import HEADERS, SOURCE
 from tvmq.deploy.executor import load
 from tvmq.deploy.session import connect
 from tvmq.errors import DeviceError
@@ -125,6 +126,13 @@ def test_a_session_does_not_outlive_a_killed_server(native_runner: Path) -> None
         (["--secret", "loose"], "expected mode 0600, saw 0644"),
         (["--secret", "short"], "short: expected one word of 32 bytes or more, saw 3 bytes"),
         (["--secret", "words"], "words: expected one word of 32 bytes or more, saw 65 bytes"),
+        (["--tracker", "h:1", "--secret", "none"], "--tracker HOST:PORT and --key KEY: expected both or none"),
+        (["--key", "k", "--secret", "none"], "--tracker HOST:PORT and --key KEY: expected both or none"),
+        (["--tracker", "h", "--key", "k", "--secret", "none"], "--tracker: expected HOST:PORT with a port from 1"),
+        (
+            ["--tracker", "h:1", "--key", "a b", "--secret", "none"],
+            "--key: expected letters, digits, dots and dashes, saw a b",
+        ),
         (["--secret", "-"], "secret of stdin: expected one word of 32 bytes or more, saw 0 bytes"),
     ],
 )
@@ -144,6 +152,18 @@ def test_wrong_words(native_runner: Path, tmp_path: Path, words: list[str], said
 
 def test_each_header_is_in_the_program() -> None:
     """A root is built anew where one of them changed: see board_root.root_name."""
-    text = SOURCE.read_text() + (SOURCE.parent / "board_serve.h").read_text()
+    text = "".join(path.read_text() for path in (SOURCE, *HEADERS))
     for header in SOURCE.parent.glob("board_*.h"):
         assert f'#include "{header.name}"' in text
+
+
+def test_a_tracker_that_is_not_there_is_said_and_the_board_serves_on(native_runner: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+    with NativeServing(native_runner, "--tracker", place, "--key", "pi") as serving:
+        serving.wait_for(f"^no tracker at {place}: Connection refused; trying on$")
+        # Only those whom the tracker sends are served.
+        with pytest.raises(DeviceError, match="saw one that asks for a secret or a key"):
+            connect(f"{serving.url}?secret=none")
+        serving.wait_for("refused: another key than the tracker's$")
+        assert serving.stop(signal.SIGTERM) == 0

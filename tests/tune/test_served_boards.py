@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from tvmq.tune.candidate import Timing
 from tvmq.tune.fleet import Fleet, boards
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))
-from serving import Serving, wait_until
+from serving import NativeServing, Serving, compile_runner, wait_until
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -42,21 +43,33 @@ def farm() -> Iterator[Farm]:
     found.close()
 
 
-def registered(farm: Farm, key: str, *words: str, count: int = 1) -> Serving:
+Serve = Callable[..., Serving]
+
+
+@pytest.fixture(scope="module", params=["python", "native"])
+def serve(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """A board's server: `tvmq board serve`, or the native runner."""
+    if request.param == "python":
+        return Serving
+    return functools.partial(NativeServing, compile_runner(tmp_path_factory.mktemp("runner")))
+
+
+def registered(farm: Farm, key: str, *words: str, count: int = 1, serve: Serve = Serving) -> Serving:
     """Another board of `key`, once the tracker knows `count` of them."""
-    serving = Serving("--tracker", f"127.0.0.1:{farm.tracker.port}", "--key", key, *words)
+    serving = serve("--tracker", f"127.0.0.1:{farm.tracker.port}", "--key", key, *words)
     wait_until(lambda: Tracker("127.0.0.1", farm.tracker.port, 9.0).keys().count(key) == count)
     return serving
 
 
 def test_a_board_of_a_tracker_asks_for_its_secret_too(
-    farm: Farm, tmp_path: Path, bundle_of: Callable[..., Path]
+    farm: Farm, serve: Serve, tmp_path: Path, bundle_of: Callable[..., Path]
 ) -> None:
     secret = tmp_path / "s"
     secret.write_text(SECRET)
     secret.chmod(0o600)
-    device = f"tracker://127.0.0.1:{farm.tracker.port}/guarded"
-    with registered(farm, "guarded", "--secret", str(secret)) as serving:
+    key = f"guarded-{type(serve).__name__}"
+    device = f"tracker://127.0.0.1:{farm.tracker.port}/{key}"
+    with registered(farm, key, "--secret", str(secret), serve=serve) as serving:
         executor = load(bundle_of("flatten_linear"), f"{device}?secret={secret}")
         inputs, outputs = executor.bundle.golden()
         np.testing.assert_array_equal(executor(*inputs)[0], outputs[0])
@@ -70,9 +83,10 @@ def test_a_board_of_a_tracker_asks_for_its_secret_too(
         serving.wait_for("refused: no secret")
 
 
-def test_a_board_is_offered_again_after_each_session(farm: Farm) -> None:
-    device = f"tracker://127.0.0.1:{farm.tracker.port}/open"
-    with registered(farm, "open") as serving:
+def test_a_board_is_offered_again_after_each_session(farm: Farm, serve: Serve) -> None:
+    key = f"open-{type(serve).__name__}"
+    device = f"tracker://127.0.0.1:{farm.tracker.port}/{key}"
+    with registered(farm, key, serve=serve) as serving:
         first = connect(device)
         assert first.fetch(first.tensor(np.arange(3))).tolist() == [0, 1, 2]
         with pytest.raises(DeviceError, match="expected an answer, saw none in 0.3 s"):
@@ -80,7 +94,7 @@ def test_a_board_is_offered_again_after_each_session(farm: Farm) -> None:
         with pytest.raises(DeviceError, match="saw one that asks for a secret or a key.*a tracker owns it"):
             connect(serving.url)
         os.kill(serving.sessions()[0], signal.SIGKILL)
-        serving.wait_for("ended by SIGKILL")
+        serving.wait_for("ended by (SIGKILL|signal 9)")
         # The client that gave up is still in the tracker's line: its turn comes first, and passes.
         second = connect(device, timeout_s=30)
         assert second.fetch(second.tensor(np.arange(3))).tolist() == [0, 1, 2]

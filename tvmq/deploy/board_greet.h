@@ -1,5 +1,5 @@
-/* Who may speak TVM's RPC to a board: the server's side of the protocol that tvmq/deploy/handshake.py describes, for
- * boards that no tracker lends. Nothing is sent or received here: `answer` is told what a client said. */
+/* Who may speak TVM's RPC to a board: the server's side of the protocol that tvmq/deploy/handshake.py describes. Nothing
+ * is sent or received here: `answer` is told what a client said. */
 #include <ctype.h>
 #include <sys/random.h>
 
@@ -7,7 +7,7 @@
 enum { TVM_MAGIC = 0xFF271, TVM_MISMATCH = TVM_MAGIC + 2 };
 enum { NONCE = 32, PROOF = 32 };
 /* "client:" and a ticket. A key is a device name and a few options; a longer one is no TVM client. */
-enum { TICKET_KEY = 7 + 2 * PROOF, LONGEST_KEY = 1023 };
+enum { TICKET_KEY = 7 + 2 * PROOF, LONGEST_KEY = 1023, LONGEST_WORD = 127 };
 /* How long there may be between the answer to a challenge and the session, and how many tickets are open at a time. */
 enum { TICKET_MS = 10000, MOST_TICKETS = 64 };
 
@@ -19,7 +19,8 @@ typedef struct {
 } ticket;
 
 typedef struct {
-  bytes secret; /* without data it lets everybody in */
+  bytes secret;    /* without data it lets everybody in */
+  const char* key; /* what a tracker told its client to say; NULL without one */
   ticket tickets[MOST_TICKETS];
 } gate;
 
@@ -43,18 +44,21 @@ static void little_bytes(uint32_t value, uint8_t data[4]) {
   for (int i = 0; i < 4; i++) data[i] = (uint8_t)(value >> 8 * i);
 }
 
-/* HMAC-SHA256, RFC 2104, of role, server's and client's nonce. */
-static void prove(bytes secret, const char* role, const greeting* g, uint8_t mac[PROOF]) {
-  uint8_t key[64] = {0}, inner[64 + 8 + 2 * NONCE], outer[64 + PROOF];
+/* HMAC-SHA256, RFC 2104, of role, server's and client's nonce, and the tracker's key. */
+static void prove(const gate* door, const char* role, const greeting* g, uint8_t mac[PROOF]) {
+  bytes secret = door->secret;
+  const char* word = door->key == NULL ? "" : door->key;
+  uint8_t key[64] = {0}, inner[64 + 8 + 2 * NONCE + LONGEST_WORD], outer[64 + PROOF];
   if (secret.size > sizeof key)
     sha256(secret, key);
   else
     memcpy(key, secret.data, secret.size);
-  size_t length = strlen(role), size = 64 + length + 2 * NONCE;
+  size_t length = strlen(role), size = 64 + length + 2 * NONCE + strlen(word);
   for (int i = 0; i < 64; i++) inner[i] = key[i] ^ 0x36, outer[i] = key[i] ^ 0x5c;
   memcpy(inner + 64, role, length);
   memcpy(inner + 64 + length, g->server, NONCE);
   memcpy(inner + 64 + length + NONCE, g->client, NONCE);
+  memcpy(inner + 64 + length + 2 * NONCE, word, strlen(word));
   sha256((bytes){inner, size}, outer + 64);
   sha256((bytes){outer, sizeof outer}, mac);
 }
@@ -94,15 +98,15 @@ static verdict challenge(greeting* g) {
 
 static verdict check_answer(gate* door, greeting* g, int64_t now) {
   uint8_t mac[PROOF];
-  prove(door->secret, "client", g, mac);
+  prove(door, "client", g, mac);
   if (!are_equal(mac, g->said, PROOF)) return refuse(g, "a wrong secret");
   ticket* place = door->tickets;
   while (place < door->tickets + MOST_TICKETS && place->end > now) place++;
   if (place == door->tickets + MOST_TICKETS) return refuse(g, "too many clients at once");
-  prove(door->secret, "ticket", g, mac);
+  prove(door, "ticket", g, mac);
   hexadecimal(mac, place->key);
   place->end = now + TICKET_MS;
-  prove(door->secret, "server", g, g->reply);
+  prove(door, "server", g, g->reply);
   g->reply_size = PROOF;
   return PROVEN;
 }
@@ -125,12 +129,19 @@ static double timeout_in(const char* words) {
   return found != NULL && isdigit((unsigned char)found[sizeof name - 1]) ? strtod(found + sizeof name - 1, NULL) : 0;
 }
 
-/* The key is "client:NAME OPTION..."; without a secret any NAME is served, for there is one board here. */
+/* Whether the client says what the tracker told it, where there is one: else any NAME is served, for there is one board. */
+static int knows_word(const gate* door, const char* name) {
+  size_t length = strcspn(name, " ");
+  return door->key == NULL || (strlen(door->key) == length && are_equal(door->key, name, length));
+}
+
+/* The key is "client:NAME OPTION...". */
 static verdict check_key(gate* door, greeting* g, int64_t now) {
   g->said[g->wanted] = '\0';
   const char* words = (const char*)g->said;
   if (strlen(words) != g->wanted || strncmp(words, "client:", 7) != 0) return mismatch(g, NO_CLIENT);
   if (door->secret.data != NULL && !redeem(door, words + 7, now)) return mismatch(g, "a wrong ticket");
+  if (door->secret.data == NULL && !knows_word(door, words + 7)) return mismatch(g, "another key than the tracker's");
   g->seconds = timeout_in(words);
   return IN;
 }

@@ -16,6 +16,7 @@
 
 #include "board_greet.h"
 #include "board_session.h"
+#include "board_tracker.h"
 
 /* How long a client may take to greet: a greeting is a few hundred bytes, this is for a line that loses packets. */
 #ifndef GREETING_MS
@@ -43,6 +44,7 @@ typedef struct {
   gate door;
   guest guests[MOST_GUESTS]; /* as they came */
   session running;
+  registration tracker;
 } server;
 
 static volatile sig_atomic_t stopped = 0;
@@ -107,7 +109,10 @@ static void reply(server* s, int index, verdict found) {
   if (found == REFUSED) return turn_away(s, index, g->said.refused);
   if (sent != (ssize_t)g->said.reply_size) return turn_away(s, index, "it left");
   if (found == PROVEN) forget(s, index);
-  if (found == IN) g->waits = 1;
+  if (found == IN) {
+    g->waits = 1;
+    renew(&s->tracker); /* its word is used */
+  }
 }
 
 /* Take what a guest says; never more than what it was asked for. */
@@ -163,6 +168,7 @@ static pid_t branch(server* s, const guest* g, int ended[2]) {
   if (process != 0) return process;
   close(s->listener);
   close(ended[0]);
+  leave(&s->tracker);
   for (int i = 0; i < s->guest_count; i++)
     if (&s->guests[i] != g) close(s->guests[i].connection);
   serve_client(g->connection, g->said.seconds, parent);
@@ -199,6 +205,7 @@ static void finish(server* s) {
     snprintf(how, sizeof how, ", ended by an error");
   fprintf(stderr, "%s session of %.1f s%s\n", s->running.peer, (double)(now_ms() - s->running.since) / 1e3, how);
   s->running = (session){0};
+  renew(&s->tracker);
 }
 
 /* ---- The loop ---- */
@@ -209,6 +216,7 @@ static int await(server* s, struct pollfd waits[3 + MOST_GUESTS]) {
   waits[0] = (struct pollfd){.fd = s->listener, .events = POLLIN};
   waits[1] = (struct pollfd){.fd = s->until_stdin_closes ? STDIN_FILENO : -1, .events = POLLIN};
   waits[2] = (struct pollfd){.fd = s->running.process ? s->running.ended : -1, .events = POLLIN};
+  if (s->tracker.key != NULL) patience = s->tracker.due > now ? s->tracker.due - now : 0;
   for (int i = 0; i < s->guest_count; i++) {
     waits[3 + i] = (struct pollfd){.fd = s->guests[i].connection, .events = POLLIN};
     int64_t left = s->guests[i].deadline > now ? s->guests[i].deadline - now : 0;
@@ -242,10 +250,16 @@ static void work(server* s, const struct pollfd* waits) {
       i++;
 }
 
-static int listen_on(const char* host, const char* port) {
+static int is_free(const server* s) {
+  int waiting = 0;
+  for (int i = 0; i < s->guest_count; i++) waiting += s->guests[i].waits;
+  return s->running.process == 0 && waiting == 0;
+}
+
+static int listen_on(const char* host, const char* port, int* found) {
   struct addrinfo hints = {.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV, .ai_socktype = SOCK_STREAM}, *where = NULL;
   if (getaddrinfo(host, port, &hints, &where) != 0) fail("--host %s: expected an address such as 0.0.0.0", host);
-  int listener = socket(where->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), yes = 1, found = 0;
+  int listener = socket(where->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), yes = 1;
   setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
   if (listener < 0 || bind(listener, where->ai_addr, where->ai_addrlen) != 0 || listen(listener, 128) != 0)
     fail("cannot listen on %s:%s: %s", host, port, strerror(errno));
@@ -254,8 +268,8 @@ static int listen_on(const char* host, const char* port) {
   socklen_t size = sizeof address;
   char name[64];
   getsockname(listener, (struct sockaddr*)&address, &size);
-  name_of(&address, size, name, sizeof name, &found);
-  printf("listening %s %d\n", host, found);
+  name_of(&address, size, name, sizeof name, found);
+  printf("listening %s %d\n", host, *found);
   fflush(stdout);
   return listener;
 }
@@ -273,15 +287,20 @@ static void heed_signals(void) {
   signal(SIGPIPE, SIG_IGN);
 }
 
-static int serve(const char* host, const char* port, const char* secret, int until_stdin_closes) {
+static int serve(const char* host, const char* port, const char* secret, registration tracker, int until_stdin_closes) {
   static server s;
   heed_signals();
   s.until_stdin_closes = until_stdin_closes;
   s.door.secret = read_secret(secret);
-  s.listener = listen_on(host, port);
+  s.tracker = tracker;
+  s.listener = listen_on(host, port, &s.tracker.board_port);
   struct pollfd waits[3 + MOST_GUESTS];
-  while (!stopped)
+  while (!stopped) {
+    keep(&s.tracker, is_free(&s), now_ms());
+    s.door.key = s.tracker.key == NULL ? NULL : s.tracker.own_key;
     if (await(&s, waits)) work(&s, waits);
+  }
+  leave(&s.tracker);
   if (s.running.process != 0) {
     kill(s.running.process, SIGKILL);
     finish(&s);
