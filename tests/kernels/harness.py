@@ -1,4 +1,4 @@
-"""Builds single tvmq operators for a target, runs them here or on a board, and compares them with the NumPy oracle.
+"""Builds single tvmq operators for a target, runs them here, on a board or kernel by kernel, and compares them with the NumPy oracle.
 
 bfloat16 inputs are given as float32, and rounded by the module itself: a program's own inputs are never bfloat16.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from foreign import Machine
 from tvm import relax, rpc
 
 from tvmq import interpret, ir, ops
@@ -113,11 +114,13 @@ def run(
     module: tvm.IRModule,
     inputs: Sequence[Array],
     target: Target,
-    board: EmulatedBoard | None = None,
+    board: EmulatedBoard | Machine | None = None,
     sparse: Sparse = Sparse.AUTO,
     records: Records | None = None,
 ) -> list[Array]:
     """The outputs of a realized module, compiled for `target` with `records` and run here or on `board`."""
+    if isinstance(board, Machine):
+        return board.run(lower(module, target, sparse=sparse, records=records), inputs, target)
     lowered, executable = compiled(module, target, sparse, records)
     if board is None:
         library, device = executable.jit(), tvm.cpu()
@@ -149,7 +152,7 @@ def _uploaded(executable: Any, target: Target, board: EmulatedBoard) -> tuple[An
 def check(
     cases: Sequence[Case],
     target: Target,
-    board: EmulatedBoard | None = None,
+    board: EmulatedBoard | Machine | None = None,
     *,
     exact: bool = False,
     sparse: Sparse = Sparse.AUTO,

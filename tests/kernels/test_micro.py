@@ -141,7 +141,7 @@ def test_256_bit_vnni_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         ("raspberry-pi-4b", int8_micro, "smull"),
         ("raspberry-pi-5", int8_micro, "sdot"),
         ("graviton3", int8_micro, "smmla"),
-        ("raspberry-pi-2", int8_micro, "vmlal"),
+        ("raspberry-pi-2", int8_micro, "vpadal"),
         ("amx", bf16_micro, "vdpbf16ps"),
         ("graviton3", bf16_micro, "bfmmla"),
         ("raspberry-pi-4b", bf16_micro, "fmla"),

@@ -25,6 +25,8 @@ LINK_TIMEOUT_S = 320.0
 
 # -s drops symbol tables and debug sections. Without --gc-sections a 32-bit ARM library has 250 kB of unused runtime.
 SHARED_FLAGS = ("-shared", "-s", "-Wl,--gc-sections")
+# What is linked besides, by the first part of the triple.
+HELPERS = {"arm": ("-O2", str(Path(__file__).with_name("arm_division.c")))}
 
 
 def link_shared(objects: Sequence[str | Path], output: str | Path, zig_triple: str) -> None:
@@ -62,7 +64,9 @@ def zig_cc(zig_triple: str, arguments: Sequence[str], output: str | Path) -> Non
     if importlib.util.find_spec("ziglang") is None:
         raise OutputError(f"cannot link {final}", seen="no module ziglang", hint="install it: pip install ziglang")
     with atomic_path(final) as temporary:
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", zig_triple, "-o", str(temporary), *arguments]
+        helpers = HELPERS.get(zig_triple.partition("-")[0], ())
+        command = [sys.executable, "-m", "ziglang", "cc", "-target", zig_triple, "-o", str(temporary)]
+        command += [*arguments, *helpers]
         _run(command, final, zig_triple)
 
 

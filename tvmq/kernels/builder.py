@@ -348,12 +348,25 @@ def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, 
             return place.narrow(_to_float(value, dtype, lanes), step, lanes), step.dtype
         case ops.Quantize(zero_point, qmin, qmax, stored):
             limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)
-            integer = cast(T.nearbyint(limited), "int32", lanes)
-            return cast(integer + number(zero_point, "int32", lanes) if zero_point else integer, stored, lanes), stored
+            return cast(_rounded(limited, zero_point, lanes), stored, lanes), stored
         case ops.QuantizeRows():
             raise AssertionError("kernels of whole rows take it off first")
         case _:
             raise AssertionError("has an operand")
+
+
+# Numbers from 2**23 to 2**24 are whole: a sum that lies there was rounded, half to even, and its last bits count.
+_WHOLE = 1.5 * 2**23
+_WHOLE_BITS = int(np.float32(_WHOLE).view(np.int32))
+
+
+def _rounded(value: Expr, zero_point: int, lanes: int) -> Expr:
+    """int32 of `nearbyint(value) + zero_point` for float32 in [-2**22, 2**22].
+
+    Not every machine rounds by an instruction: 32-bit ARM would call a function for each element.
+    """
+    bits = T.reinterpret(_vector("int32", lanes), value + number(_WHOLE, FLOAT, lanes))
+    return bits - number(_WHOLE_BITS - zero_point, "int32", lanes)
 
 
 def _to_float(value: Expr, dtype: str, lanes: int) -> Expr:

@@ -192,8 +192,8 @@ def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kern
     x, _, *operands = call.args
     # Floats are multiplied one by one, in float32: a bfloat16 dot product sums over channels, which are apart here.
     m = lowering.int8 if kernel.dtype == np.int8 else lowering.float
-    # Vectors that narrow into one are loaded, widened and stored as one.
-    lanes = 8 if m.narrow is not None else m.lanes
+    # NEON's bytes: half a register is widened by one instruction, and narrowed into by one where that saturates.
+    lanes = 8 if m.a_dtype == "int8" else m.lanes
     epilogue = ops.epilogue_of(call)
     if kernel.dtype == np.int8:
         epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])

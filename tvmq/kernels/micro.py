@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
 from tvmq.isa import Bf16, Int8Dot, Isa
-from tvmq.kernels import neon
+from tvmq.kernels import neon, neon32
 from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, cast, external, intrinsic, number, splat
 from tvmq.kernels.spans import Broadcast, Lanes, Pairs, Squares, Step, lane
 from tvmq.triple import Family
@@ -95,7 +95,7 @@ class Micro:
 
 
 def float_micro(isa: Isa) -> Micro:
-    """float32: a broadcast, and a multiply and add that LLVM contracts where the machine can."""
+    """float32: a broadcast, and a multiply and add that LLVM contracts where the machine can; NEON's by element."""
     lanes = max(isa.fp32_lanes, 4)
 
     product = _multiply_add(FLOAT, lanes)
@@ -105,10 +105,18 @@ def float_micro(isa: Isa) -> Micro:
 
     single = Broadcast(step, lanes, 1)
     span: Broadcast | Lanes = single
+    llvm, registers = "", max(isa.vector_registers, 16)
     if isa.family is Family.AARCH64:
         span = _by_element(single, 4, 4, lambda acc, a, i, w: product.emit(acc, lane(a, i, lanes), w))
-    registers = max(isa.vector_registers, 16)
-    return Micro(_float_name(isa), FLOAT, FLOAT, FLOAT, lanes, 1, registers, product, span)
+    elif _has_neon32(isa):
+        span, llvm = _by_element(single, 4, 4, neon32.multiply_add), neon32.LLVM
+        # LLVM does not know how long its instructions take, and loads ahead into what is free.
+        registers -= 3
+    return Micro(_float_name(isa), FLOAT, FLOAT, FLOAT, lanes, 1, registers, product, span, llvm)
+
+
+def _has_neon32(isa: Isa) -> bool:
+    return isa.family is Family.ARM and isa.vector_bits == 128
 
 
 def _by_element(single: Broadcast, steps: int, width: int, product: Callable[[Expr, Expr, int, Expr], Expr]) -> Lanes:
@@ -211,7 +219,7 @@ def int8_micro(isa: Isa) -> Micro:
     if isa.family is Family.AARCH64:
         arm = {Int8Dot.I8MM: _smmla, Int8Dot.SDOT: _sdot, Int8Dot.NEON: _neon}
         return arm.get(dot, _widening)(isa)
-    return _widening(isa)
+    return _neon(isa) if _has_neon32(isa) else _widening(isa)
 
 
 def _vnni(name: str, bits: int, isa: Isa) -> Micro:
@@ -270,13 +278,16 @@ def _smmla(isa: Isa) -> Micro:
 def _neon(isa: Isa) -> Micro:
     """smull, smlal and sadalp: products in int16, in pairs, added to int32 in pairs; mla for words of one byte."""
     words = _widening(isa)
-    span = Pairs(words.single)
+    if isa.family is Family.AARCH64:
+        span, narrow = Pairs(words.single, neon.add_pairs, neon.add_neighbours), neon.quantize
+    else:
+        span, narrow = Pairs(words.single, neon32.add_pairs, neon32.add_neighbours, twice=False), None
     whole = Product("int8x16", 4, span.product)
-    return replace(words, a_dtype="int8", kr=8, span=span, narrow=neon.quantize, whole=whole)
+    return replace(words, name="neon", a_dtype="int8", kr=8, span=span, narrow=narrow, whole=whole)
 
 
 def _widening(isa: Isa) -> Micro:
-    """int16 x int16 into int32 in plain vector code, which LLVM turns into vmlal on 32-bit NEON."""
+    """int16 x int16 into int32 in plain vector code."""
     lanes = max(isa.vector_bits // 32, 4)
     product = _multiply_add("int32", lanes)
 
@@ -284,10 +295,9 @@ def _widening(isa: Isa) -> Micro:
         wide = cast(cast(panel.load(j, lanes), "int16", lanes), "int32", lanes)
         return product.emit(acc, splat(cast(a.load(i), "int32", 1), lanes), wide)
 
-    name = "neon" if isa.int8_dot is Int8Dot.NEON else "generic"
     registers = max(isa.vector_registers, 16)
     span = Broadcast(step, lanes, 1, w_unpacks=1, temporaries=1)
-    return Micro(name, "int16", "int8", "int32", lanes, 1, registers, product, span)
+    return Micro("generic", "int16", "int8", "int32", lanes, 1, registers, product, span)
 
 
 def _float_name(isa: Isa) -> str:

@@ -1,4 +1,4 @@
-"""64-bit NEON: what its vector instructions do to the end of an integer epilogue."""
+"""64-bit NEON: sums of pairs of products, and what its vector instructions do to the end of an integer epilogue."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from tvmq.kernels.builder import Expr, intrinsic, joined, number, shuffle
 
 # Lanes of int8 that one narrowing makes.
 LANES = 8
+
+
+def add_pairs(sums: Expr, products: Expr) -> Expr:
+    """Pairs of eight int16 added to four int32: sadalp."""
+    return sums + intrinsic("int32x4", "llvm.aarch64.neon.saddlp", products)
+
+
+def add_neighbours(low: Expr, high: Expr) -> Expr:
+    """Sums of neighbours of two vectors of four int32, as one."""
+    return intrinsic("int32x4", "llvm.aarch64.neon.addp", low, high)
 
 
 def quantize(value: Expr, step: ops.Quantize, lanes: int) -> Expr:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tvm.tirx.script.builder import ir as T
 
-from tvmq.kernels.builder import Expr, Flat, Registers, cast, intrinsic, shuffle, splat
+from tvmq.kernels.builder import Expr, Flat, Registers, cast, shuffle, splat
 
 # (accumulators, A, index of the row's elements, panel, index of the panel's elements) -> accumulators
 Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
@@ -110,7 +110,7 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Products of a panel's vector with a lane of A's: fmla, smlal, sdot and bfdot by element.
+    """Products of a panel's vector with a lane of A's: fmla, vmla, smlal, sdot and bfdot by element.
 
     single: what multiplies one step. width: elements of A in a register, `steps` lanes of `kr`. load_a: A's register.
     load_w: the factors of `group` vectors of channels. product: (sums, register of A, lane, factor) -> sums.
@@ -163,11 +163,17 @@ class Lanes:
 class Pairs:
     """int8 products of 8 steps' worth in int16, pairs of them added there, then into int32: smull, smlal, sadalp.
 
-    Two products fit 16 bits unless weights are -128: 2 * 128 * 127 < 2**15; for such weights `steps` is 1. A channel
-    has an accumulator of four partial sums; kr is 8.
+    32-bit NEON calls them vmull, vmlal and vpadal. Two products fit 16 bits unless weights are -128: 2 * 128 * 127 <
+    2**15; for such weights `steps` is 1. A channel has an accumulator of four partial sums; kr is 8. add: (sums,
+    products in int16) -> sums, with pairs of products. fold: two vectors of sums -> sums of neighbours. twice: whether
+    the halves of A's registers are equal, for instructions that multiply upper halves; where halves are registers
+    themselves, A's 8 bytes are one.
     """
 
     single: Broadcast
+    add: Callable[[Expr, Expr], Expr]
+    fold: Callable[[Expr, Expr], Expr]
+    twice: bool = True
     lanes: int = 4
     steps: int = 2
     plain: bool = False
@@ -177,8 +183,8 @@ class Pairs:
         return pixels * vectors * self.lanes
 
     def registers(self, pixels: int, vectors: int) -> int:
-        """See `Span`: sums, A's two, two channels of both steps, and products."""
-        return self.slots(pixels, vectors) + 2 * pixels + 4
+        """See `Span`: sums, A's for both steps, two channels of both steps, and products."""
+        return self.slots(pixels, vectors) + (2 * pixels if self.twice else pixels) + 4
 
     def work(self, pixels: int, vectors: int) -> tuple[float, float]:
         """See `Span`."""
@@ -187,29 +193,30 @@ class Pairs:
     def multiply(self, sums: Sums, x: Flat, rows: Sequence[Expr], w: Flat, at: Expr, vectors: int, steps: int) -> None:
         """See `Span`."""
         channels = vectors * self.lanes
-        factors = [[T.Bind(_twice(x, row + 8 * step)) for step in range(steps)] for row in rows]
+        load = _twice if self.twice else _once
+        factors = [[T.Bind(load(x, row + 8 * step)) for step in range(steps)] for row in rows]
         for channel in range(0, channels, 2):
             panel = [T.Bind(w.load(at + (step * channels + channel) * 8, 16)) for step in range(steps)]
             for pixel, a in enumerate(factors):
                 for half in range(2):
                     slot = pixel * channels + channel + half
                     products = [
-                        _widened_product(_half(a[step], half), _half(panel[step], half)) for step in range(steps)
+                        _widened_product(_half(a[step], half) if self.twice else a[step], _half(panel[step], half))
+                        for step in range(steps)
                     ]
                     total = products[0] if steps == 1 else products[0] + products[1]
-                    added = intrinsic("int32x4", "llvm.aarch64.neon.saddlp", total)
-                    sums.store(sums.load(slot) + added, slot)
+                    sums.store(self.add(sums.load(slot), total), slot)
 
     def product(self, acc: Expr, a: Expr, w: Expr) -> Expr:
         """16 products of int8, four to a lane."""
         low, high = (_widened_product(_half(a, half), _half(w, half)) for half in range(2))
-        return acc + intrinsic("int32x4", "llvm.aarch64.neon.saddlp", low + high)
+        return self.add(acc, low + high)
 
     def collect(self, sums: Sums, pixel: int, vector: int, vectors: int) -> Expr:
         """See `Span`."""
         first = (pixel * vectors + vector) * self.lanes
-        low, high = (_pairwise(sums.load(first + i), sums.load(first + i + 1)) for i in (0, 2))
-        return _pairwise(low, high)
+        low, high = (self.fold(sums.load(first + i), sums.load(first + i + 1)) for i in (0, 2))
+        return self.fold(low, high)
 
 
 @dataclass(frozen=True)
@@ -278,14 +285,14 @@ def _twice(x: Flat, at: Expr) -> Expr:
     return T.reinterpret("int8x16", splat(T.reinterpret("int64", x.load(at, 8)), 2))
 
 
+def _once(x: Flat, at: Expr) -> Expr:
+    """The 8 bytes from `at`."""
+    return x.load(at, 8)
+
+
 def _half(vector: Expr, half: int) -> Expr:
     return shuffle([vector], range(8 * half, 8 * half + 8))
 
 
 def _widened_product(a: Expr, w: Expr) -> Expr:
     return cast(a, "int16", 8) * cast(w, "int16", 8)
-
-
-def _pairwise(low: Expr, high: Expr) -> Expr:
-    """Sums of neighbours."""
-    return intrinsic("int32x4", "llvm.aarch64.neon.addp", low, high)
