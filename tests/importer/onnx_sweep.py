@@ -4,7 +4,8 @@
 
 Prints the counts by group (the operator under test). `--torch` stops at the PyTorch program that an ONNX graph becomes,
 which takes a tenth of the time; otherwise it is imported, and computed with TVM. Models of other operator sets, and
-those that take or return sequences, optionals, strings or bfloat16 are left out; so are `..._expanded` tests, which repeat others
+those that take or return sequences, optionals, strings, bfloat16 or floats of 8 bits or fewer are left out; so are
+`..._expanded` tests, which repeat others
 with their operator written out, and those of training. Where an operator needs a value at import (axes, shapes), all inputs but the first are made weights.
 """
 
@@ -30,7 +31,7 @@ from tvmq.importer import onnx_model
 from tvmq.importer.check import deviation
 from tvmq.importer.load import import_model
 from tvmq.importer.onnx_file import OLDEST_OPSET
-from tvmq.importer.onnx_inputs import DTYPES
+from tvmq.importer.onnx_inputs import DTYPES, NARROW_NUMBERS, stored_as
 
 PASSES, REFUSED, WRONG, CRASHED = "passes", "refused", "wrong", "crashed"
 TOLERANCE = 1e-3
@@ -51,13 +52,18 @@ def _is_tried(case: Any) -> bool:
     versions = {item.domain: item.version for item in case.model.opset_import}
     if any(domain not in ("", "ai.onnx") for domain in versions) or not _raised(case.model):
         return False
-    if any(isinstance(x, list) or np.asarray(x).dtype.kind not in "biuf" for xs in case.data_sets[0] for x in xs):
+    if any(isinstance(x, list) or _array(x).dtype.kind not in "biuf" for xs in case.data_sets[0] for x in xs):
         return False
     values = [*case.model.graph.input, *case.model.graph.output]
     plain = all(value.type.HasField("tensor_type") for value in values)
     return plain and all(
-        value.type.tensor_type.elem_type in DTYPES.keys() - {onnx.TensorProto.BFLOAT16} for value in values
+        value.type.tensor_type.elem_type in {*DTYPES, *NARROW_NUMBERS} - {onnx.TensorProto.BFLOAT16} for value in values
     )
+
+
+def _array(value: Any) -> Any:
+    """An input or a result of a case; integers that NumPy lacks in what holds them."""
+    return stored_as(onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value))
 
 
 def _raised(model: onnx.ModelProto) -> bool:
@@ -82,7 +88,7 @@ def judge(case: Any, torch_only: bool = False) -> tuple[str, str]:
     """(verdict, detail) of a case."""
     inputs, outputs = case.data_sets[0]
     example = {
-        item.name: torch.from_numpy(np.array(x)) for item, x in zip(case.model.graph.input, inputs, strict=False)
+        item.name: torch.from_numpy(_array(x).copy()) for item, x in zip(case.model.graph.input, inputs, strict=False)
     }
     compute = _by_torch if torch_only else _by_tvm
     try:
@@ -97,7 +103,7 @@ def judge(case: Any, torch_only: bool = False) -> tuple[str, str]:
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         return CRASHED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1][:300]}"
     for value, expected in zip(found, outputs, strict=False):
-        reference = np.asarray(expected)
+        reference = _array(expected)
         if (value.shape, value.dtype) != (reference.shape, reference.dtype):
             return WRONG, f"{value.dtype}{value.shape}, not {reference.dtype}{reference.shape}"
         if not deviation(value, reference) <= _allowed(case, reference):

@@ -234,7 +234,63 @@ def test_many_mutated_files_do_not_crash(network: Path, quantized: Path) -> None
     _try_mutated(quantized, 500)
 
 
-SLICE = ("test_quantizelinear", "test_dequantizelinear_axis", "test_qlinearmatmul_2D_int8_float32", "test_gather_0")
+def _integer_model(path: Path, nodes: list, weights: dict[str, np.ndarray], shape: list, dtype: int) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", dtype, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [f"n{i}" for i in range(len(shape))])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), str(path))
+    return path
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sums_of_integers_are_exact(tmp_path: Path, groups: int) -> None:
+    """900 products a sum, all of the largest: more than float32 holds exactly, so channels are summed in parts."""
+    weight = np.full((4, 100, 3, 3), 255, np.uint8)
+    node = helper.make_node("ConvInteger", ["x", "w", "x_z", "w_z"], ["y"], group=groups)
+    weights = {"w": weight, "x_z": np.array(255, np.uint8), "w_z": np.array([0, 1, 0, 255], np.uint8)}
+    path = _integer_model(tmp_path / "m.onnx", [node], weights, [1, 100 * groups, 4, 4], TensorProto.UINT8)
+    x = RNG.integers(0, 3, (1, 100 * groups, 4, 4)).astype(np.uint8)
+    model = import_model(path, x)
+    (found,) = interpret.run(model.module, (x,))
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.int64) - 255, (3, 3), (2, 3))
+    steps = weight.astype(np.int64) - weights["w_z"].astype(np.int64).reshape(-1, 1, 1, 1)
+    each = 4 // groups
+    for out in range(4):
+        channels = slice(100 * (out // each), 100 * (out // each) + 100)
+        wanted = np.einsum("ncijkl,ckl->nij", windows[:, channels], steps[out])
+        np.testing.assert_array_equal(found[:, out], wanted)
+        assert out == 3 or abs(wanted).max() > 2**24
+
+
+def test_windows_that_float32_cannot_sum(tmp_path: Path) -> None:
+    node = helper.make_node("ConvInteger", ["x", "w"], ["y"])
+    weights = {"w": np.full((1, 1, 20, 20), 255, np.uint8)}
+    path = _integer_model(tmp_path / "m.onnx", [node], weights, [1, 1, 20, 20], TensorProto.UINT8)
+    with pytest.raises(ModelError, match="a window of more products than float32 sums exactly"):
+        import_model(path)
+
+
+def test_four_bits_are_for_quantization_alone(tmp_path: Path) -> None:
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT32)
+    path = _integer_model(tmp_path / "m.onnx", [node], {}, [2, 3], TensorProto.INT4)
+    with pytest.raises(ModelError, match=r"Cast \(node y\) is not supported: saw element type int4"):
+        import_model(path)
+
+
+SLICE = (
+    "test_quantizelinear",
+    "test_quantizelinear_int4",
+    "test_quantizelinear_uint16",
+    "test_dequantizelinear_axis",
+    "test_dequantizelinear_uint2",
+    "test_convinteger_with_padding",
+    "test_qlinearmatmul_2D_int8_float32",
+    "test_gather_0",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in onnx_sweep.cases() if c.name in SLICE], ids=lambda c: c.name)

@@ -131,6 +131,44 @@ class Columns(Dynamic):
         return x.abs().amax(0, keepdim=True) * 2 / self.steps
 
 
+class PerToken(nn.Module):
+    """A linear layer as PT2E writes it with a scale a token, by one of PyTorch's operators that choose it."""
+
+    def __init__(self, choose: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randint(-127, 128, (6, 16), generator=generator, dtype=torch.int8))
+        self.register_buffer("scales", torch.full((6,), 1 / 128))
+        self.register_buffer("zeros", torch.zeros(6, dtype=torch.int64))
+        self.choose = choose
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.quantized_decomposed
+        scales, zeros = getattr(ops, self.choose)(x, torch.int8)
+        q = ops.quantize_per_token(x, scales, zeros, -128, 127, torch.int8)
+        x = ops.dequantize_per_token(q, scales, zeros, -128, 127, torch.int8, torch.float32)
+        return nn.functional.linear(x, self.float_weight())
+
+    def float_weight(self) -> torch.Tensor:
+        ops = torch.ops.quantized_decomposed
+        return ops.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8)
+
+
+@pytest.mark.parametrize("choose", ["choose_qparams_per_token", "choose_qparams_per_token_asymmetric"])
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
+def test_tokens_of_pt2e(choose: str, shape: tuple[int, ...]) -> None:
+    module = PerToken(choose)
+    exact = nn.Linear(16, 6, bias=False)
+    exact.weight = nn.Parameter(module.float_weight())
+    x = X.expand(shape) if len(shape) == 3 else X
+    model = import_model(module, x.contiguous())
+    found = quantize(model, Recipe())
+    assert _precisions(found) == ["int8-dynamic"]
+    for storage in ("int8", "uint8"):
+        value = interpret.run(realize(found.qdq, storage), model.example)[0]
+        assert _noise(exact, value, x) <= 1.2 * _noise(exact, model.reference[0], x)
+
+
 def test_rows_of_the_source() -> None:
     assert _precisions(quantize(import_model(Dynamic(), X), Recipe())) == ["int8-dynamic"]
 

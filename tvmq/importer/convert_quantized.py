@@ -53,6 +53,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         _qd.quantize_per_token.default: _quantize_tokens,
         _qd.dequantize_per_token.default: _dequantize_tokens,
         _qd._choose_qparams_per_token_asymmetric_impl.default: _choose_tokens,
+        _qd.choose_qparams_per_token_asymmetric.default: _choose_tokens,
+        _qd.choose_qparams_per_token.default: _choose_tokens_symmetric,
     }
 
 
@@ -166,6 +168,14 @@ def _choose_tokens(x: Tensor, dtype: torch.dtype) -> Any:
     low, high = least / scale, most / scale
     zero = torch.where((-128 + low) + (127 + high) > 0, -128 - low, 127 - high)
     return scale.to(torch.float64), torch.round(torch.clamp(zero, -128, 127)).to(torch.int64)
+
+
+def _choose_tokens_symmetric(x: Tensor, dtype: torch.dtype) -> Any:
+    """A scale a row: of int8, and zero its middle."""
+    if dtype is not torch.int8:
+        return NotImplemented
+    scale = torch.clamp(torch.amax(torch.abs(x), -1, True), min=1e-5) / 127.0
+    return scale.to(torch.float64), torch.zeros_like(scale, dtype=torch.int64)
 
 
 def _quantize_tokens(x: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:

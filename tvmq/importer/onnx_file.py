@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
 
 from tvmq.errors import ModelError
-from tvmq.importer.onnx_inputs import DTYPES
+from tvmq.importer.onnx_inputs import DTYPES, NARROW, NARROW_NUMBERS, stored_as
 
 OLDEST_OPSET = 13
 _SEED = 0
@@ -109,12 +109,19 @@ def inputs(model: onnx.ModelProto) -> dict[str, tuple[list[Any], torch.dtype]]:
     for item in model.graph.input:
         if item.name in weights:
             continue
-        if not item.type.HasField("tensor_type") or item.type.tensor_type.elem_type not in DTYPES:
+        dtype = _dtype(item) if item.type.HasField("tensor_type") else None
+        if dtype is None:
             raise ModelError(f"input {item.name!r}", expected="a tensor of numbers", seen=item.type.WhichOneof("value"))
         dims = item.type.tensor_type.shape.dim
         extents = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
-        found[item.name] = extents, DTYPES[item.type.tensor_type.elem_type]
+        found[item.name] = extents, dtype
     return found
+
+
+def _dtype(item: onnx.ValueInfoProto) -> torch.dtype | None:
+    """What holds the elements of an input; None where nothing does."""
+    number = item.type.tensor_type.elem_type
+    return NARROW[NARROW_NUMBERS[number]][0] if number in NARROW_NUMBERS else DTYPES.get(number)
 
 
 def example(
@@ -147,6 +154,23 @@ def reference(model: onnx.ModelProto, feeds: dict[str, Any]) -> tuple[list[Any],
 
     Raises ModelError where neither can.
     """
+    feeds = _as_declared(model, feeds)
+    found, who = _computed(model, feeds)
+    return [stored_as(np.asarray(value)) for value in found], who
+
+
+def _as_declared(model: onnx.ModelProto, feeds: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of types that PyTorch lacks, in these."""
+    numbers = {item.name: item.type.tensor_type.elem_type for item in model.graph.input}
+    return {
+        name: value.astype(onnx.helper.tensor_dtype_to_np_dtype(numbers[name]))
+        if numbers[name] in NARROW_NUMBERS
+        else value
+        for name, value in feeds.items()
+    }
+
+
+def _computed(model: onnx.ModelProto, feeds: dict[str, Any]) -> tuple[list[Any], str]:
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as runtime
     except ImportError:

@@ -25,6 +25,21 @@ DTYPES = {
     11: torch.float64,
     16: torch.bfloat16,
 }
+# Integers that PyTorch lacks: what holds their values, and their limits.
+NARROW = {
+    "uint16": (torch.int32, 0, 65535),
+    "uint4": (torch.uint8, 0, 15),
+    "int4": (torch.int8, -8, 7),
+    "uint2": (torch.uint8, 0, 3),
+    "int2": (torch.int8, -2, 1),
+}
+NARROW_NUMBERS = {4: "uint16", 21: "uint4", 22: "int4", 25: "uint2", 26: "int2"}
+
+
+def stored_as(array: Array) -> Array:
+    """`array`, or one of a type of NARROW in the type that holds its values."""
+    holder = NARROW.get(array.dtype.name)
+    return array if holder is None else array.astype(str(holder[0]).removeprefix("torch."))
 
 
 class Unsupported(NotImplementedError):
@@ -33,13 +48,17 @@ class Unsupported(NotImplementedError):
 
 @dataclass
 class Inputs:
-    """A node's operands. `known[i]` is the value of one that does not depend on the model's inputs, else None."""
+    """A node's operands. `known[i]` is the value of one that does not depend on the model's inputs, else None.
+
+    `narrow[i]`: of one of a type of NARROW its name, else None.
+    """
 
     tensors: Sequence[Tensor | None]
     known: Sequence[Array | None]
     attributes: Mapping[str, Any]
     opset: int
     outputs: int
+    narrow: Sequence[str | None] = ()
 
     def __len__(self) -> int:
         return len(self.tensors)

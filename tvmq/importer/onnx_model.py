@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tvmq import ir
 from tvmq.errors import ModelError, UnsupportedOpError
 from tvmq.importer import onnx_arithmetic, onnx_layers, onnx_quantized, onnx_resize, onnx_shapes
-from tvmq.importer.onnx_inputs import Inputs, Unsupported
+from tvmq.importer.onnx_inputs import NARROW, NARROW_NUMBERS, Inputs, Unsupported, stored_as
 
 Array = npt.NDArray[Any]
 Value = Any  # a tensor that depends on the inputs, or an array that does not
@@ -52,12 +52,17 @@ class Layer(nn.Module):
     """One node: its converter, with its constants as buffers."""
 
     def __init__(
-        self, node: onnx.NodeProto, opset: int, convert: Callable[[Inputs], Any], known: Sequence[Any]
+        self,
+        node: onnx.NodeProto,
+        opset: int,
+        convert: Callable[[Inputs], Any],
+        known: Sequence[Any],
+        narrow: Sequence[str | None],
     ) -> None:
         super().__init__()
         self.convert, self.opset, self.outputs = convert, opset, len(node.output)
         self.attributes = {item.name: _attribute(item) for item in node.attribute}
-        self.known = list(known)
+        self.known, self.narrow = list(known), list(narrow)
         self.given = [bool(name) for name in node.input]
         for index, array in enumerate(known):
             if array is not None:
@@ -72,7 +77,7 @@ class Layer(nn.Module):
                 operands.append(None)
             else:
                 operands.append(rest.pop(0) if self.known[index] is None else getattr(self, f"constant{index}"))
-        return self.convert(Inputs(operands, self.known, self.attributes, self.opset, self.outputs))
+        return self.convert(Inputs(operands, self.known, self.attributes, self.opset, self.outputs, self.narrow))
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,12 @@ class _Builder:
     ) -> None:
         self.module, self.table, self.opset, self.model = module, table, opset, model
         self.taken = set(dir(module))
+        # Of values of types that PyTorch lacks, their types.
+        self.narrow = {
+            item.name: NARROW_NUMBERS[item.type.tensor_type.elem_type]
+            for item in model.graph.input
+            if item.type.tensor_type.elem_type in NARROW_NUMBERS
+        }
 
     def run(self, nodes: Iterable[onnx.NodeProto], values: dict[str, Value]) -> None:
         """Compute every node's results into `values`, and add a layer for each that depends on inputs."""
@@ -183,7 +194,7 @@ class _Builder:
         try:
             if node.op_type not in self.table:
                 raise Unsupported("its result depends on the model's inputs")
-            layer = Layer(node, self.opset, self.table[node.op_type], known)
+            layer = Layer(node, self.opset, self.table[node.op_type], known, self._narrow(node, operands))
             results = layer(*tensors)
         except (*_ERRORS, NotImplementedError) as error:
             raise _failed(node, error) from error
@@ -192,6 +203,22 @@ class _Builder:
         values.update(zip(makes, results if isinstance(results, tuple) else (results,), strict=False))
         self.module.add_module(name, layer)
         self.module.steps.append(_Step(name, reads, makes))
+
+    def _narrow(self, node: onnx.NodeProto, operands: list[Value]) -> list[str | None]:
+        """Of each operand the type that PyTorch lacks, else None; remembers that of a quantized result."""
+        kinds = [
+            operand.dtype.name
+            if isinstance(operand, np.ndarray) and operand.dtype.name in NARROW
+            else self.narrow.get(name)
+            for name, operand in zip(node.input, operands, strict=True)
+        ]
+        if any(kinds) and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            raise Unsupported(f"element type {next(kind for kind in kinds if kind)}")
+        if node.op_type == "QuantizeLinear":
+            number = next((item.i for item in node.attribute if item.name == "output_dtype"), 0)
+            if kind := (kinds[2] if len(kinds) > 2 else None) or NARROW_NUMBERS.get(number):
+                self.narrow[node.output[0]] = kind
+        return kinds
 
 
 def _is_known(operands: list[Value]) -> bool:
@@ -250,6 +277,6 @@ def _attribute(item: onnx.AttributeProto) -> Any:
 
 def _tensor(array: Array) -> Tensor:
     try:
-        return torch.from_numpy(np.array(array, order="C"))
+        return torch.from_numpy(np.array(stored_as(array), order="C"))
     except TypeError as error:
         raise Unsupported(f"element type {array.dtype}") from error

@@ -5,6 +5,7 @@ Results are within one step of the output's scale of what ONNX's integer operato
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from tvmq.importer import onnx_layers
-from tvmq.importer.onnx_inputs import DTYPES, Inputs, Unsupported
+from tvmq.importer.onnx_inputs import DTYPES, NARROW, NARROW_NUMBERS, Inputs, Unsupported
 
 Array = npt.NDArray[Any]
 _qd = torch.ops.quantized_decomposed
 _STORED = (torch.int8, torch.uint8)
-# float32 counts to 2**24, and a product of two differences of bytes is at most 255**2.
-_EXACT_PRODUCTS = 2**24 // 255**2
+# float32 counts to this by ones.
+_EXACT = 2.0**24
 
 
 def table() -> dict[str, Callable[[Inputs], Any]]:
@@ -71,8 +72,17 @@ def _scalars(n: Inputs, scale: int, zero: int) -> tuple[float, int] | None:
     return None if point is None else (float(factor.item()), int(point.item()))
 
 
-def _quantize(n: Inputs, x: Tensor, scale: int, zero: int, dtype: torch.dtype, axis: int = 1, block: int = 0) -> Any:
-    low, high = _limits(dtype)
+def _quantize(
+    n: Inputs,
+    x: Tensor,
+    scale: int,
+    zero: int,
+    dtype: torch.dtype,
+    axis: int = 1,
+    block: int = 0,
+    limits: tuple[int, int] | None = None,
+) -> Any:
+    low, high = limits or _limits(dtype)
     x = x.to(torch.float32)
     known = _scalars(n, scale, zero)
     if known is not None and dtype in _STORED:
@@ -108,11 +118,15 @@ def _dequantize(n: Inputs, q: Tensor, scale: int, zero: int, axis: int = 1, bloc
 
 def _quantize_linear(n: Inputs) -> Any:
     """The element type is the zero point's, else `output_dtype`, else uint8."""
-    number = n.attr("output_dtype", 0)
+    number, limits = n.attr("output_dtype", 0), None
     dtype = n[2].dtype if n[2] is not None else DTYPES.get(number or 2)
-    if dtype is None:
-        raise Unsupported(f"element type {number}")
-    return _quantize(n, n[0], 1, 2, dtype, n.attr("axis", 1), n.attr("block_size", 0))
+    narrow = NARROW_NUMBERS.get(number) if n[2] is None else n.narrow[2]
+    if narrow is not None:
+        dtype, *bounds = NARROW[narrow]
+        limits = (bounds[0], bounds[1])
+    if dtype is None or dtype.is_floating_point:
+        raise Unsupported(f"element type {number or dtype}")
+    return _quantize(n, n[0], 1, 2, dtype, n.attr("axis", 1), n.attr("block_size", 0), limits)
 
 
 def _dequantize_linear(n: Inputs) -> Any:
@@ -146,15 +160,41 @@ def _matmul_integer(n: Inputs) -> Any:
 
 
 def _conv_integer(n: Inputs) -> Any:
-    """In float32, which holds every sum of _EXACT_PRODUCTS exactly; TVM has no wider convolution."""
-    if n[1][0].numel() > _EXACT_PRODUCTS:
-        raise Unsupported(f"more than {_EXACT_PRODUCTS} products a sum")
-    x, weight = n[0].to(torch.int32), n[1].to(torch.int32)
-    if n[2] is not None:
-        x = x - n[2].to(torch.int32).reshape(())
+    """In float32, which holds sums of integers below 2**24: of as many input channels at a time as weights allow."""
+    weight, groups = n[1].to(torch.int32), n.attr("group", 1)
     if n[3] is not None:
         weight = weight - n[3].to(torch.int32).reshape([-1, *[1] * (weight.ndim - 1)])
-    return onnx_layers.convolution(n, x.to(torch.float32), weight.to(torch.float32), None).to(torch.int32)
+    x, weight = _integers(n, 0, 2).to(torch.float32), weight.to(torch.float32)
+    grouped = x.unflatten(1, (groups, -1))
+    sums = [
+        # Rounded: the method of a convolution may leave a fraction.
+        torch.round(onnx_layers.convolution(n, grouped[:, :, part].flatten(1, 2), weight[:, part], None)).to(
+            torch.int32
+        )
+        for part in _exact_parts(n)
+    ]
+    return functools.reduce(torch.add, sums)
+
+
+def _exact_parts(n: Inputs) -> list[slice]:
+    """The channels of a weight in parts whose sums of products with differences of bytes stay below 2**24."""
+    known, point = n.known[1], None if n[3] is None else n.known[3]
+    if known is None or (n[3] is not None and point is None):
+        most = np.full(tuple(n[1].shape), 255.0)
+    else:
+        steps = known.astype(np.float64)
+        zero = 0.0 if point is None else point.astype(np.float64).reshape([-1, *[1] * (steps.ndim - 1)])
+        most = np.abs(steps - zero)
+    # Of each output and input channel.
+    sums = 255.0 * most.reshape(*most.shape[:2], -1).sum(2)
+    if sums.max(initial=0.0) >= _EXACT:
+        raise Unsupported("a window of more products than float32 sums exactly")
+    parts, start = [], 0
+    for end in range(1, sums.shape[1] + 1):
+        if end == sums.shape[1] or sums[:, start : end + 1].sum(1).max() >= _EXACT:
+            parts.append(slice(start, end))
+            start = end
+    return parts
 
 
 def _load(n: Inputs, index: int, axis: int = -1) -> Any:
