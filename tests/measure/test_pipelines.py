@@ -70,8 +70,10 @@ def test_products_of_each_instruction() -> None:
         "smlal2 v0.8h, v1.16b, v2.16b",
         "sadalp v3.4s, v0.8h",
         "sdot v0.4s, v1.16b, v2.16b",
+        "fmla v0.4s, v1.4s, v2.s[1]",
+        "fmla v0.8h, v1.8h, v2.h[1]",
     ]
-    assert [products([line]) for line in loop] == [8, 8, 0, 16]
+    assert [products([line]) for line in loop] == [8, 8, 0, 16, 4, 8]
 
 
 ROWS = [(processor, row) for processor in PROCESSORS for row in table_rows(target_of(processor).isa)]
@@ -128,6 +130,12 @@ def test_cycles_are_those_of_the_steady_state(tmp_path: Path) -> None:
         'for word; do case $word in -iterations=*) n=${word#*=};; esac; done\necho "Total Cycles:   $((100 + 3 * n))"'
     )
     assert pipelines.cycles(command(tmp_path, script), target_of("cortex-a55"), ["nop", "b .LBB0_1"]) == 3.0
+
+
+def test_the_peak_is_that_of_the_products_alone(tmp_path: Path) -> None:
+    script = "grep -q nop && exit 1; echo 'Block RThroughput: 1.5'"
+    loop = ["nop", "smull v0.8h, v1.8b, v2.8b", "sadalp v3.4s, v0.8h", "b .LBB0_1"]
+    assert pipelines.least_cycles(command(tmp_path, script), target_of("cortex-a55"), loop) == 1.5
 
 
 def test_a_processor_without_a_model(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The inner loops of ARM micro-kernels in models of processors (llvm-mca), beside their instruction alone.
 
 There is no board to measure: LLVM's scheduling models tell how many cycles a loop takes where every load hits the first
-cache level. Cycles are those of the steady state, from two numbers of iterations.
+cache level. Cycles are those of the steady state, from two numbers of iterations. The peak is that of the instruction's
+units: what a model says of products that wait for nothing.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ _MACS = {
     **dict.fromkeys(("sdot", "bfmmla"), 16),
     **dict.fromkeys(("smmla",), 32),
 }
+# What adds such products up, and belongs to them.
+_SUMS = ("sadalp",)
 
 
 @dataclass(frozen=True)
 class Row:
     """A kernel's inner loop: instructions and cycles of a turn, its multiply-accumulates, and the share of the peak.
 
-    peak: multiply-accumulates a cycle of the instruction alone, on registers.
+    peak: multiply-accumulates a cycle of the instruction alone, where none waits for another.
     """
 
     processor: str
@@ -125,10 +128,10 @@ def run(processors: Sequence[str] = PROCESSORS, progress: Callable[[str], None] 
 
 def _row(command: str, target: Target, row: VectorRow) -> Row:
     m, matmul = row.micro, whole_tiles(row, target)
-    loops = [inner_loop(assembly(code, target)) for code in (row.loop(_TURNS, 1), matmul.function)]
-    alone, whole = ((products(loop), cycles(command, target, loop)) for loop in loops)
+    alone, loop = (inner_loop(assembly(code, target)) for code in (row.loop(_TURNS, 1), matmul.function))
+    peak = products(alone) / least_cycles(command, target, alone)
     name = f"{SHORT[m.a_dtype]}-{SHORT[m.w_dtype]}-matmul-{matmul.tile}-{m.name}"
-    return Row(target.cpu, name, len(loops[1]), whole[1], whole[0], alone[0] / alone[1])
+    return Row(target.cpu, name, len(loop), cycles(command, target, loop), products(loop), peak)
 
 
 def whole_tiles(row: VectorRow, target: Target) -> Matmul:
@@ -176,25 +179,37 @@ def _innermost(lines: Sequence[str]) -> Iterator[list[str]]:
 
 def products(loop: Sequence[str]) -> int:
     """Multiply-accumulates of a loop: what its instructions say that they do."""
-    return sum(_MACS.get(line.split()[0], 0) for line in loop)
+    return sum(_MACS.get(line.split()[0], 0) * (2 if line.startswith("fmla") and ".8h" in line else 1) for line in loop)
 
 
 def cycles(command: str, target: Target, loop: Sequence[str]) -> float:
     """Cycles of a turn of `loop`, by llvm-mca. Raises DeviceError where it fails."""
-    features = ",".join(f"+{name}" for name in target.features)
-    options = [f"-mtriple={target.triple}", f"-mcpu={target.cpu}", *([f"-mattr={features}"] if features else [])]
-    first, second = (_cycles([command, *options, f"-iterations={n}"], loop) for n in _ITERATIONS)
+    first, second = (
+        _model([*_command(command, target), f"-iterations={n}"], loop, r"Total Cycles:\s+(\d+)") for n in _ITERATIONS
+    )
     return (second - first) / (_ITERATIONS[1] - _ITERATIONS[0])
 
 
-def _cycles(command: Sequence[str], loop: Sequence[str]) -> int:
+def least_cycles(command: str, target: Target, loop: Sequence[str]) -> float:
+    """Cycles that the units need for the products of `loop`. Raises DeviceError where llvm-mca fails."""
+    alone = [line for line in loop if line.split()[0] in (*_MACS, *_SUMS)]
+    return _model(_command(command, target), alone, r"Block RThroughput:\s+([\d.]+)")
+
+
+def _command(command: str, target: Target) -> list[str]:
+    features = ",".join(f"+{name}" for name in target.features)
+    return [command, f"-mtriple={target.triple}", f"-mcpu={target.cpu}", *([f"-mattr={features}"] if features else [])]
+
+
+def _model(command: Sequence[str], lines: Sequence[str], figure: str) -> float:
+    """A figure of llvm-mca's summary of instructions."""
     # A branch needs its label.
-    text = "\n".join([f"{loop[-1].split()[-1]}:", *loop, ""])
+    text = "\n".join([*(f"{line.split()[-1]}:" for line in lines[-1:] if ".LBB" in line), *lines, ""])
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    found = re.search(figure, done.stdout)
     if found is None:
         raise DeviceError(f"{command[0]} cannot model {command[2]}", seen=done.stderr.strip().split("\n")[0])
-    return int(found[1])
+    return float(found[1])
 
 
 def _mca() -> str:
