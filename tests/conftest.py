@@ -21,6 +21,7 @@ from tvm import relax
 
 from tvmq import interpret, ir
 from tvmq.deploy.emulate import EmulatedBoard, prepare
+from tvmq.graph.batches import keep_batches
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
@@ -29,7 +30,8 @@ from tvmq.model import Model, Signature, TensorSpec
 from tvmq.pipeline import compile_model, wants_integers
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.calibrate import calibrate
-from tvmq.quantize.plan import Decision, Plan, make_plan
+from tvmq.quantize.decisions import Decision
+from tvmq.quantize.plan import Plan, make_plan
 from tvmq.quantize.realize import realize
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
@@ -99,7 +101,7 @@ def make_case(torch_module: nn.Module, *shapes: tuple[int, ...], batches: int = 
     data = tuple(tuple((scale * rng.standard_normal(s)).astype(np.float32) for s in shapes) for _ in range(batches))
     program = torch_export.export(torch_module, tuple(torch.from_numpy(x) for x in data[0]))
     translation = torch_export.translate(program)
-    module = drop_transposes(to_nhwc(canonicalize(translation.module)))
+    module = drop_transposes(to_nhwc(keep_batches(canonicalize(translation.module))))
 
     def spec(expr: object, name: str) -> TensorSpec:
         return TensorSpec(name, ir.shape_of(expr), ir.dtype_of(expr))

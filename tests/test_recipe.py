@@ -82,6 +82,8 @@ def test_linear_precisions_are_for_linear_layers():
     assert recipe.precision_of("matmul", "head") == (Precision.FP32, "rule 'head'")
     assert recipe.precision_of("conv2d", "a") == (Precision.FP32, "int4-weight is for linear layers")
     assert recipe.precision_of("conv2d", "stem") == (Precision.FP32, "int8-dynamic is for linear layers")
+    assert recipe.precision_of("attention", "stem") == (Precision.INT8_DYNAMIC, "rule 'stem'")
+    assert recipe.precision_of("attention", "a") == (Precision.FP32, "int4-weight is for linear layers")
     without = Recipe(precision="int8-weight", kinds=("conv2d",))
     assert without.precision_of("matmul", "a") == (Precision.FP32, "the recipe's kinds leave out matmul")
 
@@ -167,6 +169,10 @@ def test_the_percentile_may_be_100_and_recipes_are_values():
         "avg_pool2d",
         "max_pool2d",
         "concat",
+        "attention",
+        "batch_matmul",
+        "layer_norm",
+        "softmax",
     }
 
 

@@ -20,7 +20,8 @@ from tvm import relax
 from tvmq import functions, ir, ops
 from tvmq.errors import ModelError
 from tvmq.interpret_chains import Fused, fused_convolutions
-from tvmq.quantize import groups, numerics
+from tvmq.quantize import groups, numerics, resampling
+from tvmq.quantize.attention import attention as integer_attention
 
 Array = npt.NDArray[Any]
 Value = Any  # an array, or a tuple of values
@@ -264,6 +265,15 @@ def _max_pool2d(call: Any, args: list[Array]) -> Array:
     return numerics.max_pool2d(args[0], **_only(call, "pool", "strides", "padding", "dilation"))
 
 
+def _adaptive_avg_pool2d(call: Any, args: list[Array]) -> Value:
+    pooled = numerics.adaptive_avg_pool2d(args[0], ir.shape_of(call)[1:3], **_only(call, "x_zero_point"))
+    return numerics.epilogue(pooled, args[1:], ops.epilogue_of(call))
+
+
+def _resize2d(call: Any, args: list[Array]) -> Array:
+    return resampling.bilinear(args[0], ir.shape_of(call)[1:3], ops.attributes(call)["mode"])
+
+
 def _map(call: Any, args: list[Array]) -> Value:
     result = numerics.epilogue(args[0], args[1:], ops.epilogue_of(call))
     # A bias has one element even where the tensor is a scalar.
@@ -276,16 +286,25 @@ def _concat(call: Any, args: list[Array]) -> Array:
 
 
 def _layer_norm(call: Any, args: list[Array]) -> Value:
-    x, gamma, beta = args[:3]
+    x, gamma, beta = _float_rows(call, args[0]), *args[1:3]
     result = functions.layer_norm(x, gamma, beta, epsilon=ops.attributes(call)["epsilon"])
     return numerics.epilogue(result, args[3:], ops.epilogue_of(call))
 
 
 def _softmax(call: Any, args: list[Array]) -> Value:
-    return numerics.epilogue(functions.softmax(args[0]), args[1:], ops.epilogue_of(call))
+    return numerics.epilogue(functions.softmax(_float_rows(call, args[0])), args[1:], ops.epilogue_of(call))
+
+
+def _float_rows(call: Any, x: Array) -> Array:
+    """What a row-wise operator computes on: 8-bit x as the floats that it stands for."""
+    a = ops.attributes(call)
+    return x if x.dtype.kind == "f" else numerics.dequantize(x, a["x_scale"], a["x_zero_point"])
 
 
 def _attention(call: Any, args: list[Array]) -> Value:
+    if args[0].dtype.kind in "iu":
+        result = integer_attention(*args, **_only(call, "scale", "zero_points"))
+        return numerics.epilogue(result, (), ops.epilogue_of(call))
     query, key, value = (np.swapaxes(arg, 1, 2) for arg in args)
     scores, scale = np.matmul(query, np.swapaxes(key, 2, 3)), ops.attributes(call)["scale"]
     extreme = scores.max(axis=-1, keepdims=True) if scale >= 0 else scores.min(axis=-1, keepdims=True)
@@ -300,9 +319,9 @@ def _attention(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(np.ascontiguousarray(result), (), ops.epilogue_of(call))
 
 
-def _batch_matmul(call: Any, args: list[Array]) -> Array:
-    x, y = args
-    return np.asarray(np.matmul(x, np.swapaxes(y, -1, -2) if ops.attributes(call)["transposed"] else y))
+def _batch_matmul(call: Any, args: list[Array]) -> Value:
+    product = numerics.batch_matmul(*args[:2], **_only(call, "transposed", "x_zero_point", "y_zero_point"))
+    return numerics.epilogue(product, args[2:], ops.epilogue_of(call))
 
 
 def _only(call: Any, *names: str) -> dict[str, Any]:
@@ -317,6 +336,8 @@ _TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
     "grouped_matmul": _grouped_matmul,
     "avg_pool2d": _avg_pool2d,
     "max_pool2d": _max_pool2d,
+    "adaptive_avg_pool2d": _adaptive_avg_pool2d,
+    "resize2d": _resize2d,
     "map": _map,
     "concat": _concat,
     "layer_norm": _layer_norm,

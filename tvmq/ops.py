@@ -4,11 +4,13 @@
     tvmq.matmul      (x [..., K], w [K, N], epilogue tensors...)               -> [..., N]
     tvmq.avg_pool2d  (x NHWC, epilogue tensors...)                             -> NHWC
     tvmq.max_pool2d  (x NHWC)                                                  -> NHWC
+    tvmq.adaptive_avg_pool2d  (x NHWC, epilogue tensors...)                    -> NHWC
+    tvmq.resize2d    (x NHWC, 8-bit)                                           -> NHWC
     tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
     tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
     tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
-    tvmq.attention   (q, k, v: floats of one dtype, [N, S, heads, depth])      -> [N, S, heads, depth]
-    tvmq.batch_matmul (x [..., M, K], y [..., K, N] or transposed: float32)    -> [..., M, N]
+    tvmq.attention   (q, k, v: of one dtype, [N, S, heads, depth])             -> [N, S, heads, depth]
+    tvmq.batch_matmul (x [..., M, K], y [..., K, N] or transposed, epilogue tensors...) -> [..., M, N]
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
     tvmq.dequantize_groups  (w int8 [K, N], scales [K / group, N])             -> float32 [K, N]
     tvmq.grouped_matmul  (x float32 [..., K], w, scales, epilogue tensors...)  -> [..., N]
@@ -41,6 +43,8 @@ NAMES = (
     "matmul",
     "avg_pool2d",
     "max_pool2d",
+    "adaptive_avg_pool2d",
+    "resize2d",
     "map",
     "layer_norm",
     "softmax",
@@ -65,6 +69,11 @@ class Scale:
 @dataclass(frozen=True)
 class RowScale:
     """Convert to float32 and multiply by a float32 tensor operand with one element a row: the shape without its end."""
+
+
+@dataclass(frozen=True)
+class ColumnScale:
+    """In batch_matmul: convert to float32, multiply by a float32 tensor operand with one element a column: [..., N]."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class QuantizeRows:
     dtype: str
 
 
-OperandStep = Bias | Scale | RowScale | Residual | Minus | Times
+OperandStep = Bias | Scale | RowScale | ColumnScale | Residual | Minus | Times
 Step = OperandStep | Dequantize | Multiply | Clip | Activate | Quantize | QuantizeRows
 Epilogue = tuple[Step, ...]
 
@@ -286,6 +295,25 @@ def max_pool2d(
     return _call("max_pool2d", [x], attrs, (), out_shape=out_shape, out_dtype=out_dtype)
 
 
+def adaptive_avg_pool2d(
+    x: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    x_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.adaptive_avg_pool2d`: as `avg_pool2d`, over windows from floor(i h / oh) to ceil((i + 1) h / oh)."""
+    attrs = {"x_zero_point": x_zero_point}
+    return _call("adaptive_avg_pool2d", [x, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def resize2d(x: Expr, *, mode: str, out_shape: Sequence[int]) -> Any:
+    """`tvmq.resize2d` of 8-bit x: bilinear, as `resampling.bilinear` computes it; mode: one of `resampling.MODES`."""
+    return _call("resize2d", [x], {"mode": mode}, (), out_shape=out_shape, out_dtype=str(x.ty.dtype))
+
+
 def elementwise(
     x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str
 ) -> Any:
@@ -313,23 +341,33 @@ def layer_norm(
     epilogue: Epilogue,
     *,
     epsilon: float,
+    x_scale: float = 1.0,
+    x_zero_point: int = 0,
     out_shape: Sequence[int],
     out_dtype: str,
 ) -> Any:
-    """`tvmq.layer_norm` over the last axis of float x, as `functions.layer_norm` computes it."""
-    return _call(
-        "layer_norm",
-        [x, gamma, beta, *operands],
-        {"epsilon": epsilon},
-        epilogue,
-        out_shape=out_shape,
-        out_dtype=out_dtype,
-    )
+    """`tvmq.layer_norm` over the last axis of x, as `functions.layer_norm` computes it.
+
+    8-bit x is dequantized with `x_scale` and `x_zero_point` as it is read; all arithmetic is of float32.
+    """
+    attrs = {"epsilon": epsilon, "x_scale": x_scale, "x_zero_point": x_zero_point}
+    args = [x, gamma, beta, *operands]
+    return _call("layer_norm", args, attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
-def softmax(x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str) -> Any:
-    """`tvmq.softmax` over the last axis of float x, as `functions.softmax` computes it."""
-    return _call("softmax", [x, *operands], {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+def softmax(
+    x: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    x_scale: float = 1.0,
+    x_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.softmax` over the last axis of x, as `functions.softmax` computes it; of 8-bit x see `layer_norm`."""
+    attrs = {"x_scale": x_scale, "x_zero_point": x_zero_point}
+    return _call("softmax", [x, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def attention(
@@ -339,24 +377,40 @@ def attention(
     epilogue: Epilogue = (),
     *,
     scale: float,
+    zero_points: Sequence[int] = (0, 0, 0),
     out_shape: Sequence[int],
     out_dtype: str = "float32",
 ) -> Any:
     """`tvmq.attention`: softmax(query @ key^T * scale) @ value for each head, computed in float32.
 
     On bfloat16, the powers of the softmax are rounded to it before they multiply values; their sum is of those before.
-    The epilogue has no tensor operands.
+    On 8-bit integers with `zero_points` it is what `quantize.attention` says, in units of the scale of values. The
+    epilogue has no tensor operands.
     """
-    return _call("attention", [query, key, value], {"scale": scale}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+    attrs = {"scale": scale, "zero_points": [int(zero) for zero in zero_points]}
+    return _call("attention", [query, key, value], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
-def batch_matmul(x: Expr, y: Expr, *, transposed: bool, out_shape: Sequence[int]) -> Any:
-    """`tvmq.batch_matmul`: the product of two float32 activations; transposed: y is [..., N, K].
+def batch_matmul(
+    x: Expr,
+    y: Expr,
+    operands: Sequence[Expr] = (),
+    epilogue: Epilogue = (),
+    *,
+    transposed: bool,
+    x_zero_point: int = 0,
+    y_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str = "float32",
+) -> Any:
+    """`tvmq.batch_matmul`: the product of two activations, both float32 or both 8-bit; transposed: y is [..., N, K].
 
-    Leading axes are equal, or those of one operand are all of extent 1.
+    Leading axes are equal, or those of one operand are all of extent 1. The epilogue has scales of rows and columns,
+    and steps without operands. Of integers K is `numerics.MOST_DEPTH` at most.
     """
-    attrs = {"transposed": bool(transposed)}
-    return _call("batch_matmul", [x, y], attrs, (), out_shape=out_shape, out_dtype="float32")
+    attrs = {"transposed": bool(transposed), "x_zero_point": x_zero_point, "y_zero_point": y_zero_point}
+    args = [x, y, *operands]
+    return _call("batch_matmul", args, attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
 def concat(

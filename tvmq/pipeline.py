@@ -28,6 +28,7 @@ from tvmq import interpret, ir
 from tvmq.deploy import build
 from tvmq.errors import CalibrationError, RecipeError
 from tvmq.files import atomic_write_text, require_folder
+from tvmq.graph.batches import keep_batches
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.graph.zeros import fold_zero_products
 from tvmq.importer.canonical import fold_constants
@@ -42,8 +43,9 @@ from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.calibrate import calibrate as observe
 from tvmq.quantize.data import fits, inferences
+from tvmq.quantize.decisions import Decision, float_decisions, source_decisions
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
-from tvmq.quantize.plan import Decision, Plan, float_decisions, make_plan, source_decisions
+from tvmq.quantize.plan import Plan, make_plan
 from tvmq.quantize.realize import realize
 from tvmq.quantize.refine import Samples, products_of, reshaped, unused_algorithms, with_corrected_biases
 from tvmq.quantize.simulate import simulated
@@ -322,8 +324,11 @@ def calibrate(
 
 
 def channels_last(module: tvm.IRModule) -> tvm.IRModule:
-    """Image tensors in NHWC, without the transposes that cancel or that are of constants, and products by zeros."""
-    return fold_constants(fold_zero_products(drop_transposes(to_nhwc(module))))
+    """Image tensors in NHWC, without the transposes that cancel or that are of constants, and products by zeros.
+
+    Products of matrices keep their leading axes.
+    """
+    return fold_constants(fold_zero_products(drop_transposes(to_nhwc(keep_batches(module)))))
 
 
 def wants_integers(recipe: Recipe) -> bool:

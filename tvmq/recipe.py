@@ -122,7 +122,10 @@ class WeightLevels(str, enum.Enum):
 
 
 GROUP_SIZES = (32, 64, 128)
-KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
+# Products of two activations.
+PRODUCTS = ("attention", "batch_matmul")
+DEFAULT_KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
+KINDS = (*DEFAULT_KINDS, *PRODUCTS, "layer_norm", "softmax")
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,13 @@ class Recipe:
     fewer leave integers unused (7: half of the range). power_of_two: scales that are rounded up to one. per_channel: a
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
-    operator kinds that may become integer. algorithms: what is done for accuracy; smoothing: SmoothQuant's alpha, the
-    share that goes by activations. weight_levels: weights of an fp32 model rounded to few values, a simulation of kinds
-    without kernels: see `quantize.levels`. integer_io: the bundle takes and returns int8, and the conversions are
-    apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float.
-    winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether
-    products leave out weights that are zero. rules: exceptions.
+    operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm` and
+    `softmax` have to be named here or by a rule. algorithms: what is done for accuracy; smoothing: SmoothQuant's
+    alpha, the share that goes by activations. weight_levels: weights of an fp32 model rounded to few values, a
+    simulation of kinds without kernels: see `quantize.levels`. integer_io: the bundle takes and returns int8, and the
+    conversions are apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and
+    compute in float. winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more.
+    sparse: whether products leave out weights that are zero. rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -176,7 +180,7 @@ class Recipe:
     power_of_two: PowerOfTwo = PowerOfTwo.NONE
     per_channel: bool = True
     group_size: int | None = None
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = DEFAULT_KINDS
     algorithms: tuple[Algorithm, ...] = ()
     smoothing: float = 0.5
     weight_levels: WeightLevels = WeightLevels.NONE
@@ -276,9 +280,10 @@ class Recipe:
         precision, why = self.precision, "the recipe's precision"
         if rule is not None:
             precision, why = rule.precision, f"rule {rule.match!r}"
-        if precision in LINEAR and kind != "matmul":
+        of_rows = precision is Precision.INT8_DYNAMIC and kind in PRODUCTS
+        if precision in LINEAR and kind != "matmul" and not of_rows:
             return Precision.FP32, f"{precision.value} is for linear layers"
-        integer = precision in (Precision.INT8, Precision.AUTO, *LINEAR)
+        integer = precision in (Precision.INT8, *LINEAR) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
         if rule is None and integer and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
         return precision, why

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import Case, check, conv, dynamic, floats, grouped, integers, matmul, requantize, rows, target_of, weights
-from test_attention import attention, random
+from test_attention import attention, on_integers, random
+from test_batch_matmul import integer
 from test_epilogue import a_map
 
 from tvmq import functions, ops
@@ -95,6 +96,13 @@ def row_scales() -> list[Case]:
     return [*cases, *rows("rows", x, (ops.Activate("gelu"),), keep=True, dtype="int8")]
 
 
+def activation_products() -> list[Case]:
+    shapes = [((2, 5, 9), (2, 9, 6)), ((2, 9, 8), (2, 8, 17))]
+    cases = [integer(x, y, "int8", scales=(True, False), out="int8") for x, y in shapes]
+    cases.append(integer((2, 5, 9), (2, 6, 9), "int8", transposed=True, scales=(False, True)))
+    return [*cases, on_integers(9, 7, 8, 5, "int8"), on_integers(5, 6, 7, 4, "int8")]
+
+
 def grouped_weights() -> list[Case]:
     shapes = [(bits, rows, group) for bits in (4, 8) for rows in (1, 3, 6) for group in (32, 64)]
     cases = [grouped(f"w{b}_{m}_{g}", b, (m, 64), 37, g, (ops.Bias(),)) for b, m, g in shapes]
@@ -106,7 +114,7 @@ def grouped_weights() -> list[Case]:
 def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None:
     with EmulatedBoard(board_root).start(cpu=cpu) as board:
         check([*kernels(), *float_arithmetic()], target_of(target), board)
-        check(row_scales(), target_of(target), board, exact=True)
+        check([*row_scales(), *activation_products()], target_of(target), board, exact=True)
         check(grouped_weights(), target_of(target), board)
 
 

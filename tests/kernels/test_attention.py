@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Array, Case, check, compiled, floats, module_of, run, runnable, target_of
+from harness import LEVELS as EVERY_LEVEL
+from harness import Array, Case, check, compiled, floats, integers, module_of, run, runnable, target_of
 
 from tvmq import interpret, ops
 from tvmq.deploy.build import agrees
@@ -123,3 +124,60 @@ def test_bfloat16_products_are_pairs_where_depths_are_even() -> None:
         pytest.skip("this machine has no bfloat16 products")
     assert title(8).endswith("avx512bf16")
     assert title(7).endswith("avx512")
+
+
+# --- 8-bit integers ---
+
+
+def on_integers(
+    queries: int,
+    keys: int,
+    depth: int,
+    depth_out: int,
+    dtype: str,
+    zero_points: tuple[int, int, int] = (5, -9, 13),
+    *,
+    scale: float = 2e-5,
+    heads: int = 2,
+    epilogue: ops.Epilogue = (),
+    out: str = "float32",
+) -> Case:
+    """Zero points as of int8."""
+    shapes = ((2, queries, heads, depth), (2, keys, heads, depth), (2, keys, heads, depth_out))
+    inputs = tuple(integers(shape, dtype, i) for i, shape in enumerate(shapes))
+    zeros = [zero + (128 if dtype == "uint8" else 0) for zero in zero_points]
+    shape = (*shapes[0][:3], depth_out)
+
+    def emit(*args: Any) -> Any:
+        return ops.attention(*args, epilogue, scale=scale, zero_points=zeros, out_shape=shape, out_dtype=out)
+
+    return Case(f"{queries}_{keys}_{depth}_{depth_out}_{zero_points}_{scale}_{out}", emit, inputs)
+
+
+@pytest.mark.parametrize("name", ["avx2", "host"])
+def test_integers_are_the_oracle_bit_for_bit(name: str) -> None:
+    dtype = "uint8"
+    last = (ops.Multiply(3.3), ops.Quantize(7, *numerics.INT_RANGE[dtype], dtype))
+    # One score that outweighs the others; all powers alike.
+    cases = [on_integers(7, 9, 5, 3, dtype, scale=1.0), on_integers(9, 18, 12, 7, dtype, (0, 0, 0), scale=0.0)]
+    cases.append(on_integers(20, 18, 64, 32, dtype, (-128, 127, -128), epilogue=last, out=dtype))
+    check(cases, runnable(name), exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY_LEVEL)
+def test_integers_of_every_size_are_the_oracle_bit_for_bit(name: str) -> None:
+    target = runnable(name)
+    cases = [on_integers(*sizes, target.isa.activation_dtype) for sizes in SIZES]
+    cases += [on_integers(9, 18, 12, 7, "uint8", zeros) for zeros in ((0, 0, 0), (-128, 127, -128), (127, -128, 127))]
+    check(cases, target, exact=True)
+
+
+def test_integers_are_near_floats() -> None:
+    """Powers are of 8 bits: half a step of 255 each, of a sum that is 255 at least."""
+    case = on_integers(33, 50, 16, 8, "uint8", (0, 0, 0), scale=1e-4)
+    q, k, v = (x.astype(np.float64) - 128 for x in case.inputs)
+    (got,) = interpret.run(module_of([case]), case.inputs)
+    error = np.abs(got - exactly(q, k, v, 1e-4))
+    assert error.mean() < 0.3
+    assert numerics.sqnr_db(exactly(q, k, v, 1e-4), got) > 35

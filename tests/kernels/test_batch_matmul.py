@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Case, check, floats, module_of, runnable, target_of
+from harness import LEVELS, Array, Case, check, floats, integers, module_of, runnable, target_of
 from tvm import relax
 
 import tvmq
 from tvmq import ops
 from tvmq.kernels.lower import lower
+from tvmq.quantize import numerics
 from tvmq.quantize.realize import realize
 
 SIZES = (1, 7, 8, 15, 16, 17, 31, 32, 33)
@@ -27,6 +28,88 @@ def product(x: tuple[int, ...], y: tuple[int, ...], *, transposed: bool = False)
         return ops.batch_matmul(a, b, transposed=transposed, out_shape=out)
 
     return Case(f"{x}_{y}_{transposed}", emit, (floats(x, 3), floats(y, 4)))
+
+
+def integer(
+    x: tuple[int, ...],
+    y: tuple[int, ...],
+    dtype: str,
+    zero_points: tuple[int, int] = (3, -7),
+    *,
+    transposed: bool = False,
+    scales: tuple[bool, bool] = (False, False),
+    out: str = "float32",
+    data: tuple[Array, ...] = (),
+) -> Case:
+    """A product of 8-bit integers; zero points as of int8. scales: of rows of x, and of columns of y."""
+    batch = np.broadcast_shapes(x[:-2], y[:-2])
+    columns, offset = y[-2 if transposed else -1], 128 if dtype == "uint8" else 0
+    zx, zy = (zero_point + offset for zero_point in zero_points)
+    steps: list[ops.Step] = [ops.Multiply(0.0123 / x[-1] ** 0.5)]
+    extra = []
+    both = ((ops.RowScale(), x[:-1]), (ops.ColumnScale(), (*y[:-2], columns)))
+    for (step, shape), asked in zip(both, scales, strict=True):
+        if asked:
+            steps.append(step)
+            extra.append(np.abs(floats(shape, 5)) + np.float32(0.5))
+    if out != "float32":
+        steps.append(ops.Quantize(9 + offset, *numerics.INT_RANGE[out], out))
+
+    def emit(a: Any, b: Any, *more: Any) -> Any:
+        common = {"x_zero_point": zx, "y_zero_point": zy, "out_shape": (*batch, x[-2], columns), "out_dtype": out}
+        return ops.batch_matmul(a, b, more, tuple(steps), transposed=transposed, **common)
+
+    name = f"{x}_{y}_{transposed}_{zero_points}_{scales}_{out}"
+    return Case(name, emit, (*(data or (integers(x, dtype, 3), integers(y, dtype, 4))), *extra))
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
+def test_integers_are_the_oracle(name: str) -> None:
+    cases = [integer((2, 33, 8), (2, 19, 8), "uint8", transposed=True), integer((2, 3, 7), (2, 7, 33), "uint8")]
+    cases += [integer((2, 3, 13), (2, 9, 13), "uint8", (0, 127), transposed=True, out="uint8")]
+    cases += [integer((2, 3, 2), (2, 2, 16), "uint8", (-128, 0))]
+    check(cases, runnable(name), exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEVELS)
+def test_integers_of_every_size_are_the_oracle(name: str) -> None:
+    target = runnable(name)
+    dtype = target.isa.activation_dtype
+    cases = []
+    for transposed in (False, True):
+
+        def y(k: int, n: int, turned: bool = transposed) -> tuple[int, ...]:
+            return (2, n, k) if turned else (2, k, n)
+
+        kind = {"transposed": transposed}
+        cases += [integer((2, m, 8), y(8, 19), dtype, **kind) for m in (1, 15, 33)]
+        cases += [integer((2, 3, 7), y(7, n), dtype, **kind) for n in SIZES]
+        cases += [integer((2, 3, k), y(k, 9), dtype, **kind) for k in (1, 2, 3, 4, 5, 64)]
+        cases += [integer((2, 3, 12), y(12, 9), dtype, zeros, **kind) for zeros in ((0, 0), (-128, -128), (0, 127))]
+        cases += [integer((2, 3, 12), y(12, 9), dtype, out=dtype, **kind)]
+    check(cases, target, exact=True)
+
+
+def test_scales_of_rows_and_columns() -> None:
+    every = list(itertools.product((False, True), repeat=2))
+    shapes = [((2, 3, 4, 8), (2, 3, 8, 17)), ((4, 8), (2, 8, 5)), ((2, 3, 4, 8), (8, 33)), ((1, 4, 8), (3, 8, 2))]
+    cases = [integer(*shapes[0], "uint8", scales=s) for s in every]
+    cases += [integer(x, y, "uint8", scales=(True, True), out="uint8") for x, y in shapes[1:]]
+    check(cases, runnable("avx512-vnni"), exact=True)
+
+
+@pytest.mark.parametrize("name", ["avx512-vnni"])
+def test_the_largest_sums_fit(name: str) -> None:
+    depth = numerics.MOST_DEPTH
+    shapes = ((1, 2, depth), (1, 3, depth))
+    cases = []
+    for ends in itertools.product((0, 255), repeat=2):
+        # The zero points at the other ends: every difference is 255.
+        zeros = tuple(127 if end == 0 else -128 for end in ends)
+        data = tuple(np.full(shape, end, np.uint8) for shape, end in zip(shapes, ends, strict=True))
+        cases.append(integer(*shapes, "uint8", zeros, transposed=True, data=data))
+    check(cases, runnable(name), exact=True)
 
 
 @pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni"])

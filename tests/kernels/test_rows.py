@@ -7,6 +7,7 @@ import pytest
 from harness import Case, check, dynamic, floats, integers, part, rows, runnable, weights
 
 from tvmq import functions, ir, ops
+from tvmq.quantize import numerics
 
 LEVELS = ("sse2", "avx", "avx2", "avx512-pairs", "avx512-vnni", "host")
 levels = pytest.mark.parametrize("name", LEVELS)
@@ -86,8 +87,6 @@ def test_products_of_rows_are_the_oracle(name: str) -> None:
 
 
 def test_a_product_is_scaled_by_channel_then_by_row() -> None:
-    from tvmq.quantize import numerics
-
     acc = np.array([[16777217, -3]], np.int32)
     scale, row = np.array([0.1, 0.7], np.float32), np.array([0.3], np.float32)
     steps = (ops.Scale(), ops.RowScale())
@@ -105,3 +104,33 @@ def test_every_activation_before_rows() -> None:
     x = floats((3, 37)) * np.float32(4)
     cases = [case for f in functions.ACTIVATIONS for case in rows(f, x, (ops.Activate(f),))]
     check(cases, runnable("host"), exact=True)
+
+
+@levels
+def test_norms_and_softmax_of_integers_are_the_oracle(name: str) -> None:
+    target = runnable(name)
+    dtype = target.isa.activation_dtype
+    zero_point = 133 if dtype == "uint8" else 5
+    to_integer = (ops.Multiply(37.7), ops.Quantize(zero_point, *numerics.INT_RANGE[dtype], dtype))
+    read = {"x_scale": 0.0431, "x_zero_point": zero_point}
+
+    def norm(x, steps: ops.Epilogue, out: str):
+        width = ir.shape_of(x)[-1]
+        constants = ir.constant(floats((width,), 3)), ir.constant(floats((width,), 4))
+        common = {"out_shape": ir.shape_of(x), "out_dtype": out}
+        return ops.layer_norm(x, *constants, [], steps, epsilon=1e-5, **read, **common)
+
+    def soft(x, steps: ops.Epilogue, out: str):
+        return ops.softmax(x, [], steps, **read, out_shape=ir.shape_of(x), out_dtype=out)
+
+    cases = []
+    for width in WIDTHS:
+        x = integers((3, 2, width), dtype, width)
+        for make in (norm, soft):
+            cases.append(Case(f"{make.__name__}{width}", lambda x, make=make: make(x, to_integer, dtype), (x,)))
+    x = integers((5, 33), dtype)
+    last = ops.QuantizeRows(False, 128 if dtype == "uint8" else 0, dtype)
+    for make in (norm, soft):
+        cases.append(Case(f"{make.__name__}_f", lambda x, make=make: make(x, (), "float32"), (x,)))
+        cases.append(part(f"{make.__name__}_rows", lambda x, make=make: make(x, (last,), dtype), 0, (x,)))
+    check(cases, target, exact=True)

@@ -56,7 +56,21 @@ class Frame(nn.Module):
         return self.b(functional.pad(torch.relu(self.a(x)), (2, 2, 1, 4), value=0.3))
 
 
+class Sizes(nn.Module):
+    """Bilinear resizing, and a pool whose windows differ, between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 4, H, W] -> [N, 4, 3, 4]."""
+        x = self.b(functional.interpolate(torch.relu(self.a(x)), scale_factor=2, mode="bilinear"))
+        return self.c(functional.adaptive_avg_pool2d(x, (3, 4)))
+
+
 MODELS = {
+    "sizes": (Sizes, (1, 4, 5, 7)),
     "frame": (Frame, (1, 4, 6, 5)),
     "gates": (Gates, (2, 8, 6, 5)),
     "line": (a_line, (2, 4, 14)),

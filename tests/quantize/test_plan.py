@@ -10,7 +10,8 @@ from tvm import relax
 from tvmq import ir
 from tvmq.model import Signature, TensorSpec
 from tvmq.quantize.calibrate import calibrate
-from tvmq.quantize.plan import Decision, float_decisions, make_plan
+from tvmq.quantize.decisions import Decision, float_decisions
+from tvmq.quantize.plan import make_plan
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Precision, Recipe, Rule
 
@@ -66,7 +67,8 @@ def test_a_transformer_block(model_of):
         by_kind.setdefault(d.kind, set()).add(d.reason)
     matmuls = [d for d in decisions if d.kind == "matmul"]
     assert sum(d.precision is Precision.INT8 for d in matmuls) == 6
-    assert by_kind["matmul"] == {"", "both operands are activations"}
+    assert by_kind["matmul"] == {""}
+    assert by_kind["batch_matmul"] == {"the recipe's kinds leave out batch_matmul"}
     for kind, reasons in by_kind.items():
         if kind.endswith(("layer_norm", "softmax")):
             assert "" not in reasons
@@ -229,7 +231,7 @@ class _Between(nn.Module):
         (lambda x: x + torch.softmax(x, 1), "add", "its input 'softmax"),
         (lambda x: torch.cat([x, torch.softmax(x, 1)], 1)[:, :4], "concat", "its input 'softmax"),
         (lambda x: torch.cat([x, torch.ones(1, 4, 1, 6)], 2), "concat", "float|constant"),
-        (lambda x: x @ x.transpose(2, 3), "matmul", "both operands are activations"),
+        (lambda x: x @ x.transpose(2, 3), "batch_matmul", "the recipe's kinds leave out batch_matmul"),
     ],
 )
 def test_what_stays_float_says_why(build, middle, kind, reason):

@@ -34,8 +34,8 @@ from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
 from tvmq.quantize import numerics
+from tvmq.quantize.decisions import Decision
 from tvmq.quantize.partition import Conversions
-from tvmq.quantize.plan import Decision
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
 from tvmq.target import Target, describe

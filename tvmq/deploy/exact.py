@@ -71,14 +71,14 @@ _MOVES = [
     "argsort",
 ]
 _NARROW = ("bfloat16", "int8", "uint8")
-_OURS = ("tvmq.map", "tvmq.max_pool2d", "tvmq.concat", "tvmq.layer_norm", "tvmq.softmax")
+_OURS = ("tvmq.map", "tvmq.max_pool2d", "tvmq.resize2d", "tvmq.concat", "tvmq.layer_norm", "tvmq.softmax")
 
 
 def is_exact(call: Any) -> bool:
     """Whether the result of an operator call follows from its operands bit for bit."""
     if ir.is_call(call, "tvmq.conv2d", "tvmq.matmul"):
         return ir.dtype_of(call.args[1]) == "int8"
-    if ir.is_call(call, "tvmq.avg_pool2d"):
+    if ir.is_call(call, "tvmq.avg_pool2d", "tvmq.adaptive_avg_pool2d", "tvmq.batch_matmul", "tvmq.attention"):
         return "float" not in ir.dtype_of(call.args[0])
     if ir.is_call(call, "astype"):
         return not ir.dtype_of(call).startswith(("float16", "bfloat16"))

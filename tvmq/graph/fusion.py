@@ -7,6 +7,7 @@ quantize inside one; the realizer asks again on the graph with QDQ, and gets the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,23 @@ def has_attention_kernel(call: Any) -> bool:
     return plain and ir.dtype_of(call) == "float32" and all(ir.is_static(arg) for arg in call.args)
 
 
+def has_batch_matmul_kernel(call: Any) -> bool:
+    """Whether `call` is a float32 product of two activations of which one at most is repeated along leading axes."""
+    if not ir.is_call(call, "matmul") or any(ir.is_constant(arg) for arg in call.args):
+        return False
+    if not all(ir.is_static(t) and ir.dtype_of(t) == "float32" and len(ir.shape_of(t)) > 1 for t in call.args):
+        return False
+    batches = [ir.shape_of(arg)[:-2] for arg in call.args]
+    return batches[0] == batches[1] or any(math.prod(batch) == 1 for batch in batches)
+
+
+def product_kind(call: Any) -> str | None:
+    """ "attention" or "batch_matmul", for products of activations that have a kernel; None for all else."""
+    if has_attention_kernel(call):
+        return "attention"
+    return "batch_matmul" if has_batch_matmul_kernel(call) else None
+
+
 def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
     """Whether a weight, if there is one, is a constant, or a constant behind a dequantize or a conversion."""
     if len(call.args) < 2 or ir.is_constant(call.args[1]) or not ir.is_call(call, "nn.conv2d", "matmul"):
@@ -167,7 +185,7 @@ def _is_window_mean(call: Any) -> bool:
     if str(call.attrs.layout) != "NHWC":
         return False
     if ir.is_call(call, "nn.adaptive_avg_pool2d"):
-        return all(extent % out == 0 for extent, out in zip(shape[1:3], ir.shape_of(call)[1:3], strict=True))
+        return True
     return [int(d) for d in call.attrs.dilation] == [1, 1] and not bool(call.attrs.ceil_mode)
 
 

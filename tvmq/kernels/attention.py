@@ -48,10 +48,12 @@ class Attention:
 
     def function(self) -> Any:
         """The PrimFunc: (query, key, value, out)."""
-        return builder.function(_Emitter(self).emit)
+        return builder.function(Emitter(self).emit)
 
 
-class _Emitter:
+class Emitter:
+    """Emits an `Attention`; kernels of other arithmetic say how they pack, multiply and raise to powers."""
+
     def __init__(self, kernel: Attention) -> None:
         self.k, self.m, self.lanes, self.kr = kernel, kernel.micro, kernel.micro.lanes, kernel.micro.kr
         _, self.queries, self.heads, self.depth = kernel.shape
@@ -60,6 +62,7 @@ class _Emitter:
         self.math = VectorMath(self.lanes)
 
     def emit(self, f: builder.Function) -> None:
+        """The body of the function."""
         k, n = self.k, self.k.shape[0]
         self.f = f
         self.q, self.key, self.v, out = f.arguments(
@@ -181,7 +184,7 @@ class _Emitter:
                 best = (T.max if sign > 0 else T.min)(extreme.load(v * lanes, lanes), score)
                 extreme.store(best, v * lanes, lanes)
 
-        _tiles(k.keys, k.rows, tile)
+        in_tiles(k.keys, k.rows, tile)
         return extreme
 
     def _powers(self, extreme: builder.Registers, vectors: int) -> list[Expr]:
@@ -234,7 +237,7 @@ class _Emitter:
                 at = (d + row) * self.width + v * self.lanes
                 self.sums.store(self.math.mul(acc.load(slot), inverse[v]), at, self.lanes)
 
-        _tiles(self.k.depth_out, self.k.rows, tile)
+        in_tiles(self.k.depth_out, self.k.rows, tile)
 
     def _finish(self, first: Expr, head: Expr, count: int) -> None:
         """The sums of `count` queries, through the epilogue."""
@@ -261,7 +264,7 @@ class _Emitter:
             square(tirx.const(count // lanes, "int32"), count % lanes)
 
 
-def _tiles(extent: int, most: int, run: Any) -> None:
+def in_tiles(extent: int, most: int, run: Any) -> None:
     """`run(first, rows)` for parts of 0 ... extent - 1, as equal as can be, of at most `most` rows."""
     rows = -(-extent // -(-extent // most))
     with builder.serial(extent // rows) as tile:

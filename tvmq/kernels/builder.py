@@ -287,8 +287,9 @@ def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
 class Place:
     """Where a vector of results belongs: `channel` of its first lane, `flat` index in the output, and `row`.
 
-    row: all indices but the channel, as one; for epilogues with a scale a row. narrow: how the machine quantizes a
-    vector of such sums in its own way.
+    row: all indices but the channel, as one; for epilogues with a scale a row. Of products of two activations `row` is
+    that of the first, and `channel` all indices of a column of the second. narrow: how the machine quantizes a vector
+    of such sums in its own way.
     """
 
     channel: Expr
@@ -314,7 +315,7 @@ def _with_operand(value: Expr, dtype: str, step: ops.OperandStep, operand: Reada
     match step:
         case ops.Bias():
             return value + operand.load(place.channel, lanes), dtype
-        case ops.Scale():
+        case ops.Scale() | ops.ColumnScale():
             return fenced(_to_float(value, dtype, lanes) * operand.load(place.channel, lanes), lanes), FLOAT
         case ops.RowScale():
             factor = splat(operand.load(place.row), lanes)

@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import lower_grouped, lower_matrix, lower_rest, tiles
+from tvmq.kernels import lower_grouped, lower_images, lower_matrix, lower_rest, tiles
 from tvmq.kernels.decision import Decisions, Records
 from tvmq.kernels.lowering import Lowered, Lowering
 from tvmq.recipe import Sparse
@@ -63,6 +63,8 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "grouped_matmul": lower_grouped.matmul,
     "avg_pool2d": lower_rest.pool,
     "max_pool2d": lower_rest.pool,
+    "adaptive_avg_pool2d": lower_images.adaptive_pool,
+    "resize2d": lower_images.resize,
     "map": lower_rest.elementwise,
     "concat": lower_rest.concat,
     "layer_norm": lower_rest.rowwise,

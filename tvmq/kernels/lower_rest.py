@@ -11,12 +11,15 @@ from tvmq import ir, ops
 from tvmq.kernels import builder, lookup
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.batch_matmul import BatchMatmul
-from tvmq.kernels.builder import BF16
+from tvmq.kernels.builder import BF16, FLOAT
 from tvmq.kernels.elementwise import Concat, Map
+from tvmq.kernels.integer_attention import IntegerAttention
 from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
+from tvmq.kernels.micro import Micro
 from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
 from tvmq.kernels.rowwise import Rowwise
 from tvmq.kernels.shuffles import pair_llvm
+from tvmq.quantize import numerics
 
 
 def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -100,11 +103,14 @@ def concat(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
 def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.layer_norm`, `tvmq.softmax`, and what quantizes rows."""
     kind = ir.op_name(call).removeprefix(ops.PREFIX)
-    epsilon = ops.attributes(call).get("epsilon", 0.0)
+    a = ops.attributes(call)
+    epsilon = a.get("epsilon", 0.0)
     operands = call.args[3:] if kind == "layer_norm" else call.args[1:]
     dtype, results = dtype_of(call.args[0]), ops.results(call)
     shape = ir.shape_of(call.args[0])
-    spec = Rowwise(kind, shape, dtype, tuple(results), epsilon, ops.epilogue_of(call), declared(operands))
+    integer = dtype in numerics.INT_RANGE and kind != "map"
+    read = (ops.Dequantize(a["x_scale"], a["x_zero_point"]),) if integer else ()
+    spec = Rowwise(kind, shape, dtype, read, tuple(results), epsilon, ops.epilogue_of(call), declared(operands))
     last = ops.row_quantizer(call)
     made, rows = (last.dtype, "-rows") if last else (results[0][1], "")
     title = f"{SHORT[made]}-{SHORT[dtype]}-{kind}{rows}"
@@ -118,13 +124,15 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
     target, dtype, out_dtype = lowering.target, dtype_of(query), ir.dtype_of(call)
     batch, queries, heads, depth = ir.shape_of(query)
     m, words = lowering.float, lowering.bf16.by_words()
-    if dtype == BF16 and words.product.kr > 1 and depth % words.kr == 0:
+    if dtype in numerics.INT_RANGE:
+        m = lowering.int8.by_words()
+    elif dtype == BF16 and words.product.kr > 1 and depth % words.kr == 0:
         m = words
     # Two vectors of queries leave most registers to keys, and to columns of values, which share their loads.
     vectors = min(2, -(-queries // m.lanes))
-    rows = (m.registers - vectors - 1) // vectors
+    rows = (m.registers - vectors - 1 - m.single.temporaries) // vectors
     blocks = -(-queries // (vectors * m.lanes))
-    spec = Attention(
+    common = (
         (batch, queries, heads, depth),
         ir.shape_of(key)[1],
         ir.shape_of(value)[3],
@@ -136,10 +144,15 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
         rows,
         vectors,
         _parts(batch * heads, blocks, target.cores),
-        pair_llvm(target.isa) if m.kr > 1 else "",
+        pair_llvm(target.isa) if m.w_dtype == BF16 and m.kr > 1 else "",
         builder.rounding_llvm(target.isa),
     )
-    title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
+    spec = Attention(*common)
+    if dtype in numerics.INT_RANGE:
+        query_zero, _, value_zero = ops.attributes(call)["zero_points"]
+        spec = IntegerAttention(*common, (query_zero - (128 if dtype == "uint8" else 0), value_zero))
+    multiplied = m.w_dtype if dtype in numerics.INT_RANGE else dtype
+    title = f"{SHORT[out_dtype]}-{SHORT[multiplied]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
     lowering.names[name] = title
     return lowering.call(spec, title, [query, key, value], ir.shape_of(call), out_dtype)
 
@@ -155,21 +168,50 @@ def _parts(units: int, blocks: int, cores: int) -> int:
     return next(parts for parts in range(1, blocks + 1) if busy(parts) >= min(best, 0.9))
 
 
-def batch_matmul(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
+def batch_matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.batch_matmul`: one y for all rows makes one product of them all."""
-    x, y = call.args
-    shape, m = ir.shape_of(call), lowering.float
-    transposed = ops.attributes(call)["transposed"]
+    x, y, *operands = call.args
+    a, shape, depth = ops.attributes(call), ir.shape_of(call), ir.shape_of(x)[-1]
+    dtype, zero_points = dtype_of(y), (0, 0)
+    m = lowering.float if dtype == FLOAT else lowering.int8.by_words()
     batch_x, batch_y = math.prod(ir.shape_of(x)[:-2]), math.prod(ir.shape_of(y)[:-2])
-    rows, columns, depth = shape[-2], shape[-1], ir.shape_of(x)[-1]
+    rows, columns = shape[-2], shape[-1]
+    if dtype != FLOAT:
+        x = _whole_words(lowering, state, name, x, a["x_zero_point"], m)
+        zero_points = (0 if m.widened else a["x_zero_point"], a["y_zero_point"] - (128 if dtype == "uint8" else 0))
     if batch_y == 1:
         batch_x, rows = 1, batch_x * rows
-    # Two vectors of columns leave most registers to rows, which share their loads.
+    # Two vectors of columns leave most registers to rows, which share their loads; sums of rows take one more.
     vectors = min(2, -(-columns // m.lanes))
-    most = min(rows, (m.registers - vectors - 1) // vectors)
-    tile = -(-rows // -(-rows // most))
-    shapes = (ir.shape_of(x), ir.shape_of(y), shape)
-    spec = BatchMatmul(shapes, batch_y, rows, depth, columns, batch_x < batch_y, transposed, m, tile, vectors)
-    title = f"f32-f32-batch_matmul-{tile}x{vectors * m.lanes}-{m.name}"
+    most = (m.registers - vectors - 1 - m.single.temporaries) // (vectors + bool(zero_points[1]))
+    tile = -(-rows // -(-rows // min(rows, most)))
+    spec = BatchMatmul(
+        (ir.shape_of(x), ir.shape_of(y), shape),
+        dtype,
+        a["out_dtype"],
+        batch_y,
+        rows,
+        depth,
+        columns,
+        batch_x < batch_y,
+        a["transposed"],
+        zero_points,
+        m,
+        tile,
+        vectors,
+        ops.epilogue_of(call),
+        declared(operands),
+    )
+    title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-batch_matmul-{tile}x{vectors * m.lanes}-{m.name}"
     lowering.names[name] = title
-    return lowering.call(spec, title, [x, y], shape, "float32")
+    return lowering.call(spec, title, [x, y, *lowering.lift(state, name, operands)], shape, a["out_dtype"])
+
+
+def _whole_words(lowering: Lowering, state: ir.Rewrite, name: str, x: Any, zero_point: int, m: Micro) -> Any:
+    """8-bit rows as `m` reads them: as long as whole steps are, and widened where it multiplies int16."""
+    depth = ir.shape_of(x)[-1]
+    wide = -(-depth // m.kr) * m.kr
+    if wide == depth and dtype_of(x) == m.a_dtype:
+        return x
+    image = state.emit(relax.op.reshape(x, (1, 1, math.prod(ir.shape_of(x)[:-1]), depth)), f"{name}_rows")
+    return lowering.pad(state, name, image, (0, 0, 0, 0), wide, zero_point, m.a_dtype)

@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import functions, ops
 from tvmq.functions import ROW_LANES
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, VectorMath
+from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, Readable, VectorMath
 from tvmq.kernels.pad import for_each
 from tvmq.quantize.numerics import TINY_SCALE
 
@@ -30,12 +30,14 @@ _TASKS = 16
 class Rowwise:
     """A softmax (kind "softmax"), layer norm ("layer_norm") or only an epilogue ("map") on rows, in float32.
 
-    results: (shape, dtype) of each; several where the epilogue ends in `QuantizeRows`.
+    read: the steps that make floats of elements of x, for anchors on integers. results: (shape, dtype) of each; several
+    where the epilogue ends in `QuantizeRows`.
     """
 
     kind: str
     shape: tuple[int, ...]
     dtype: str
+    read: ops.Epilogue
     results: tuple[tuple[tuple[int, ...], str], ...]
     epsilon: float
     epilogue: ops.Epilogue
@@ -51,7 +53,9 @@ class _Emitter:
         self.k, self.f, self.n = kernel, f, kernel.shape[-1]
         affine = [((self.n,), FLOAT)] * 2 if kernel.kind == "layer_norm" else []
         middle = len(affine) + len(kernel.operands)
-        self.x, *rest = f.arguments((kernel.shape, kernel.dtype), *affine, *kernel.operands, *kernel.results)
+        x, *rest = f.arguments((kernel.shape, kernel.dtype), *affine, *kernel.operands, *kernel.results)
+        self.x: Readable = _Read(x, kernel.read) if kernel.read else x
+        self.x_dtype = x.value_dtype
         self.affine, self.operands, self.results = rest[: len(affine)], rest[len(affine) : middle], rest[middle:]
         last = kernel.epilogue[-1] if kernel.epilogue else None
         self.last = last if isinstance(last, ops.QuantizeRows) else None
@@ -74,7 +78,7 @@ class _Emitter:
         elif self.k.kind == "layer_norm":
             self._finish(scratch, row, self._layer_norm(start, scratch), FLOAT)
         else:
-            self._finish(scratch, row, lambda at, lanes: self.x.load(start + at, lanes), self.x.value_dtype)
+            self._finish(scratch, row, lambda at, lanes: self.x.load(start + at, lanes), self.x_dtype)
 
     def _finish(self, scratch: Flat, row: Expr, values: Values, dtype: str) -> None:
         start = row * self.n
@@ -135,7 +139,20 @@ class _Emitter:
         return scaled
 
 
-def softmax_row(f: builder.Function, x: Flat, start: Expr, out: Flat, target: Expr, n: int) -> None:
+@dataclass(frozen=True)
+class _Read:
+    """A buffer whose elements go through steps as they are read."""
+
+    flat: Flat
+    steps: ops.Epilogue
+
+    def load(self, index: Expr, lanes: int = 1) -> Expr:
+        """The values of the `lanes` elements from `index`."""
+        value = self.flat.load(index, lanes)
+        return builder.run_epilogue(value, self.flat.value_dtype, self.steps, (), Place(index, index, lanes))
+
+
+def softmax_row(f: builder.Function, x: Readable, start: Expr, out: Flat, target: Expr, n: int) -> None:
     """`functions.softmax` of the `n` elements of `x` from `start`, into `out` from `target`; in place is fine."""
     largest = hold(f, _row_max(f, n, lambda at, lanes: x.load(start + at, lanes)))
 

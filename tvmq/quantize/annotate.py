@@ -4,7 +4,8 @@
     y = conv2d(x, w)   ->   h = astype(x, bfloat16);  d = astype(h, float32);  y = conv2d(d, astype(w_h, float32))
 
 A linear layer with dynamic precision reads rows that are quantized and dequantized (one pair for all layers that read
-the tensor); one with weight-only precision reads its input as it is, and a weight that is dequantized by groups.
+the tensor); one with weight-only precision reads its input as it is, and a weight that is dequantized by groups. What
+becomes of products of two activations, products.py tells.
 
 The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on
 the target.
@@ -22,10 +23,11 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
+from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
-from tvmq.quantize import groups, numerics, rounding, weights
-from tvmq.quantize.numerics import QParams
+from tvmq.quantize import groups, numerics, products, rounding, weights
 from tvmq.quantize.plan import Plan
+from tvmq.quantize.products import Pairs
 from tvmq.recipe import Precision, Recipe
 
 Array = npt.NDArray[Any]
@@ -34,30 +36,23 @@ Pair = Callable[[ir.Rewrite, Any, Any], Any]
 CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 
 
-def annotate(
-    module: tvm.IRModule, plan: Plan, recipe: Recipe, products: Mapping[str, Array] | None = None
-) -> tvm.IRModule:
+def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str, Array] | None = None) -> tvm.IRModule:
     """The module with a QDQ pair on each planned tensor and each planned constant weight.
 
-    products: by an anchor's name, what GPTQ wants to know of its inputs.
+    seen: by an anchor's name, what GPTQ wants to know of its inputs.
     """
-    products = products or {}
-    pairs: dict[Any, Any] = {}  # old variable -> its dequantized twin
-    rows: dict[Any, Any] = {}  # tensor -> its twin whose rows were quantized and dequantized
+    seen = seen or {}
+    twins: dict[Any, Any] = {}  # old variable -> its dequantized twin
+    pairs = Pairs()
     rounded: dict[Any, Any] = {}  # old variable -> its twin that went through bfloat16
     integer = _readers(plan, plan.integer, plan.qparams.keys())
     narrow = _readers(plan, plan.narrow, plan.stored)
     weighted = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
 
     def pair(state: ir.Rewrite, old: Any, new: Any) -> Any:
-        if old not in pairs:
-            params, name = plan.qparams[old], str(old.name)
-            scale, zero_point = _constants(params)
-            if params.limits is not None:
-                new = state.emit(relax.op.clip(new, *params.limits), f"{name}_limited")
-            q = state.emit(relax.op.quantize(new, scale, zero_point, axis=-1, out_dtype="int8"), f"{name}_q")
-            pairs[old] = state.emit(relax.op.dequantize(q, scale, zero_point, axis=-1), f"{name}_dq")
-        return pairs[old]
+        if old not in twins:
+            twins[old] = pairs.by_tensor(state, str(old.name), new, plan.qparams[old])
+        return twins[old]
 
     def through_bfloat16(state: ir.Rewrite, old: Any, new: Any) -> Any:
         if old not in rounded:
@@ -75,14 +70,16 @@ def annotate(
         chain = weighted.get(old)
         if chain is not None and chain.end in plan.integer:
             floor = weight_floor(chain, plan.qparams[chain.x].scale)
-            value_of, seen = ir.to_numpy(new.args[1]), products.get(str(old.name))
-            weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, recipe, seen)
+            value_of = ir.to_numpy(new.args[1])
+            weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, recipe, seen.get(str(old.name)))
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif old in plan.linear:
-            new = _linear(state, name, new, plan.linear[old], recipe, rows, products.get(str(old.name)))
+            new = _linear(state, name, new, plan.linear[old], recipe, pairs, seen.get(str(old.name)))
+        elif old in plan.products:
+            new = _product(state, name, value, new, plan, pairs)
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
         if old in plan.narrow and old in plan.stored:
@@ -118,33 +115,32 @@ def _linear(
     call: Any,
     precision: Precision,
     recipe: Recipe,
-    rows: dict[Any, Any],
-    products: Array | None,
+    pairs: Pairs,
+    seen: Array | None,
 ) -> Any:
-    """The matmul `call` with dynamic or weight-only precision; `rows` keeps the twins of what it reads."""
+    """The matmul `call` with dynamic or weight-only precision; `pairs` keeps the twins of what it reads."""
     x, weight = call.args[0], ir.to_numpy(call.args[1])
     if precision is Precision.INT8_DYNAMIC:
-        twin = _weight(weight, 1, 0.0, recipe, products)
-        if x not in rows:
-            rows[x] = through_rows(state, x)
-        x = rows[x]
+        twin = _weight(weight, 1, 0.0, recipe, seen)
+        x = pairs.by_row(state, x)
     else:
         bits = 4 if precision is Precision.INT4_WEIGHT else 8
         scales = groups.group_scales(weight, bits, recipe.weight_group(precision) or weight.shape[0])
-        if products is not None:
-            quantized = rounding.gptq(weight, groups.each(scales, weight), products, *groups.RANGE[bits])
+        if seen is not None:
+            quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[bits])
         else:
             quantized = groups.quantize_groups(weight, scales, bits)
         twin = ops.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
 
 
-def through_rows(state: ir.Rewrite, x: Any) -> Any:
-    """The twin of float32 x whose rows were quantized and dequantized."""
-    name = state.names.get(x) or str(x.name)
-    results = state.emit(ops.quantize_rows(x), f"{name}_rows")
-    parts = [state.emit(relax.TupleGetItem(results, i), f"{name}_{part}") for i, part in enumerate(("q", "scale"))]
-    return state.emit(ops.dequantize_rows(*parts), f"{name}_dq")
+def _product(state: ir.Rewrite, name: str, value: Any, call: Any, plan: Plan, pairs: Pairs) -> Any:
+    """The product of activations `call`, whose operands have their pairs; `value` is what it was without."""
+    static = plan.products[state.current] is Precision.INT8
+    if fusion.has_attention_kernel(value):
+        return products.attention(call) if static else products.written_out(state, name, call, pairs)
+    origins = [state.old_of.get(operand, operand) for operand in value.args]
+    return products.matmul(state, call, [plan.qparams.get(x) if static else None for x in origins], pairs)
 
 
 def weight_floor(chain: Chain, x_scale: float) -> Array:
@@ -158,7 +154,3 @@ def _weight(weight: Array, axis: int, floor: Array | float, recipe: Recipe, prod
     quantized, scales = weights.choose(weight, axis, recipe, floor=floor, products=products)
     zero_points = np.zeros(scales.shape, np.int8)
     return relax.op.dequantize(ir.constant(quantized), ir.constant(scales), ir.constant(zero_points), axis=axis)
-
-
-def _constants(params: QParams) -> tuple[Any, Any]:
-    return relax.const(params.scale, "float32"), relax.const(params.zero_point, "int8")

@@ -81,7 +81,8 @@ class ChainEpilogue:
         self.state, self.chain, self.x, self.source = state, chain, x, source
         self.out_dtype = out.dtype if out is not None else "float32"
         self.out = out if out is not None and out.is_integer else None
-        integers = x if x is not None and x.is_integer else None
+        # Row-wise anchors make floats of what they read.
+        integers = x if x is not None and x.is_integer and chain.kind not in fusion.FLOAT_ANCHORS else None
         self.steps: list[ops.Step] = []
         self.operands: list[Any] = []
         self.followers = list(chain.followers)

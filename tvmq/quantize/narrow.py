@@ -16,6 +16,7 @@ import tvm
 
 from tvmq import ir
 from tvmq.graph.fusion import Chain
+from tvmq.quantize import resampling
 
 # Operators that move elements, and so have the dtype of what they read.
 MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice", "nn.pad")
@@ -112,7 +113,9 @@ def no_stored_form(call: Any, *, integer: bool) -> str | None:
     if ir.is_call(call, "nn.pad") and not integer and float(call.attrs.pad_value) != 0.0:
         return "pads with another value than zero"
     if ir.is_call(call, "image.resize2d") and str(call.attrs.method) != "nearest_neighbor":
-        return "interpolates: no integer or bfloat16 kernel"
+        bilinear = str(call.attrs.method) == "linear" and str(call.attrs.layout) == "NHWC"
+        if not (integer and bilinear and str(call.attrs.coordinate_transformation_mode) in resampling.MODES):
+            return f"interpolates ({call.attrs.method}): no {'integer' if integer else 'bfloat16'} kernel"
     if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
         return "max pooling in this layout or with ceil_mode has no kernel"
     return None

@@ -30,6 +30,9 @@ INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
 BIAS_LIMIT = 2**30
 # Below this a scale's reciprocal nears the end of float32.
 TINY_SCALE = 1e-30
+# Products of two activations with zero points are four sums, of magnitude 255 * 128 * K each at most, in 32 bits:
+# 2**31 / (4 * 255 * 128) = 16448.
+MOST_DEPTH = 2**14
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,14 @@ def matmul(x: Array, weight: Array, *, x_zero_point: int = 0) -> Array:
     return _narrow(wide @ weight.astype(wide.dtype), x)
 
 
+def batch_matmul(
+    x: Array, y: Array, *, transposed: bool = False, x_zero_point: int = 0, y_zero_point: int = 0
+) -> Array:
+    """The products of matrices `x - x_zero_point` and `y - y_zero_point`, int32 for integers, float32 for floats."""
+    y = np.swapaxes(y, -1, -2) if transposed else y
+    return _narrow(np.asarray(np.matmul(_wide(x, x_zero_point), _wide(y, y_zero_point))), x)
+
+
 def avg_pool2d(
     x: Array,
     *,
@@ -206,6 +217,21 @@ def avg_pool2d(
     ones = np.ones((1, *x.shape[1:3], 1))
     counted = windows(ones, pool, pad_value=1.0 if count_include_pad else 0.0, **geometry).sum(axis=(3, 4))
     return np.asarray(total * reciprocal(counted), F32)
+
+
+def adaptive_avg_pool2d(x: Array, output: Sequence[int], *, x_zero_point: int = 0) -> Array:
+    """As `avg_pool2d`, over windows from floor(i h / oh) to ceil((i + 1) h / oh), and likewise across."""
+    rows, columns = (adaptive_windows(*sizes) for sizes in zip(x.shape[1:3], output, strict=True))
+    wide = _wide(x, x_zero_point)
+    sums = [[wide[:, top:bottom, left:right].sum(axis=(1, 2)) for left, right in columns] for top, bottom in rows]
+    counts = np.array([[(bottom - top) * (right - left) for left, right in columns] for top, bottom in rows])
+    total = _narrow(np.moveaxis(np.array(sums), 2, 0), x).astype(F32)
+    return np.asarray(total * reciprocal(counts)[:, :, None], F32)
+
+
+def adaptive_windows(extent: int, output: int) -> list[tuple[int, int]]:
+    """The windows that an adaptive pool has along one axis: the first element of each, and the one after its last."""
+    return [(i * extent // output, -(-(i + 1) * extent // output)) for i in range(output)]
 
 
 def max_pool2d(
@@ -251,6 +277,8 @@ def _with_operand(v: Array, step: ops.OperandStep, operand: Array) -> Array:
             return v.astype(F32) * np.asarray(operand, F32)
         case ops.RowScale():
             return v.astype(F32) * np.asarray(operand, F32)[..., None]
+        case ops.ColumnScale():
+            return v.astype(F32) * np.asarray(operand, F32)[..., None, :]
         case ops.Minus():
             return v - operand
         case ops.Residual(scale, zero_point):

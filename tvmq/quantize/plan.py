@@ -2,7 +2,8 @@
 
 Convolutions and matmuls with constant weights pull their inputs into int8. Everything else (adds, pools, activations,
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
-Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone.
+Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone. Products of
+two activations pull both into int8 where a recipe asks for it.
 What is to be bfloat16 is decided in narrow.py, and what `auto` asks for in auto.py.
 """
 
@@ -14,28 +15,19 @@ from typing import Any
 
 import tvm
 
-from tvmq import ir, ops
+from tvmq import ir
 from tvmq.errors import RecipeError
-from tvmq.graph.fusion import FLOAT_ANCHORS, Chain, find_chains, has_attention_kernel
-from tvmq.quantize import auto
+from tvmq.graph.fusion import Chain, find_chains, product_kind
+from tvmq.quantize import auto, numerics, products
 from tvmq.quantize.auto import Rates
+from tvmq.quantize.decisions import Decision, kind_of
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import LINEAR, Precision, Recipe
+from tvmq.recipe import DEFAULT_KINDS, KINDS, LINEAR, Precision, Recipe
 
 # Operators whose result holds elements of their input only, so that both have one range.
 PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was decided for one operator: the variable of its result, its kind, its precision, and why."""
-
-    name: str
-    kind: str
-    precision: Precision
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,8 @@ class Plan:
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
     `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16. `linear`: anchors of linear
-    layers with dynamic or weight-only precision. `unused`: the patterns of rules that name no operator.
+    layers with dynamic or weight-only precision. `products`: products of two activations, and attentions, with int8
+    or int8-dynamic. `unused`: the patterns of rules that name no operator.
     """
 
     chains: tuple[Chain, ...]
@@ -54,6 +47,7 @@ class Plan:
     narrow: frozenset[Any]
     stored: frozenset[Any]
     linear: Mapping[Any, Precision]
+    products: Mapping[Any, Precision]
     decisions: tuple[Decision, ...]
     unused: tuple[str, ...] = ()
 
@@ -92,6 +86,7 @@ class _Planner:
         self.wanted: set[Any] = set()
         self.asked: set[Any] = set()  # for bfloat16
         self.linear: dict[Any, Precision] = {}
+        self.products: dict[Any, Precision] = {}
         self.decisions: dict[Any, Decision] = {}
         self.counts: dict[str, int] = {}  # operators of each kind so far
         self.names: set[str] = set()  # of everything that rules may name
@@ -111,13 +106,13 @@ class _Planner:
         qparams = {var: self.entries[str(source[var].name)].qparams for var in wanted}
         produced = frozenset(var for var in self.wanted if var in self.integer)
         integer, decisions = frozenset(self.integer), tuple(self.decisions.values())
-        narrow_sets = narrowed.computed, narrowed.stored
+        narrow_sets, linear = (narrowed.computed, narrowed.stored), (self.linear, self.products)
         unused = tuple(rule.match for rule in self.recipe.rules if not rule.matches(*self.names))
-        return Plan(tuple(self.chains), qparams, integer, produced, *narrow_sets, self.linear, decisions, unused)
+        return Plan(tuple(self.chains), qparams, integer, produced, *narrow_sets, *linear, decisions, unused)
 
     def _decide(self, var: Any, call: Any) -> None:
         chain = self.chain_of_end.get(var)
-        kind = chain.kind if chain else ir.op_name(call)
+        kind = chain.kind if chain else kind_of(call)
         precision, why = self._asked(chain, var, call)
         if precision is Precision.BF16:
             self.asked.add(var)
@@ -126,10 +121,13 @@ class _Planner:
         if chain is not None and precision in LINEAR:
             self._decide_linear(chain, precision)
             return
+        if chain is None and product_kind(call) and precision in (Precision.INT8, Precision.INT8_DYNAMIC):
+            self._decide_product(var, kind, call, precision)
+            return
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
-            reason = "both operands are activations" if two else "no integer or bfloat16 kernel for this operator"
-            self._note(var, kind, Precision.FP32, reason)
+            missing = "both operands are activations" if two else "no integer or bfloat16 kernel for this operator"
+            self._note(var, kind, Precision.FP32, why or missing)
             return
         declined = why if precision is Precision.FP32 else None
         if declined is None:
@@ -147,26 +145,31 @@ class _Planner:
             if self.rates is None:
                 raise RecipeError("recipe: precision auto", expected="a target to estimate times for", seen="none")
             activations = chain.activations if chain is not None else _tensors(call)
-            return auto.choose(chain, [self._made(x) for x in activations], self.rates, self.allowed)
+            # What becomes integer only where a recipe names it has no estimates.
+            kind = chain.kind if chain is not None else product_kind(call)
+            allowed = self.allowed - {Precision.INT8} if kind in KINDS[len(DEFAULT_KINDS) :] else self.allowed
+            return auto.choose(chain, [self._made(x) for x in activations], self.rates, allowed)
         return precision, why if precision is Precision.FP32 else ""
 
     def _made(self, x: Any) -> Precision:
         """What makes the elements of an activation, as far as is decided; moves keep what they read."""
         while ir.is_call(self.values.get(x), *MOVES):
             x = self.values[x].args[0]
-        return self.decisions[x].precision if x in self.decisions else Precision.FP32
+        made = self.decisions[x].precision if x in self.decisions else Precision.FP32
+        return Precision.FP32 if made in LINEAR else made
 
     def _recipe_precision(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         if chain is not None:
             members = [str(member.name) for member in chain.members]
             shape = ir.shape_of(chain.call.args[1] if chain.kind in ("conv2d", "matmul") else chain.call)
             return self._recipe_precision_of(chain.kind, shape, members)
-        kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call))
-        if has_attention_kernel(call):
-            kind = "attention"
+        kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call)) or product_kind(call)
         if kind is None:
             return None, ""
-        return self._recipe_precision_of(kind, ir.shape_of(call), [str(var.name)])
+        precision, why = self._recipe_precision_of(kind, ir.shape_of(call), [str(var.name)])
+        # There is no bfloat16 kernel for such products.
+        wide = kind == "batch_matmul" and precision in (Precision.BF16, Precision.AUTO)
+        return (None, "") if wide else (precision, why)
 
     def _recipe_precision_of(self, kind: str, shape: tuple[int, ...], variables: list[str]) -> tuple[Precision, str]:
         index = self.counts.get(kind, 0)
@@ -186,10 +189,25 @@ class _Planner:
         self.linear[chain.anchor] = precision
         self._note(chain.end, chain.kind, precision, "")
 
+    def _decide_product(self, var: Any, kind: str, call: Any, precision: Precision) -> None:
+        """A product of activations: a static one reads integers whoever made them, but of softmax rows with scales."""
+        chains = [self.chain_of_end.get(operand) for operand in call.args]
+        needed = [x for x, chain in zip(call.args, chains, strict=True) if chain is None or chain.kind != "softmax"]
+        static = precision is Precision.INT8
+        declined = next((missing for x in needed if static and (missing := self._missing(x))), None)
+        if products.depth_of(call) > numerics.MOST_DEPTH:
+            declined = f"sums of {products.depth_of(call)} products may not fit 32 bits"
+        if declined is not None:
+            self._note(var, kind, Precision.FP32, declined)
+            return
+        self.products[var] = precision
+        if static:
+            self.wanted.update(needed)
+            self.integer.add(var)
+        self._note(var, kind, precision, "")
+
     def _chain_reason(self, chain: Chain) -> str | None:
         """Why a chain stays float; None where it becomes integer (and then its inputs are wanted)."""
-        if chain.kind in FLOAT_ANCHORS:
-            return "no integer or bfloat16 kernel for this operator"
         # A convolution reads its input as integers whoever made it; other kinds only what is integer already.
         anchored = chain.kind in ("conv2d", "matmul")
         needed = [chain.x] if anchored else chain.activations
@@ -238,13 +256,13 @@ class _Planner:
 
         Returns, for each wanted variable, the one whose range it shares.
         """
-        values = dict(ir.bindings(self.module))
+        values, computing = self.values, {*self.chain_of_end, *self.products}
         for var, _ in reversed(list(ir.calls(self.module))):
-            if var in self.wanted and var in self.integer and var not in self.chain_of_end:
+            if var in self.wanted and var in self.integer and var not in computing:
                 self.wanted.update(ir.operands(values[var]))
         # A pass-through operator whose result nobody wants as integers is better done in float, next to its reader.
         for var, _ in ir.calls(self.module):
-            if var in self.integer and var not in self.chain_of_end and var not in self.wanted:
+            if var in self.integer and var not in computing and var not in self.wanted:
                 self.integer.discard(var)
                 self._renote(var, Precision.FP32, "nobody reads its result as integers")
         source: dict[Any, Any] = {var: var for var in self.wanted}
@@ -269,49 +287,3 @@ def _tensors(call: Any) -> list[Any]:
 
 def _name(var: Any) -> str:
     return repr(str(var.name))
-
-
-def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
-    """The decisions for a module that its source quantized: what reads or makes quantized tensors only is integer."""
-    chains = {chain.end: chain for chain in find_chains(module)}
-    inside = {member for chain in chains.values() for member in chain.members[:-1]}
-    values = dict(ir.bindings(module))
-    found = []
-    for var, call in ir.calls(module):
-        if var in inside or ir.is_call(call, "quantize", "dequantize", "tvmq.dequantize_groups"):
-            continue
-        chain = chains.get(var)
-        tensors = chain.activations if chain else list(ir.operands(call))
-        if ops.is_row_quantizer(call) or ops.is_row_dequantizer(call):
-            continue
-        precision = Precision.FP32
-        if chain is not None and ops.is_row_dequantizer(values.get(chain.x)):
-            precision = Precision.INT8_DYNAMIC
-        elif chain is not None and ir.is_call(weight := values.get(chain.call.args[-1]), "tvmq.dequantize_groups"):
-            precision = Precision.INT4_WEIGHT if ops.attributes(weight)["bits"] == 4 else Precision.INT8_WEIGHT
-        elif tensors and all(ir.is_call(values.get(tensor), "dequantize") for tensor in tensors):
-            precision = Precision.INT8
-        reason = "its source reads floats here" if precision is Precision.FP32 else "quantized by its source"
-        found.append(Decision(str(var.name), chain.kind if chain else ir.op_name(call), precision, reason))
-    return tuple(found)
-
-
-def float_decisions(module: tvm.IRModule, reason: str, weighted: str | None = None) -> tuple[Decision, ...]:
-    """The decisions for a module that stays float: one an operator that becomes a kernel.
-
-    weighted: what else there is to say of convolutions and linear layers.
-    """
-    both = f"{reason}; {weighted}" if weighted else reason
-    chains = find_chains(module)
-    inside = {member for chain in chains for member in chain.members[:-1]}
-    kinds = {chain.end: chain.kind for chain in chains}
-    return tuple(
-        Decision(
-            str(var.name),
-            kinds.get(var, ir.op_name(call)),
-            Precision.FP32,
-            both if kinds.get(var) in ("conv2d", "matmul") else reason,
-        )
-        for var, call in ir.calls(module)
-        if var not in inside
-    )

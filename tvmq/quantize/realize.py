@@ -13,7 +13,6 @@ read and make. 8-bit activations are stored as `storage` asks ("int8", or
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from tvmq.quantize.annotate import CHANNEL_AXIS
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
 from tvmq.quantize.narrow import no_stored_form
 from tvmq.quantize.plan import PASS_THROUGH
+from tvmq.quantize.realize_products import Products
 
 Array = npt.NDArray[Any]
 
@@ -63,6 +63,8 @@ class _Realizer:
         self.readers = ir.users(module)
         self.chain_of_end = {chain.end: chain for chain in find_chains(module)}
         self.inside = {m for chain in self.chain_of_end.values() for m in chain.members[:-1]}
+        chained = {*self.chain_of_end, *self.inside}
+        self.products = Products(self.values, self.readers, chained, self._source, self._source_rows)
         self.stored: dict[Any, Stored] = {}  # old variable of a quantize or a rounding -> what stands for it
         self.rows: dict[Any, Any] = {}  # old variable of quantized rows -> (q, scales) of the kernel that makes them
 
@@ -79,10 +81,10 @@ class _Realizer:
             return self._load(old, value)
         if ir.is_call(value, "tvmq.map"):
             return self._quantize_rows(old, value)
-        if fusion.has_attention_kernel(value):
-            return self._attention(state, self.values[old], None)
-        if ir.is_call(value, "matmul") and old not in self.chain_of_end:
-            return self._two_activations(state, self.values[old])
+        if self.products.is_scaled(old):
+            return None
+        if (product := self.products.of(state, old, None)) is not None:
+            return product
         if (
             ir.is_call(value, "nn.max_pool2d")
             and ir.dtype_of(value) == "float32"
@@ -138,9 +140,7 @@ class _Realizer:
             return self._pass_through(call, out)
         if ir.is_call(call, "concat"):
             return self._concat(call, out)
-        if call is not None and fusion.has_attention_kernel(call) and not out.is_integer:
-            return self._attention(state, call, out)
-        return None
+        return self.products.of(state, var, out)
 
     def _source(self, var: Any) -> Stored | None:
         """The stored tensor whose float32 values an old variable holds; None where it was float32 all along."""
@@ -184,8 +184,6 @@ class _Realizer:
     def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None, tail: ops.QuantizeRows | None = None) -> Any:
         """One tvmq operator for `chain`, stored as `out` or `tail` asks, or float32 where both are None."""
         x = self._source(chain.x)
-        if chain.kind in fusion.FLOAT_ANCHORS and x is not None and x.is_integer:
-            x = None
         weight = None
         if chain.kind in CHANNEL_AXIS:
             weight = self._weight(chain)
@@ -241,11 +239,15 @@ class _Realizer:
             return ops.grouped_matmul(operand, weight.value, scales, operands, steps, bits=bits, **common)
         if weight is not None:
             return ops.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)
-        if chain.kind == "layer_norm":
+        if chain.kind in fusion.FLOAT_ANCHORS:
+            if x is not None and x.is_integer:
+                common |= {"x_scale": x.scale, "x_zero_point": zero}
+            if chain.kind == "softmax":
+                return ops.softmax(operand, operands, steps, **common)
             gamma, beta = chain.call.args[1:]
             return ops.layer_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
-        if chain.kind == "softmax":
-            return ops.softmax(operand, operands, steps, **common)
+        if chain.kind == "avg_pool2d" and _is_uneven(chain.call):
+            return ops.adaptive_avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         if chain.kind == "avg_pool2d":
             return ops.avg_pool2d(operand, operands, steps, x_zero_point=zero, **_window(chain.call), **common)
         return ops.elementwise(operand, operands, steps, **common)
@@ -258,6 +260,9 @@ class _Realizer:
             return None
         if ir.is_call(call, "nn.max_pool2d"):
             return _max_pool(call, x.var, out.dtype)
+        if ir.is_call(call, "image.resize2d") and str(call.attrs.method) == "linear":
+            mode = str(call.attrs.coordinate_transformation_mode)
+            return ops.resize2d(x.var, mode=mode, out_shape=ir.shape_of(call))
         if ir.is_call(call, "nn.pad"):
             value = out.element(float(call.attrs.pad_value)) if out.is_integer else 0.0
             return relax.op.nn.pad(x.var, call.attrs.pad_width, "constant", value)
@@ -273,34 +278,6 @@ class _Realizer:
         axis = int(call.attrs.axis) % len(ir.shape_of(call))
         return ops.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
 
-    def _attention(self, state: ir.Rewrite, call: Any, out: Stored | None) -> Any:
-        """`tvmq.attention` for an old call: on bfloat16 where all three operands are stored so."""
-        sources = [self._source(arg) for arg in call.args]
-        args = [source.var for source in sources if source is not None and not source.is_integer]
-        if len(args) < len(sources):
-            args = [state.new_of.get(arg, arg) for arg in call.args]
-        depth = ir.shape_of(call.args[0])[3]
-        scale = float(np.float32(depth**-0.5)) if call.attrs.scale is None else float(call.attrs.scale)
-        out_dtype = out.dtype if out is not None else "float32"
-        return ops.attention(*args, scale=scale, out_shape=ir.shape_of(call), out_dtype=out_dtype)
-
-    def _two_activations(self, state: ir.Rewrite, call: Any) -> Any:
-        """`tvmq.batch_matmul` for a float32 product of two activations; None for others, and where both broadcast."""
-        if not all(ir.is_static(t) and ir.dtype_of(t) == "float32" and len(ir.shape_of(t)) > 1 for t in call.args):
-            return None
-        if any(ir.is_constant(arg) for arg in call.args):
-            return None
-        batches = [ir.shape_of(arg)[:-2] for arg in call.args]
-        if batches[0] != batches[1] and all(math.prod(batch) != 1 for batch in batches):
-            return None
-        x, y = call.args
-        source: Any = self.values.get(y)
-        transposed = source is not None and ir.is_call(source, "permute_dims") and _swaps_last_two(source)
-        if transposed:
-            y = source.args[0]
-        x, y = (state.new_of.get(operand, operand) for operand in (x, y))
-        return ops.batch_matmul(x, y, transposed=transposed, out_shape=ir.shape_of(call))
-
     def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
         if x.like(out):
             return ()
@@ -314,10 +291,11 @@ def _stores(call: Any) -> bool:
     return ir.is_call(call, "quantize")
 
 
-def _swaps_last_two(call: Any) -> bool:
-    ndim = len(ir.shape_of(call))
-    axes = list(range(ndim))[::-1] if call.attrs.axes is None else [int(axis) % ndim for axis in call.attrs.axes]
-    return axes == [*range(ndim - 2), ndim - 1, ndim - 2]
+def _is_uneven(call: Any) -> bool:
+    """Whether a window mean has windows of several sizes."""
+    if not ir.is_call(call, "nn.adaptive_avg_pool2d"):
+        return False
+    return any(n % m for n, m in zip(ir.shape_of(call.args[0])[1:3], ir.shape_of(call)[1:3], strict=True))
 
 
 def _window(call: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tvm import relax
 
 from tvmq import ir
 from tvmq.quantize import weight_only
-from tvmq.quantize.annotate import through_rows
+from tvmq.quantize.products import through_rows
 
 Array = npt.NDArray[Any]
 _RANGES = ((-128, 127), (-127, 127), (0, 255))

@@ -1,0 +1,73 @@
+"""What was decided for each operator: its kind, its precision, and why; also of models that nothing is planned for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+from tvmq import ir, ops
+from tvmq.graph.fusion import find_chains, has_batch_matmul_kernel
+from tvmq.recipe import Precision
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for one operator: the variable of its result, its kind, its precision, and why."""
+
+    name: str
+    kind: str
+    precision: Precision
+    reason: str
+
+
+def kind_of(call: Any) -> str:
+    """The kind of an operator that is no chain."""
+    return "batch_matmul" if has_batch_matmul_kernel(call) else ir.op_name(call)
+
+
+def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
+    """The decisions for a module that its source quantized: what reads or makes quantized tensors only is integer."""
+    chains = {chain.end: chain for chain in find_chains(module)}
+    inside = {member for chain in chains.values() for member in chain.members[:-1]}
+    values = dict(ir.bindings(module))
+    found = []
+    for var, call in ir.calls(module):
+        if var in inside or ir.is_call(call, "quantize", "dequantize", "tvmq.dequantize_groups"):
+            continue
+        chain = chains.get(var)
+        tensors = chain.activations if chain else list(ir.operands(call))
+        if ops.is_row_quantizer(call) or ops.is_row_dequantizer(call):
+            continue
+        precision = Precision.FP32
+        if chain is not None and ops.is_row_dequantizer(values.get(chain.x)):
+            precision = Precision.INT8_DYNAMIC
+        elif chain is not None and ir.is_call(weight := values.get(chain.call.args[-1]), "tvmq.dequantize_groups"):
+            precision = Precision.INT4_WEIGHT if ops.attributes(weight)["bits"] == 4 else Precision.INT8_WEIGHT
+        elif tensors and all(ir.is_call(values.get(tensor), "dequantize") for tensor in tensors):
+            precision = Precision.INT8
+        reason = "its source reads floats here" if precision is Precision.FP32 else "quantized by its source"
+        found.append(Decision(str(var.name), chain.kind if chain else kind_of(call), precision, reason))
+    return tuple(found)
+
+
+def float_decisions(module: tvm.IRModule, reason: str, weighted: str | None = None) -> tuple[Decision, ...]:
+    """The decisions for a module that stays float: one an operator that becomes a kernel.
+
+    weighted: what else there is to say of convolutions and linear layers.
+    """
+    both = f"{reason}; {weighted}" if weighted else reason
+    chains = find_chains(module)
+    inside = {member for chain in chains for member in chain.members[:-1]}
+    kinds = {chain.end: chain.kind for chain in chains}
+    return tuple(
+        Decision(
+            str(var.name),
+            kinds.get(var) or kind_of(call),
+            Precision.FP32,
+            both if kinds.get(var) in ("conv2d", "matmul") else reason,
+        )
+        for var, call in ir.calls(module)
+        if var not in inside
+    )
