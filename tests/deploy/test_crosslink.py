@@ -23,6 +23,7 @@ ELF = {
     "x86_64-linux-gnu.2.28": (2, 62),
     "aarch64-linux-gnu.2.28": (2, 183),
     "arm-linux-gnueabihf.2.28": (1, 40),
+    "riscv64-linux-gnu.2.31": (2, 243),
 }
 LLVM_TARGETS = {
     "x86_64-linux-gnu.2.28": {"kind": "llvm", "mtriple": "x86_64-linux-gnu"},
@@ -33,6 +34,7 @@ LLVM_TARGETS = {
         "mattr": ["+neon"],
         "mfloat-abi": "hard",
     },
+    "riscv64-linux-gnu.2.31": {"kind": "llvm", "mtriple": "riscv64-linux-gnu", "mcpu": "sifive-u74"},
 }
 
 

@@ -1,15 +1,14 @@
-/* Calls compiled kernels without TVM's runtime: call_kernels MEMORY PLAN.
+/* Calls compiled kernels without TVM's runtime, and without a C library, which zig would have to build first.
  *
- * MEMORY has the bytes of all tensors, and is rewritten after the calls. PLAN has a line a call: the kernel's number and
- * how many tensors it takes, then of each DLPack's type code, its bits, where it starts in MEMORY, how many extents it
- * has, and these. KERNELS, of the command line, is KERNEL(name) of each kernel. Below is what their objects ask for.
+ * It reads whole numbers of 64 bits: how many calls there are, and how many bytes all tensors take. Then, of each call,
+ * the kernel's number and how many tensors it takes, and of each of these DLPack's type code, its bits, where it starts,
+ * how many extents it has, and the extents. Then the tensors' bytes, which it writes after the calls. KERNELS, of the
+ * command line, is KERNEL(name) of each kernel.
  */
-#include <inttypes.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <tvm/ffi/c_api.h>
 
-enum { MOST_TENSORS = 16, MOST_EXTENTS = 8, ALIGNMENT = 64 };
+enum { MOST_TENSORS = 16, MOST_EXTENTS = 8, MOST_BYTES = 1 << 25 };
+enum { INPUT, OUTPUT, ERRORS };
 
 #define KERNEL(name) int __tvm_ffi_##name(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 KERNELS
@@ -20,7 +19,53 @@ static const struct {
   int (*call)(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
 } kernels[] = {KERNELS};
 
-/* ---- what TVM's runtime has ---- */
+static char memory[MOST_BYTES] __attribute__((aligned(64)));
+static char workspace[MOST_BYTES] __attribute__((aligned(64)));
+static size_t taken;
+
+/* ---- Linux ---- */
+
+#if defined(__arm__)
+enum { READ = 3, WRITE = 4, EXIT = 248 };
+static long ask(long number, long a, long b, long c) {
+  register long r0 __asm__("r0") = a, r1 __asm__("r1") = b, r2 __asm__("r2") = c, r7 __asm__("r7") = number;
+  __asm__ volatile("svc 0" : "+r"(r0) : "r"(r1), "r"(r2), "r"(r7) : "memory");
+  return r0;
+}
+#elif defined(__riscv)
+enum { READ = 63, WRITE = 64, EXIT = 94 };
+static long ask(long number, long a, long b, long c) {
+  register long a0 __asm__("a0") = a, a1 __asm__("a1") = b, a2 __asm__("a2") = c, a7 __asm__("a7") = number;
+  __asm__ volatile("ecall" : "+r"(a0) : "r"(a1), "r"(a2), "r"(a7) : "memory");
+  return a0;
+}
+#endif
+
+static void stop(int code) {
+  for (;;) ask(EXIT, code, 0, 0);
+}
+
+static void move(long how, int file, char* bytes, size_t size) {
+  while (size > 0) {
+    long moved = ask(how, file, (long)bytes, (long)size);
+    if (moved <= 0) stop(2);
+    bytes += moved, size -= (size_t)moved;
+  }
+}
+
+static void say(const char* text) {
+  size_t size = 0;
+  while (text != NULL && text[size] != '\0') size++;
+  move(WRITE, ERRORS, (char*)text, size);
+}
+
+static int64_t next(void) {
+  int64_t value;
+  move(READ, INPUT, (char*)&value, sizeof(value));
+  return value;
+}
+
+/* ---- what objects ask of TVM's runtime, and of the C library that zig has no part of ---- */
 
 typedef struct {
   void* sync;
@@ -40,22 +85,22 @@ static int launch(task run, void* data, int tasks) {
 
 static void* allocate(int device, int id, uint64_t size, int code, int bits) {
   (void)device, (void)id, (void)code, (void)bits;
-  void* made = NULL;
-  return posix_memalign(&made, ALIGNMENT, (size_t)size) == 0 ? made : NULL;
+  size_t start = taken;
+  taken += ((size_t)size + 63) / 64 * 64;
+  return taken <= sizeof(workspace) ? workspace + start : NULL;
 }
 
 static int release(int device, int id, void* made) {
-  (void)device, (void)id;
-  free(made);
+  (void)device, (void)id, (void)made; /* all of it is free when the kernel is done */
   return 0;
 }
 
-static void raised(const char* kind, const char* message) { fprintf(stderr, "%s: %s\n", kind, message); }
+static void raised(const char* kind, const char* message) { say(kind), say(": "), say(message), say("\n"); }
 
 void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** parts, int32_t count) {
-  fprintf(stderr, "%s: ", kind);
-  for (int32_t i = 0; i < count; i++) fputs(parts[i] != NULL ? parts[i] : "", stderr);
-  fputc('\n', stderr);
+  say(kind), say(": ");
+  for (int32_t i = 0; i < count; i++) say(parts[i]);
+  say("\n");
 }
 
 /* Objects read these from variables that TVM's loader fills. */
@@ -64,69 +109,68 @@ void* (*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = allocate;
 int (*__TVMBackendFreeWorkspace)(int, int, void*) = release;
 void (*__TVMFFIErrorSetRaisedFromCStr)(const char*, const char*) = raised;
 
-/* ---- the program ---- */
-
-static void stop(const char* what) {
-  perror(what);
-  exit(2);
-}
-
-static void* read_all(const char* path, size_t* size) {
-  void* bytes = NULL;
-  FILE* file = fopen(path, "rb");
-  if (file == NULL || fseek(file, 0, SEEK_END) != 0) stop(path);
-  *size = (size_t)ftell(file);
-  rewind(file);
-  if (posix_memalign(&bytes, ALIGNMENT, *size) != 0 || fread(bytes, 1, *size, file) != *size) stop(path);
-  fclose(file);
+void* memset(void* bytes, int value, size_t size) {
+  for (size_t i = 0; i < size; i++) ((volatile char*)bytes)[i] = (char)value;
   return bytes;
 }
 
-static void write_all(const char* path, const void* bytes, size_t size) {
-  FILE* file = fopen(path, "wb");
-  if (file == NULL || fwrite(bytes, 1, size, file) != size || fclose(file) != 0) stop(path);
+void* memcpy(void* to, const void* from, size_t size) {
+  for (size_t i = 0; i < size; i++) ((volatile char*)to)[i] = ((const char*)from)[i];
+  return to;
 }
 
-static int64_t next(FILE* plan) {
-  int64_t value;
-  if (fscanf(plan, "%" SCNd64, &value) != 1) stop("plan");
-  return value;
+/* Numbers of 2**23 and more are whole; sums with it are rounded, half to even. */
+float nearbyintf(float x) {
+  volatile float whole = __builtin_copysignf(0x1p23f, x);
+  volatile float sum = x + whole;
+  return __builtin_fabsf(x) < 0x1p23f ? __builtin_copysignf(sum - whole, x) : x;
 }
 
-static void read_tensor(FILE* plan, char* memory, DLTensor* tensor, int64_t* shape) {
-  *tensor = (DLTensor){.device = {kDLCPU, 0}, .dtype = {.lanes = 1}, .shape = shape};
-  tensor->dtype.code = (uint8_t)next(plan);
-  tensor->dtype.bits = (uint8_t)next(plan);
-  tensor->data = memory + next(plan);
-  tensor->ndim = (int32_t)next(plan);
-  if (tensor->ndim > MOST_EXTENTS) stop("extents");
-  for (int i = 0; i < tensor->ndim; i++) shape[i] = next(plan);
-}
+/* ---- the program ---- */
 
-static int call(int64_t kernel, int count, FILE* plan, char* memory) {
+typedef struct {
   DLTensor tensors[MOST_TENSORS];
-  int64_t shapes[MOST_TENSORS][MOST_EXTENTS];
-  TVMFFIAny args[MOST_TENSORS] = {{0}}, result = {0};
-  if (count > MOST_TENSORS) stop("tensors");
-  for (int i = 0; i < count; i++) {
-    read_tensor(plan, memory, &tensors[i], shapes[i]);
-    args[i].type_index = kTVMFFIDLTensorPtr;
-    args[i].v_ptr = &tensors[i];
+  int64_t extents[MOST_TENSORS][MOST_EXTENTS];
+  int kernel, count;
+} call;
+
+static void read_call(call* made) {
+  made->kernel = (int)next();
+  made->count = (int)next();
+  if (made->count > MOST_TENSORS) stop(2);
+  for (int i = 0; i < made->count; i++) {
+    DLTensor* tensor = &made->tensors[i];
+    *tensor = (DLTensor){.device = {kDLCPU, 0}, .dtype = {.lanes = 1}, .shape = made->extents[i]};
+    tensor->dtype.code = (uint8_t)next();
+    tensor->dtype.bits = (uint8_t)next();
+    tensor->data = memory + next();
+    tensor->ndim = (int32_t)next();
+    if (tensor->ndim > MOST_EXTENTS) stop(2);
+    for (int j = 0; j < tensor->ndim; j++) tensor->shape[j] = next();
   }
-  int code = kernels[kernel].call(NULL, args, count, &result);
-  if (code != 0) fprintf(stderr, "%s returned %d\n", kernels[kernel].name, code);
-  return code;
 }
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  size_t size;
-  char* memory = read_all(argv[1], &size);
-  FILE* plan = fopen(argv[2], "r");
-  if (plan == NULL) stop(argv[2]);
-  int64_t kernel;
-  while (fscanf(plan, "%" SCNd64, &kernel) == 1)
-    if (call(kernel, (int)next(plan), plan, memory) != 0) return 1;
-  write_all(argv[1], memory, size);
-  return 0;
+static void run(call* made) {
+  TVMFFIAny args[MOST_TENSORS] = {{0}}, result = {0};
+  for (int i = 0; i < made->count; i++) {
+    args[i].type_index = kTVMFFIDLTensorPtr;
+    args[i].v_ptr = &made->tensors[i];
+  }
+  taken = 0;
+  if (kernels[made->kernel].call(NULL, args, made->count, &result) == 0) return;
+  say(kernels[made->kernel].name), say(" failed\n");
+  stop(1);
+}
+
+enum { MOST_CALLS = 512 };
+static call calls[MOST_CALLS];
+
+void _start(void) {
+  int64_t count = next(), size = next();
+  if (count > MOST_CALLS || size > MOST_BYTES) stop(2);
+  for (int64_t i = 0; i < count; i++) read_call(&calls[i]);
+  move(READ, INPUT, memory, (size_t)size);
+  for (int64_t i = 0; i < count; i++) run(&calls[i]);
+  move(WRITE, OUTPUT, memory, (size_t)size);
+  stop(0);
 }

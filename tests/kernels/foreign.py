@@ -1,7 +1,7 @@
 """Kernels on machines that TVM publishes no runtime for: a small C program calls them one by one under qemu-user.
 
-The program (`call_kernels.c`) is static, linked by zig with the kernels' object. All tensors lie in one file, apart from
-each other, so that what a kernel writes outside of its results is seen.
+The program (`call_kernels.c`) is linked by zig with the kernels' object, for the target itself. All tensors lie in one
+piece of memory, apart from each other, so that what a kernel writes outside of its results is seen.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ class Tensor:
     def stop(self) -> int:
         return self.start + self.dtype.itemsize * int(np.prod(self.shape))
 
-    def words(self) -> str:
-        numbers = (CODES[self.dtype.kind], 8 * self.dtype.itemsize, self.start, len(self.shape), *self.shape)
-        return " ".join(map(str, numbers))
+    def words(self) -> tuple[int, ...]:
+        return CODES[self.dtype.kind], 8 * self.dtype.itemsize, self.start, len(self.shape), *self.shape
 
     def of(self, memory: bytes) -> Array:
         return np.frombuffer(memory[self.start : self.stop], self.dtype).reshape(self.shape)
@@ -127,11 +126,10 @@ class Calls:
 
 @dataclass(frozen=True)
 class Machine:
-    """A processor of qemu-user. emulator: "qemu-arm"; triple: zig's, of a C library that is linked statically."""
+    """A processor of qemu-user. emulator: "qemu-arm"."""
 
     emulator: str
     cpu: str
-    triple: str
 
     def run(self, lowered: Lowered, inputs: Sequence[Array], target: Target) -> list[Array]:
         """What main of a lowered module returns. See `find` for where the emulator is missing."""
@@ -142,8 +140,8 @@ class Machine:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             kernels = {str(var.name_hint): f for var, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
-            program = link(kernels, target, self.triple, folder)
-            after = execute([emulator, "-cpu", self.cpu, str(program)], list(kernels), calls, folder)
+            program = link(kernels, target, folder)
+            after = execute([emulator, "-cpu", self.cpu, str(program)], list(kernels), calls)
         calls.memory.check(after)
         return [result.of(after) for result in calls.results]
 
@@ -157,7 +155,7 @@ def find(emulator: str) -> str:
     return str(found)
 
 
-def link(kernels: dict[str, Any], target: Target, triple: str, folder: Path) -> Path:
+def link(kernels: dict[str, Any], target: Target, folder: Path) -> Path:
     """The program that calls `kernels`."""
     objects, program = folder / "kernels.o", folder / "call_kernels"
     with tvm.transform.PassContext(opt_level=3):
@@ -165,22 +163,18 @@ def link(kernels: dict[str, Any], target: Target, triple: str, folder: Path) -> 
     compiled.mod.write_to_file(str(objects), "o")
     include = [f"-I{path}" for path in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
     names = "-DKERNELS=" + "".join(f"KERNEL({name})" for name in kernels)
-    zig_cc(triple, ["-static", "-O2", names, *include, str(PROGRAM), str(objects), "-lm"], program)
+    flags = ["-nostdlib", "-static", "-O2", "-fno-builtin", names, *include]
+    zig_cc(target.zig_triple, [*flags, str(PROGRAM), str(objects), "-lcompiler_rt"], program)
     program.chmod(0o755)  # qemu exits with 1, and says nothing, where it is not
     return program
 
 
-def execute(command: Sequence[str], kernels: Sequence[str], calls: Calls, folder: Path) -> bytes:
+def execute(command: Sequence[str], kernels: Sequence[str], calls: Calls) -> bytes:
     """The memory after the calls."""
-    memory, plan = folder / "memory", folder / "plan"
-    memory.write_bytes(calls.memory.content)
-    lines = (
-        f"{kernels.index(name)} {len(tensors)} {' '.join(tensor.words() for tensor in tensors)}\n"
-        for name, tensors in calls.calls
-    )
-    plan.write_text("".join(lines))
-    done = subprocess.run(
-        [*command, str(memory), str(plan)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, ""), f"{done.returncode}: {done.stderr}"
-    return memory.read_bytes()
+    numbers = [len(calls.calls), len(calls.memory.content)]
+    for name, tensors in calls.calls:
+        numbers += [kernels.index(name), len(tensors), *(word for tensor in tensors for word in tensor.words())]
+    given = np.array(numbers, np.int64).tobytes() + calls.memory.content
+    done = subprocess.run(command, input=given, capture_output=True, timeout=TIMEOUT_S, check=False)
+    assert (done.returncode, done.stderr) == (0, b""), f"{done.returncode}: {done.stderr.decode()}"
+    return done.stdout

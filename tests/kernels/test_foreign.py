@@ -1,4 +1,4 @@
-"""Kernels of 32-bit ARM, called one by one under qemu-user: integers bit for bit as the oracle, floats within tolerance.
+"""Kernels of 32-bit ARM and 64-bit RISC-V, called one by one under qemu-user: integers are the oracle's bit for bit.
 
 TVM publishes no runtime for these machines, so no module runs there as a whole.
 """
@@ -27,13 +27,34 @@ from tvmq import ops
 from tvmq.kernels import builder, pipeline
 from tvmq.kernels.lower import lower
 from tvmq.kernels.schedule import schedule
+from tvmq.target import Target
 
-# Shipped targets, and qemu's processors for them: only the Cortex-A7 has fused multiply-add.
+# With the vectors that no shipped target has.
+VECTORS = Target(
+    "rv64gcv",
+    "vectors of RISC-V",
+    "riscv64-linux-gnu",
+    "generic-rv64",
+    1,
+    32,
+    256,
+    features=tuple("mafdcv"),
+    glibc="2.31",
+)
+# Shipped targets, and qemu's processors for them: of 32-bit ARM only the Cortex-A7 has fused multiply-add.
 MACHINES = {
-    "raspberry-pi-2": Machine("qemu-arm", "cortex-a7", "arm-linux-musleabihf"),
-    "beaglebone": Machine("qemu-arm", "cortex-a8", "arm-linux-musleabihf"),
+    "raspberry-pi-2": Machine("qemu-arm", "cortex-a7"),
+    "beaglebone": Machine("qemu-arm", "cortex-a8"),
+    "visionfive-2": Machine("qemu-riscv64", "sifive-u54"),
+    VECTORS.name: Machine("qemu-riscv64", "rv64,v=true,vlen=128,vext_spec=v1.0"),
 }
 machines = pytest.mark.parametrize("target", MACHINES)
+
+
+def described(name: str) -> Target:
+    return VECTORS if name == VECTORS.name else target_of(name)
+
+
 PADDED = (1, 1, 1, 1)
 TO_INT8 = ops.Quantize(3, -128, 127, "int8")
 
@@ -95,15 +116,18 @@ def of_floats() -> list[Case]:
 @pytest.mark.emulated
 @machines
 def test_kernels_are_the_oracle(target: str) -> None:
-    check([*products(), *layers(), *of_floats()], target_of(target), MACHINES[target])
+    """All kinds of kernels on one machine a family; the others differ in products only."""
+    others = layers() if target in ("raspberry-pi-2", "visionfive-2") else []
+    check([*products(), *of_floats(), *others], described(target), MACHINES[target])
 
 
 @pytest.mark.emulated
 @pytest.mark.slow
-@machines
+@pytest.mark.parametrize("target", [name for name in MACHINES if name != VECTORS.name])
 def test_many_kernels_are_the_oracle(target: str) -> None:
-    check([*many_kernels(), *float_arithmetic(), *grouped_weights()], target_of(target), MACHINES[target])
-    check(row_scales(), target_of(target), MACHINES[target], exact=True)
+    """Not with RISC-V's vectors: qemu 7.2 ends itself (decode_save_opc) at an instruction of one of these kernels."""
+    check([*layers(), *many_kernels(), *float_arithmetic(), *grouped_weights()], described(target), MACHINES[target])
+    check(row_scales(), described(target), MACHINES[target], exact=True)
 
 
 @pytest.mark.emulated
@@ -114,10 +138,10 @@ def test_a_wrong_shape_is_refused_by_the_kernel_s_own_checks(tmp_path: Path) -> 
     module = schedule(lower(module_of([a_map("m", floats((3, 8)), (ops.Multiply(2.0),))]), target).module, target)
     calls = Calls(module, [floats((3, 8))])
     ((name, (x, out)),) = calls.calls
-    program = link({name: module[name]}, target, machine.triple, tmp_path)
+    program = link({name: module[name]}, target, tmp_path)
     calls.calls = [(name, [dataclasses.replace(x, shape=(3, 7)), out])]
     with pytest.raises(AssertionError, match=r"1: .*p0.*shape"):
-        execute([emulator, "-cpu", machine.cpu, str(program)], [name], calls, tmp_path)
+        execute([emulator, "-cpu", machine.cpu, str(program)], [name], calls)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tvmq.kernels.gemm import Gemm
 from tvmq.kernels.lower import lower, visit
 from tvmq.kernels.lowering import Lowering
 
-TARGETS = ("sse2", "avx2", "avx512-vnni", "raspberry-pi-4b", "raspberry-pi-5", "raspberry-pi-2")
+TARGETS = ("sse2", "avx2", "avx512-vnni", "raspberry-pi-4b", "raspberry-pi-5", "raspberry-pi-2", "visionfive-2")
 
 
 def kernels_of(case: Case, target: str) -> list[Any]:
@@ -165,6 +165,7 @@ def test_parameters_have_names_of_their_own() -> None:
         "raspberry-pi-5",
         "rk3588",
         "graviton3",
+        "visionfive-2",
         "intel-n100",
         "x86-64-amx",
     ],
