@@ -99,7 +99,7 @@ class Compiled:
     """A finished bundle: where it is, its size in bytes, and its operators as `explain` shows them.
 
     unused_rules: the patterns of the recipe's rules that name no operator. unused_algorithms: those of its algorithms
-    that found nothing to do.
+    that found nothing to do. tuning_notes: what could not be used of tuning logs, and why.
     """
 
     path: Path
@@ -107,6 +107,7 @@ class Compiled:
     operators: list[dict[str, Any]]
     unused_rules: tuple[str, ...] = ()
     unused_algorithms: tuple[str, ...] = ()
+    tuning_notes: tuple[str, ...] = ()
 
 
 def compile_model(
@@ -141,7 +142,8 @@ def compile_model(
     report("bundle", 0)
     written = build.write_bundle([built for built, _ in programs], out, model.dynamic)
     quantized = programs[0][1]
-    return Compiled(*written, quantized.unused_rules, quantized.unused_algorithms)
+    notes = () if known is None else tuple(known.unused())
+    return Compiled(*written, quantized.unused_rules, quantized.unused_algorithms, notes)
 
 
 def _program(

@@ -24,7 +24,9 @@ def test_tune_logs_and_explain(tvmq, files, tmp_path):
     assert [(row["target"], row["trials"] >= 4) for row in listed] == [("host", True)]
     best = tvmq("logs", "best", logs, "--json").document["best"]
     assert {"task", "threads", "default_ms", "best_ms", "decision"} <= set(best[0])
-    assert tvmq("compile", files.model, "--logs", logs, "-o", bundle).code == 0
+    compiled = tvmq("compile", files.model, "--logs", logs, "-o", bundle)
+    assert compiled.code == 0
+    assert "kernels with choices: " in compiled.out and " tuned" in compiled.out
     explained = tvmq("explain", bundle, "--json").document["operators"]
     assert "tuned" in {row["tuning"] for row in explained}
     plain = tvmq("tune", files.bundle, "--trials", 1, "-o", tmp_path / "plain")

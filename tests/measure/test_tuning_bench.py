@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from tvmq.errors import CheckFailed, InputError
+from tvmq import zoo
+from tvmq.errors import CheckFailed, InputError, TuningError
+from tvmq.importer.load import import_model
+from tvmq.kernels.lower import lower
 from tvmq.measure import stock, tuning_bench, tuning_chart
 from tvmq.measure.tuning_bench import Contest, Side, TuningBench, times_of
+from tvmq.pipeline import compile_model
+from tvmq.target import load_target
+from tvmq.tune.database import DEFAULT, FINAL, TARGET, Trial, Writer, identity, read
+from tvmq.tune.run import realized_of, tasks_in
 
 CURVE = [(1.0, 10.0), (2.0, 6.0), (3.0, 5.2), (9.0, 5.0)]
 
@@ -98,6 +110,48 @@ def test_what_is_missing_is_told(monkeypatch):
 def test_unknown_names_are_refused_before_anything_is_tuned():
     with pytest.raises(InputError, match="did you mean 'resnet18'"):
         tuning_bench.run(["resnet19"])
+
+
+def tiny(monkeypatch):
+    """A model of one layer in the zoo, and a stock that is not there."""
+    layer = nn.Conv2d(3, 8, 3).eval()
+    monkeypatch.setitem(zoo.MODELS, "tiny", lambda: (layer, (torch.zeros(1, 3, 8, 8),)))
+    monkeypatch.setattr(stock, "missing", lambda: "not here")
+
+
+def test_the_records_are_kept_for_compiling(tmp_path, monkeypatch):
+    times = itertools.count(1)
+
+    def tuned(model, target, recipe, data, *, logs, **_rest):
+        assert not logs.exists()
+        with Writer(logs, target) as writer:
+            for task in tasks_in(lower(realized_of(model, target, recipe, data), target)):
+                for role in (DEFAULT, FINAL):
+                    trial = Trial(task.task, task.default, role, (1e-3 * next(times),), target.cores)
+                    writer.add(trial, task.spaces)
+        return SimpleNamespace(trials=1, seconds=1.0, curve=[(1.0, 1.0)])
+
+    tiny(monkeypatch)
+    monkeypatch.setattr(tuning_bench, "tune", tuned)
+    (row,) = tuning_bench.run(["tiny"], ["fp32"], threads=1, rounds=1, logs=tmp_path).rows
+    assert row.logs == str(tmp_path / "host-tiny-fp32")
+    assert len(read(Path(row.logs), load_target("host")).trials) == 2
+    module, example = zoo.builder("tiny")()
+    one = dataclasses.replace(load_target("host"), cores=1)
+    done = compile_model(import_model(module, example), one, out=tmp_path / "m.tvmq", logs=row.logs)
+    assert "tuned" in {operator["tuning"] for operator in done.operators}
+    # Another run begins from nothing, and adds its own.
+    tuning_bench.run(["tiny"], ["fp32"], threads=1, rounds=1, logs=tmp_path)
+    assert len(read(Path(row.logs), load_target("host")).trials) == 4
+
+
+def test_records_of_another_machine_are_refused_before_anything_is_tuned(tmp_path, monkeypatch):
+    tiny(monkeypatch)
+    (tmp_path / "host-tiny-fp32").mkdir()
+    (tmp_path / "host-tiny-fp32" / TARGET).write_text(json.dumps({**identity(load_target("host")), "cpu": "i386"}))
+    monkeypatch.setattr(tuning_bench, "tune", lambda *_args, **_named: pytest.fail("tuned"))
+    with pytest.raises(TuningError, match="is of another target: expected cpu"):
+        tuning_bench.run(["tiny"], ["fp32"], logs=tmp_path)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_shipped_records_serve_the_target_and_like_cpus(mine, cores, sources, tm
     found = records.load(target)
     (task, *_) = (tuned.task for tuned in two_tasks(load_target("x86-64-avx512-vnni")))
     assert {source for _, source in found.decisions(task)} - {NEAR} == sources - {NEAR}
-    assert bool(found.decisions(task)) == bool(sources)
+    assert bool(list(found.decisions(task))) == bool(sources)
 
 
 def test_own_records_of_another_machine_are_passed_over(model, tmp_path):
@@ -111,6 +111,17 @@ def test_own_records_of_another_machine_are_passed_over(model, tmp_path):
     assert "is of another target" in records.load(load_target("host")).notes[0]
     with pytest.raises(TuningError, match="is of another target"):
         compile_model(model, out=tmp_path / "m.tvmq", logs=records.user_folder() / "host")
+
+
+def test_compiling_tells_of_damaged_records(model, tmp_path):
+    logs, target = tmp_path / "logs", load_target("host")
+    (tuned, *_) = tasks_in(lower(realized_of(model, target, Recipe()), target))
+    with database.Writer(logs, target) as writer:
+        writer.add(database.Trial(tuned.task, tuned.default, database.DEFAULT, (1e-3,), target.cores), tuned.spaces)
+    with (logs / database.RECORDS).open("ab") as file:
+        file.write(b"[0, []]\n")
+    (note,) = compile_model(model, out=tmp_path / "m.tvmq", logs=logs).tuning_notes
+    assert f"{logs / database.RECORDS} line" in note and "skipped" in note
 
 
 def test_a_folder_without_records(model, tmp_path):
@@ -162,7 +173,7 @@ def test_defaults_stay_where_the_whole_model_is_slower(seconds, stays, model, tm
     assert {choice.source for choice in measured[0].values()} == {TUNED}
     again = tasks_in(lower(realized_of(model, target, Recipe()), target))
     found = records.load(target, tmp_path)
-    assert all((found.decisions(t.task)[0][0] == t.default) == stays for t in again)
+    assert all((next(iter(found.decisions(t.task)))[0] == t.default) == stays for t in again)
 
 
 def test_a_whole_model_is_timed(model):
@@ -195,6 +206,6 @@ def test_ctrl_c_leaves_the_whole_model_out(looks, model, tmp_path, monkeypatch):
     assert summary.tuned_model_ms is None
     found = records.load(target, tmp_path)
     assert all(
-        found.decisions(t.task)[0][0] != t.default
+        next(iter(found.decisions(t.task)))[0] != t.default
         for t in tasks_in(lower(realized_of(model, target, Recipe()), target))
     )

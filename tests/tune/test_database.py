@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from tvmq.errors import OutputError, TuningError
 from tvmq.kernels.decision import decision_of
 from tvmq.tune import database
 from tvmq.tune.database import DEFAULT, FINAL, RECORDS, SEARCHED, TARGET, WORKLOADS, Trial, Writer, read, verdict
-from tvmq.tune.workload import decision_of_trace, space_generator, workload_of
+from tvmq.tune.workload import decision_of_trace, record_of, space_generator, workload_of
 
 TARGET_NAME = "avx512-vnni"
 
@@ -85,6 +86,56 @@ def test_the_space_of_a_task_is_a_schedule_function(target, tuned):
         (schedule,) = space.generate_design_space(module)
         record = ms.database.TuningRecord(schedule.trace, ms.database.Workload(module), [1.0], target.tvm_target(), [])
         assert decision_of_trace(record.as_json()[0])[0] in legal
+
+
+def test_what_metaschedule_writes_is_read(tmp_path, target, tuned):
+    theirs = ms.database.JSONDatabase(work_dir=str(tmp_path))
+    workload = theirs.commit_workload(workload_of(tuned.task))
+    theirs.commit_tuning_record(record_of(workload, tuned.spaces, tuned.default, DEFAULT, (1e-3,), target))
+    (tmp_path / TARGET).write_text(json.dumps(database.identity(target)))
+    log = read(tmp_path, target)
+    assert [(t.task, t.decision, t.role, t.seconds) for t in log.trials] == [
+        (tuned.task, tuned.default, DEFAULT, (1e-3,))
+    ]
+    assert not log.damage
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def test_lines_are_parsed_when_their_task_is_asked_for(folder, target, tuned):
+    (_, other) = two_tasks(target)
+    with Writer(folder, target) as writer:
+        writer.add(trial(other, 0, DEFAULT), other.spaces)
+    (folder / RECORDS).write_bytes((folder / RECORDS).read_bytes() + b"[1, nonsense]\n")
+    log = read(folder, target)
+    assert set(log.tasks()) == {tuned.task, other.task}
+    assert len(log.of(tuned.task)) == 5
+    assert log.lines.damage == []
+    assert len(log.of(other.task)) == 1
+    assert [note.split(": ")[0] for note in log.lines.damage] == [f"{folder / RECORDS} line 7"]
+    assert log.damage == log.lines.damage
+    assert len(log.trials) == 6
+
+
+def test_a_module_is_read_whole_with_all_lines(folder, target, tuned):
+    found, encoded = json.loads((folder / WORKLOADS).read_text())
+    module = base64.b64decode(encoded).replace(b'root_index":', b'root_index";')
+    (folder / WORKLOADS).write_text(json.dumps([found, base64.b64encode(module).decode()]) + "\n")
+    assert len(read(folder, target).of(tuned.task)) == 5
+    log = read(folder, target)
+    assert not log.trials
+    assert [note.split(": ")[0].removeprefix(f"{folder}/") for note in log.damage] == [
+        f"{WORKLOADS} line 1",
+        *(f"{RECORDS} line {number}" for number in range(1, 6)),
+    ]
+
+
+@pytest.mark.parametrize(("kept", "said"), [(-40, "a module whose end is missing"), (400, "no attribute tvmq.task")])
+def test_a_module_that_is_cut_short(kept, said, folder, target):
+    found, encoded = json.loads((folder / WORKLOADS).read_text())
+    (folder / WORKLOADS).write_text(json.dumps([found, encoded[:kept]]) + "\n")
+    assert f"line 1: skipped, {said}" in read(folder, target).damage[0]
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ BENCHMARKS = {
     "matvec": "linear layers of 4096 x 4096 in each precision beside PyTorch's float32, weights from memory",
     "sparse": "linear layers with sparse weights beside dense ones, SciPy's and PyTorch's sparse products",
     "compile": "what compiling models of the zoo costs: seconds and memory, a process each",
-    "tuning": "tvmq's tuner beside stock MetaSchedule: the same models, time and threads, both from no records",
+    "tuning": "tvmq's tuner beside stock MetaSchedule, for the same time from no records; DIR/logs keeps tvmq's",
 }
 # Which of them an option belongs to; the options that are not here are of several.
 _OPTIONS = {
@@ -281,7 +281,7 @@ class Bench(Command):
         return cost.run(models, precisions, target=self.target, progress=show), [], []
 
     def _tuning(self, show: Callable[[str], None]) -> tuple[Report, list[Path], list[str]]:
-        """Both tuners, and a chart of their progress."""
+        """Both tuners, tvmq's records, and a chart of their progress."""
         from tvmq.measure import chart, tuning_bench, tuning_chart
         from tvmq.tune.budget import seconds_of
 
@@ -292,10 +292,12 @@ class Bench(Command):
             threads=self.threads,
             seconds=seconds_of(self.budget),
             rounds=self.repeat,
+            logs=Path(self.out) / "logs",
             progress=show,
         )
+        files = [Path(row.logs) for row in found.rows]
         if not chart.available():
-            return found, [], [chart.NOT_INSTALLED]
+            return found, files, [chart.NOT_INSTALLED]
         path = Path(self.out) / "tuning.png"
         tuning_chart.draw(found, path)
-        return found, [path], []
+        return found, [path, *files], []

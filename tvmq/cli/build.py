@@ -124,15 +124,20 @@ class Compile(Command):
             "dynamic": None if model.dynamic is None else model.dynamic.to_dict(),
             "unused_rules": list(done.unused_rules),
             "unused_algorithms": list(done.unused_algorithms),
+            "tuning_notes": list(done.tuning_notes),
         }
         counts = ", ".join(f"{count} {precision}" for precision, count in sorted(precisions.items()))
+        sources = Counter(row["tuning"] for row in done.operators if row["tuning"])
+        kernels = ", ".join(f"{count} {source}" for source, count in sorted(sources.items()))
         size = render.kilobytes(done.size)
         sizes = "" if model.dynamic is None else f", a program for each of {model.dynamic}"
-        summary = f"{done.path}: {size} for {target.name}{sizes}, operators: {counts}; see tvmq explain {done.path}"
+        summary = f"{done.path}: {size} for {target.name}{sizes}, operators: {counts}"
+        summary += f"; kernels with choices: {kernels}" if kernels else ""
+        summary += f"; see tvmq explain {done.path}"
         rules = (f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules)
         idle = (f"the recipe's algorithm {name!r} finds nothing to do" for name in done.unused_algorithms)
         who = render.converters(model.converters) if self.verbose else []
-        out.result(document, summary, *rules, *idle, *who)
+        out.result(document, summary, *rules, *idle, *done.tuning_notes, *who)
         return 0
 
 

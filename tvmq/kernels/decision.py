@@ -7,7 +7,7 @@ does not care: tune/ keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,7 +64,7 @@ class Space(Protocol):
 class Records(Protocol):
     """Decisions that were measured to be the best, or nothing better than the default."""
 
-    def decisions(self, task: Task) -> Sequence[tuple[Decision | None, str]]:
+    def decisions(self, task: Task) -> Iterable[tuple[Decision | None, str]]:
         """(decision, where from), the most trusted first; None: measuring found nothing better than the default."""
 
 

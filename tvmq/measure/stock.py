@@ -26,7 +26,8 @@ from tvm.s_tir import meta_schedule as ms
 
 from tvmq.errors import CheckFailed
 from tvmq.target import Target
-from tvmq.tune.database import FAILED, RECORDS, WORKLOADS
+from tvmq.tune.database import FAILED
+from tvmq.tune.lines import RECORDS, WORKLOADS
 from tvmq.tune.worker import end_with_input
 
 # What MetaSchedule imports when it starts to tune; apache-tvm does not bring them.

@@ -7,6 +7,7 @@ when a search does. At the end the whole models take turns: untuned, tuned by tv
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from tvmq.model import Model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Precision, Recipe
 from tvmq.target import Target
+from tvmq.tune import database
+from tvmq.tune.logs import merge
 from tvmq.tune.run import tune
 
 MODELS, PRECISIONS = ("resnet18",), ("fp32", "int8")
@@ -60,12 +63,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Contest:
-    """One model in one precision, tuned by both."""
+    """One model in one precision, tuned by both. logs: the folder of tvmq's records."""
 
     model: str
     precision: str
     tvmq: Side
     stock: Side
+    logs: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,21 +127,27 @@ def run(
     threads: int = 0,
     seconds: float = 600.0,
     rounds: int = 10,
+    logs: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> TuningBench:
     """Tune each model in each precision with both tuners, `seconds` each.
 
-    Raises InputError for an unknown model or precision, TargetError, CheckFailed where stock cannot tune.
+    logs: where tvmq's records are kept, in a folder a model and precision, "TARGET-MODEL-PRECISION", beside those that
+    it holds already; None means nowhere. Raises InputError for an unknown model or precision, TargetError, CheckFailed
+    where stock cannot tune, TuningError where such a folder is of another target.
     """
     check_names(models, precisions)
     host = detect_host()
     spec = runnable(target, threads or host.cores)
     found = TuningBench(host.description, spec.name, spec.cores, seconds, rounds)
-    for name in models:
-        for precision in precisions:
-            with scratch_folder() as folder:
-                match = _Match(name, Precision(precision), spec, seconds, folder, progress or (lambda _text: None))
-                found.rows.append(match.run(rounds))
+    folders = {pair: logs and logs / "-".join((spec.name, *pair)) for pair in itertools.product(models, precisions)}
+    for there in filter(None, folders.values()):
+        # A folder of another machine is refused before the work.
+        database.read(there, spec)
+    for (name, precision), kept in folders.items():
+        with scratch_folder() as folder:
+            match = _Match(name, Precision(precision), spec, seconds, folder, kept, progress or (lambda _text: None))
+            found.rows.append(match.run(rounds))
     return found
 
 
@@ -151,10 +161,12 @@ class _Match:
         target: Target,
         seconds: float,
         folder: Path,
+        kept: Path | None,
         progress: Callable[[str], None],
     ) -> None:
         module, example = zoo.builder(name)()
-        self.name, self.precision, self.target, self.seconds, self.folder = name, precision, target, seconds, folder
+        self.name, self.precision, self.target, self.seconds = name, precision, target, seconds
+        self.folder, self.kept = folder, kept
         self.model: Model = import_model(module, example, check=False, name=name)
         self.recipe = Recipe(precision=precision)
         self.data = samples(example, _CALIBRATION) if precision in (Precision.INT8, Precision.AUTO) else None
@@ -168,7 +180,8 @@ class _Match:
         self._show(f"{rounds} rounds")
         times = {who: float(np.median(values)) for (who, _), values in interleave(runners, rounds).items()}
         ours = _anchored(ours, times["untuned"], times["tvmq"])
-        return Contest(self.name, self.precision.value, ours, _with_latency(theirs, None, times.get("stock")))
+        theirs = _with_latency(theirs, None, times.get("stock"))
+        return Contest(self.name, self.precision.value, ours, theirs, str(self.kept or ""))
 
     def _tvmq(self, runners: dict[tuple[str, str], Run]) -> Side:
         runners["untuned", ""] = self._compiled(None)
@@ -183,6 +196,8 @@ class _Match:
             logs=logs,
             fresh=True,
         )
+        if self.kept is not None:
+            merge([database.read(logs)], self.kept)
         runners["tvmq", ""] = self._compiled(logs)
         return Side(trials=summary.trials, seconds=summary.seconds, curve=summary.curve)
 

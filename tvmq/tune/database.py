@@ -6,12 +6,14 @@
     lock                          held by the one process that writes
 
 A process killed at any instant leaves at worst one torn line at the end of a file: it is dropped and reported when the
-log is next opened for writing. Lines that cannot be read are skipped, counted and reported by their number.
+log is next opened for writing. Lines that cannot be read are skipped, counted and reported by their number. A line is
+parsed when its task is asked for: see `lines`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -28,9 +30,10 @@ from tvmq.files import atomic_write_text
 from tvmq.kernels.decision import Decision, Space
 from tvmq.kernels.task import Task
 from tvmq.target import Target
-from tvmq.tune.workload import decision_of_trace, line_of, record_of, task_of_workload, workload_of
+from tvmq.tune.lines import RECORDS, WORKLOADS, Lines, Record, open_lines
+from tvmq.tune.workload import decision_of_trace, line_of, record_of, workload_of
 
-WORKLOADS, RECORDS, TARGET, LOCK = "database_workload.json", "database_tuning_record.json", "target.json", "lock"
+TARGET, LOCK = "target.json", "lock"
 # What a trial was: the analytic default, one of the search, or the winner of the last comparison of a task.
 DEFAULT, SEARCHED, FINAL = "default", "searched", "final"
 # Seconds that MetaSchedule records for a trial that failed.
@@ -57,19 +60,38 @@ class Trial:
 
 @dataclass
 class Log:
-    """The trials in `folder`, in the order in which they were made; `damage`: what could not be read.
+    """The trials in `folder`: those in its files, and those that this process `added`.
 
-    identity: of the target that they are of. workloads and lines: the task of each line of the file of tasks, None
-    where it is damaged, and the line as JSON. raw: of each trial, which of those lines, and the record as JSON.
+    identity: of the target that they are of. dropped: what was cut off the files when they were opened for writing.
     """
 
     folder: Path
     identity: dict[str, Any]
-    trials: list[Trial] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)
-    workloads: list[Task | None] = field(default_factory=list)
-    lines: list[Any] = field(default_factory=list)
-    raw: list[tuple[int, Any]] = field(default_factory=list)
+    lines: Lines = field(default_factory=Lines)
+    added: list[Trial] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    _parsed: dict[int, Trial | None] = field(default_factory=dict)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All of them, in the order in which they were made."""
+        return [*(trial for trial, _ in self.stored()), *self.added]
+
+    @property
+    def damage(self) -> list[str]:
+        """What could not be read, of all lines."""
+        self.stored()
+        return [*self.dropped, *self.lines.damage]
+
+    def tasks(self) -> list[Task]:
+        """The tasks that have trials."""
+        return list(dict.fromkeys([*self.lines.of_task, *(trial.task for trial in self.added)]))
+
+    def of(self, task: Task) -> list[Trial]:
+        """The trials of a task, in the order in which they were made."""
+        stored = (self._trial(index) for index in self.lines.of_task.get(task, ()))
+        found = [trial for trial in stored if trial is not None]
+        return found + [trial for trial in self.added if trial.task == task]
 
     def by_task(self, cores: int | None = None) -> dict[Task, list[Trial]]:
         """The trials of each task, on `cores` threads where that is given."""
@@ -78,6 +100,21 @@ class Log:
             if cores in (None, trial.cores):
                 found.setdefault(trial.task, []).append(trial)
         return found
+
+    def stored(self) -> list[tuple[Trial, Record]]:
+        """The trials in the files, and their lines."""
+        self.lines.check_modules()
+        records = enumerate(self.lines.records)
+        return [(trial, record) for index, record in records if (trial := self._trial(index)) is not None]
+
+    def _trial(self, index: int) -> Trial | None:
+        if index not in self._parsed:
+            record = self.lines.records[index]
+            task = self.lines.tasks[record.workload]
+            self._parsed[index] = self.lines.parsed(
+                RECORDS, record.number, record.line, lambda line: _trial(self.identity, task, line)
+            )
+        return self._parsed[index]
 
 
 def verdict(trials: Iterable[Trial]) -> Trial | None:
@@ -101,52 +138,21 @@ def read(folder: Path, target: Target | None = None) -> Log:
     found = read_identity(folder)
     if target is not None:
         _check_target(folder, found, target)
-    log = Log(folder, found or (identity(target) if target is not None else {}))
-    for number, line in _lines(folder / WORKLOADS):
-        task, raw = _read(log, WORKLOADS, number, line, _task) or (None, None)
-        log.workloads.append(task)
-        log.lines.append(raw)
-    for number, line in _lines(folder / RECORDS):
-        made = _read(log, RECORDS, number, line, lambda raw: _trial(log, raw))
-        if made is not None:
-            log.trials.append(made[0])
-            log.raw.append(made[1])
-    return log
+    return Log(folder, found or (identity(target) if target is not None else {}), open_lines(folder))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    if path.is_file():
-        yield from enumerate(path.read_bytes().splitlines(keepends=True), 1)
-
-
-def _read(log: Log, name: str, number: int, line: bytes, parse: Any) -> Any:
-    """What `parse` makes of a line; None where it is damaged, which is noted."""
-    try:
-        if not line.endswith(b"\n"):
-            raise ValueError("torn: its end is missing")
-        return parse(json.loads(line))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        seen = str(error).strip().splitlines()
-        log.damage.append(f"{log.folder / name} line {number}: skipped, {seen[-1] if seen else type(error).__name__}")
-        return None
-
-
-def _task(raw: Any) -> tuple[Task, Any]:
-    return task_of_workload(ms.database.Workload.from_json(raw)), raw
-
-
-def _trial(log: Log, raw: Any) -> tuple[Trial, tuple[int, Any]]:
-    index, (trace, seconds, target, _) = raw
-    task = log.workloads[index] if 0 <= index < len(log.workloads) else None
+def _trial(owner: dict[str, Any], task: Task | None, line: bytes) -> Trial:
+    """What a record in a log of `owner` says. Raises ValueError, TypeError, KeyError, IndexError or AttributeError."""
     if task is None:
-        raise ValueError(f"no task {index}")
+        raise ValueError("its task is damaged")
+    _, (trace, seconds, target, _) = json.loads(line)
     # What MetaSchedule writes of a target that says which one it is, but for the number of threads.
-    for key, value in (("mtriple", log.identity["triple"]), ("mcpu", log.identity["cpu"])):
+    for key, value in (("mtriple", owner["triple"]), ("mcpu", owner["cpu"])):
         if target.get(key) != value:
             raise ValueError(f"of another target: {key} is {target.get(key)!r}, not {value!r}")
     decision, role = decision_of_trace(trace)
     times = tuple(float(s) for s in seconds if s < FAILED)
-    return Trial(task, decision, role, times, int(target["num-cores"])), (index, raw[1])
+    return Trial(task, decision, role, times, int(target["num-cores"]))
 
 
 def identity(target: Target) -> dict[str, Any]:
@@ -194,14 +200,14 @@ class Writer:
         self._lock = _lock(folder)
         try:
             dropped = [note for name in (WORKLOADS, RECORDS) if (note := _drop_torn(folder / name))]
-            self.log = read(folder, target)
+            self.log = dataclasses.replace(read(folder, target), dropped=dropped)
         except BaseException:
             self._lock.close()
             raise
-        self.log.damage = [*dropped, *self.log.damage]
         if not (folder / TARGET).exists():
             atomic_write_text(folder / TARGET, json.dumps(identity(target), indent=1) + "\n")
-        self._known = {task: index for index, task in enumerate(self.log.workloads) if task is not None}
+        self._count = len(self.log.lines.tasks)
+        self._known = {task: index for index, task in enumerate(self.log.lines.tasks) if task is not None}
         self._workloads: dict[Task, Any] = {}
 
     def add(self, trial: Trial, spaces: Sequence[Space]) -> None:
@@ -210,14 +216,13 @@ class Writer:
             self._workloads[trial.task] = ms.database.Workload(workload_of(trial.task))
         workload = self._workloads[trial.task]
         if trial.task not in self._known:
-            self.log.lines.append(line_of(workload))
-            self._append(WORKLOADS, self.log.lines[-1])
-            self._known[trial.task] = len(self.log.workloads)
-            self.log.workloads.append(trial.task)
+            self._append(WORKLOADS, line_of(workload))
+            self._known[trial.task] = self._count
+            self._count += 1
         seconds = trial.seconds or (FAILED,)
         record = record_of(workload, spaces, trial.decision, trial.role, seconds, self.target)
         self._append(RECORDS, [self._known[trial.task], record.as_json()])
-        self.log.trials.append(trial)
+        self.log.added.append(trial)
 
     def _append(self, name: str, value: Any) -> None:
         line = (json.dumps(value) + "\n").encode()

@@ -10,7 +10,8 @@ from typing import Any
 from tvmq.errors import TuningError
 from tvmq.files import atomic_write_text, data_folder
 from tvmq.tune import database
-from tvmq.tune.database import DEFAULT, FINAL, RECORDS, SEARCHED, TARGET, WORKLOADS, Log, Trial, verdict
+from tvmq.tune.database import DEFAULT, FINAL, SEARCHED, TARGET, Log, Trial, verdict
+from tvmq.tune.lines import RECORDS, WORKLOADS
 from tvmq.tune.records import SHIPPED, user_folder
 
 # Trials of a task that pruning keeps besides its defaults and verdicts, the fastest; and exporting, which a package
@@ -158,18 +159,18 @@ def _write(folder: Path, logs: Sequence[Log], keep: Callable[[Log, Trial], bool]
     tasks: dict[Any, int] = {}
     workloads, records, seen = [], [], set()
     for log in logs:
-        for trial, (line, raw) in zip(log.trials, log.raw, strict=True):
+        for trial, found in log.stored():
             if not keep(log, trial):
                 continue
             if trial.task not in tasks:
                 tasks[trial.task] = len(tasks)
-                workloads.append(json.dumps(log.lines[line]))
-            record = json.dumps([tasks[trial.task], raw])
+                workloads.append(log.lines.workloads[found.workload].decode())
+            record = f"[{tasks[trial.task]}, {found.text}]\n"
             if record not in seen:
                 seen.add(record)
                 records.append(record)
     atomic_write_text(folder / TARGET, json.dumps(logs[0].identity, indent=1) + "\n")
     # A kill in between leaves new tasks with old records, whose numbers would be others: so there are none meanwhile.
     (folder / RECORDS).unlink(missing_ok=True)
-    atomic_write_text(folder / WORKLOADS, "".join(f"{line}\n" for line in workloads))
-    atomic_write_text(folder / RECORDS, "".join(f"{line}\n" for line in records))
+    atomic_write_text(folder / WORKLOADS, "".join(workloads))
+    atomic_write_text(folder / RECORDS, "".join(records))

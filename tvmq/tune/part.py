@@ -88,7 +88,7 @@ class Part:
             raise TuningError("tvmq on a worker", expected=f"version {self._job['version']}", seen=__version__)
         request = _request(self._job["request"])
         tasks = [_task(raw, request) for raw in self._job["tasks"]]
-        log = Log(Path(), identity(request.target), [trial_of(raw) for raw in self._job["trials"]])
+        log = Log(Path(), identity(request.target), added=[trial_of(raw) for raw in self._job["trials"]])
         relay = _Relay(log, self._said.put)
         runner = runner_of(request)
         with searching(tasks, request, relay, runner, self._tell, self._stop.is_set) as tuner:
@@ -108,7 +108,7 @@ class _Relay:
     def add(self, trial: Trial, spaces: Sequence[Space]) -> None:
         """See `TrialWriter`."""
         del spaces
-        self.log.trials.append(trial)
+        self.log.added.append(trial)
         self.say({"trial": plain(trial)})
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from tvmq.errors import TuningError
@@ -20,7 +21,8 @@ from tvmq.kernels.decision import LIKE, NEAR, TUNED, Decision
 from tvmq.kernels.task import Task
 from tvmq.target import Target, load_target, target_names
 from tvmq.tune import database
-from tvmq.tune.database import DEFAULT, Log, verdict
+from tvmq.tune.database import DEFAULT, Log, Trial, verdict
+from tvmq.tune.lines import RECORDS
 
 SHIPPED = "tuning_logs"
 
@@ -33,9 +35,9 @@ def user_folder() -> Path:
 
 @dataclass
 class LogRecords:
-    """The verdicts of some logs; `decision.Records` for lowering. likes: those of like CPUs.
+    """The verdicts of some logs, as they are when they are asked for; `decision.Records` for lowering.
 
-    notes: logs that could not be used, and why.
+    likes: the logs of like CPUs. notes: logs that could not be used, and why.
     """
 
     target: Target
@@ -43,28 +45,46 @@ class LogRecords:
     notes: list[str] = field(default_factory=list)
     likes: Sequence[Log] = ()
 
-    def __post_init__(self) -> None:
-        self._exact: dict[Task, tuple[Decision, str]] = {}
-        self._family: dict[str, list[tuple[Task, Decision]]] = {}
+    def decisions(self, task: Task) -> Iterator[tuple[Decision, str]]:
+        """See `decision.Records`."""
+        yield from self._exact(task)
+        yield from ((decision, NEAR) for decision in self._near(task))
+
+    def unused(self) -> list[str]:
+        """What could not be used, and why: whole logs, and damaged lines of the tasks that were asked for."""
+        return [*self.notes, *(note for log in (*self.logs, *self.likes) for note in log.lines.damage)]
+
+    def _exact(self, task: Task) -> Iterator[tuple[Decision, str]]:
+        """The verdict of the first log that has one on as many threads."""
         for logs, source in ((self.logs, TUNED), (self.likes, LIKE)):
             for log in logs:
-                for task, trials in log.by_task().items():
-                    self._add(task, trials, source)
+                found = self._here(log.of(task))
+                if found is not None:
+                    yield found.decision, source
+                    return
 
-    def _add(self, task: Task, trials: Iterable[database.Trial], source: str) -> None:
-        found = verdict(trial for trial in trials if trial.cores == self.target.cores)
-        if found is not None:
-            self._exact.setdefault(task, (found.decision, source))
-        found = found or verdict(trials)
-        # That nothing beat the default there says nothing of another size, where the default is another.
-        if found is not None and found.role != DEFAULT:
-            self._family.setdefault(task.family(), []).append((task, found.decision))
+    def _near(self, task: Task) -> list[Decision]:
+        """What was found for other sizes or numbers of threads, the nearest size first."""
+        found = []
+        for log, other in self._families.get(task.family(), ()):
+            trials = log.of(other)
+            decided = self._here(trials) or verdict(trials)
+            # That nothing beat the default there says nothing of another size, where the default is another.
+            if decided is not None and decided.role != DEFAULT:
+                found.append((_distance(other, task), decided.decision))
+        return [decision for _, decision in sorted(found, key=lambda item: item[0])]
 
-    def decisions(self, task: Task) -> Sequence[tuple[Decision, str]]:
-        """See `decision.Records`."""
-        exact = [self._exact[task]] if task in self._exact else []
-        like = sorted(self._family.get(task.family(), ()), key=lambda item: _distance(item[0], task))
-        return [*exact, *((decision, NEAR) for _, decision in like)]
+    def _here(self, trials: Iterable[Trial]) -> Trial | None:
+        """The verdict of those on as many threads as the target has."""
+        return verdict(trial for trial in trials if trial.cores == self.target.cores)
+
+    @cached_property
+    def _families(self) -> dict[str, list[tuple[Log, Task]]]:
+        found: dict[str, list[tuple[Log, Task]]] = {}
+        for log in (*self.logs, *self.likes):
+            for task in log.tasks():
+                found.setdefault(task.family(), []).append((log, task))
+        return found
 
 
 def _distance(a: Task, b: Task) -> float:
@@ -95,7 +115,7 @@ def load(target: Target, folder: str | Path | None = None) -> LogRecords:
 
 def _like(target: Target) -> list[Target]:
     """Other shipped targets with logs whose kernels are the same: vectors, registers and dot products are equal."""
-    names = [n for n in target_names() if n != target.name and (data_folder(SHIPPED) / n / database.RECORDS).is_file()]
+    names = [n for n in target_names() if n != target.name and (data_folder(SHIPPED) / n / RECORDS).is_file()]
     return [like for like in map(load_target, names) if _kernels(like) == _kernels(target)]
 
 

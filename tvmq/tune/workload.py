@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tvm
-from tvm import te
+from tvm import te, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
@@ -23,21 +24,25 @@ from tvmq import ops
 from tvmq.errors import TuningError
 from tvmq.kernels.builder import BF16, FLOAT
 from tvmq.kernels.decision import Decision, Point, Space
-from tvmq.kernels.task import Task, Tensor, task_of_json
+from tvmq.kernels.task import Task, Tensor
 from tvmq.target import Target
 
 ATTRIBUTE = "tvmq.task"
 _LENGTH = struct.Struct("<Q")
+# Characters of base64 in which a module's attributes are, as a rule: whole groups of four.
+_FIRST = 6144
+# In TVM's JSON of a module: the string of the node after one that ends here.
+_NEXT_STRING = re.compile(rb'\s*\}\s*,\s*\{\s*"type":\s*"ffi\.String",\s*"data":\s*("(?:[^"\\]|\\.)*")')
 _BLOCK, _PREFIX, _ROLE, _TEMPLATE = "sums", "tvmq.knob.", "tvmq.role", "tvmq.template"
 
 
 def workload_of(task: Task) -> tvm.IRModule:
     """The operator without its epilogue, one output at a time; the whole task is its attribute `ATTRIBUTE`."""
-    describe = _DESCRIPTIONS.get(task.op)
-    if describe is None:
+    if task.op not in _DESCRIPTIONS:
         raise TuningError(f"operator {task.op}", expected=f"one of {', '.join(_DESCRIPTIONS)}")
-    x, w = (te.placeholder(t.shape, t.dtype, name=name) for t, name in zip(task.tensors, "xw", strict=False))
-    function = te.create_prim_func([x, w, describe(task, x, w)])
+    describe, names = _DESCRIPTIONS[task.op]
+    operands = [te.placeholder(t.shape, t.dtype, name=name) for t, name in zip(task.tensors, names, strict=False)]
+    function = te.create_prim_func([*operands, describe(task, *operands)])
     named = function.with_attrs({"global_symbol": "main", ATTRIBUTE: task.to_json()})
     return tvm.IRModule({"main": named})
 
@@ -48,17 +53,32 @@ def line_of(workload: Any) -> list[Any]:
     It is a hash and, in base64, a length of eight bytes and the module as JSON.
     """
     found, encoded = workload.as_json()
-    module = json.loads(base64.b64decode(encoded)[_LENGTH.size :])
-    plain = json.dumps(module, separators=(",", ":")).encode()
+    plain = json.dumps(json.loads(module_text(encoded)), separators=(",", ":")).encode()
     return [found, base64.b64encode(_LENGTH.pack(len(plain)) + plain).decode()]
 
 
-def task_of_workload(workload: Any) -> Task:
-    """The task of a `meta_schedule.database.Workload`. Raises ValueError where it has none."""
-    attrs = workload.mod["main"].attrs
-    if ATTRIBUTE not in attrs.keys():  # noqa: SIM118 (TVM's maps are no dicts)
-        raise ValueError(f"no attribute {ATTRIBUTE}")
-    return task_of_json(str(attrs[ATTRIBUTE]))
+def module_text(encoded: str) -> bytes:
+    """The module of a workload as JSON, from how `line_of` and MetaSchedule write it. Raises ValueError."""
+    data = base64.b64decode(encoded, validate=True)
+    text = data[_LENGTH.size :]
+    if int.from_bytes(data[: _LENGTH.size], "little") != len(text):
+        raise ValueError("a module whose end is missing")
+    return text
+
+
+def task_text(encoded: str | bytes) -> str:
+    """The task of a workload as JSON, from its module as `module_text` takes it. Raises ValueError.
+
+    TVM lists a map's value behind its key, and attributes before the body: the first part of the module will do.
+    """
+    key = f'"{ATTRIBUTE}"'.encode()
+    for end in (_FIRST, len(encoded)):
+        part = base64.b64decode(encoded[:end], validate=True)[_LENGTH.size :]
+        at = part.find(key)
+        found = _NEXT_STRING.match(part, at + len(key)) if at >= 0 else None
+        if found is not None:
+            return str(json.loads(found[1]))
+    raise ValueError(f"no attribute {ATTRIBUTE}")
 
 
 def _conv2d(task: Task, x: Any, w: Any) -> Any:
@@ -73,9 +93,9 @@ def _conv2d(task: Task, x: Any, w: Any) -> Any:
 
     def at(n: Any, y: Any, x_: Any, o: Any) -> Any:
         row, column = y * sy + ky * dy - top, x_ * sx + kx * dx - left
-        inside = tvm.tirx.all(row >= 0, row < height, column >= 0, column < width)
-        value = x[n, row, column, tvm.tirx.floordiv(o, per_group) * inputs + k].astype(acc)
-        centred = te.if_then_else(inside, value - tvm.tirx.const(zero, acc), tvm.tirx.const(0, acc))
+        inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+        value = x[n, row, column, tirx.floordiv(o, per_group) * inputs + k].astype(acc)
+        centred = te.if_then_else(inside, value - tirx.const(zero, acc), tirx.const(0, acc))
         return te.sum(centred * w[o, ky, kx, k].astype(acc), axis=[ky, kx, k])
 
     return te.compute(a["out_shape"], at, name=_BLOCK)
@@ -87,8 +107,41 @@ def _matmul(task: Task, x: Any, w: Any) -> Any:
     k = te.reduce_axis((0, task.tensors[1].shape[0]), "k")
 
     def at(*index: Any) -> Any:
-        value = x[(*index[:-1], k)].astype(acc) - tvm.tirx.const(zero, acc)
+        value = x[(*index[:-1], k)].astype(acc) - tirx.const(zero, acc)
         return te.sum(value * w[k, index[-1]].astype(acc), axis=[k])
+
+    return te.compute(task.attributes["out_shape"], at, name=_BLOCK)
+
+
+def _grouped_matmul(task: Task, x: Any, w: Any, scales: Any) -> Any:
+    """Sums over the last axis of x and the first of w, each weight times the scale of its group."""
+    depth, groups = task.tensors[1].shape[0], task.tensors[2].shape[0]
+    k = te.reduce_axis((0, depth), "k")
+
+    def at(*index: Any) -> Any:
+        scale = scales[tirx.floordiv(k, depth // groups), index[-1]].astype(FLOAT)
+        return te.sum(x[(*index[:-1], k)] * (w[k, index[-1]].astype(FLOAT) * scale), axis=[k])
+
+    return te.compute(task.attributes["out_shape"], at, name=_BLOCK)
+
+
+def _attention(task: Task, q: Any, k: Any, v: Any) -> Any:
+    """Sums over keys of the softmax of scores times values, head by head."""
+    (n, queries, heads, depth), keys = task.tensors[0].shape, task.tensors[1].shape[1]
+    shape = (n, heads, queries, keys)
+    d, first, second, third = (te.reduce_axis((0, extent)) for extent in (depth, keys, keys, keys))
+
+    def score(i: Any, h: Any, s: Any, t: Any) -> Any:
+        return te.sum(q[i, s, h, d].astype(FLOAT) * k[i, t, h, d].astype(FLOAT), axis=[d])
+
+    scores = te.compute(shape, score, name="scores")
+    most = te.compute(shape[:3], lambda i, h, s: te.max(scores[i, h, s, first], axis=[first]), name="most")
+    powers = te.compute(shape, lambda i, h, s, t: te.exp(scores[i, h, s, t] - most[i, h, s]), name="powers")
+    total = te.compute(shape[:3], lambda i, h, s: te.sum(powers[i, h, s, second], axis=[second]), name="total")
+
+    def at(i: Any, s: Any, h: Any, o: Any) -> Any:
+        share = powers[i, h, s, third] / total[i, h, s]
+        return te.sum(share * v[i, third, h, o].astype(FLOAT), axis=[third])
 
     return te.compute(task.attributes["out_shape"], at, name=_BLOCK)
 
@@ -97,9 +150,12 @@ def _accumulator(tensor: Tensor) -> str:
     return FLOAT if tensor.dtype in (FLOAT, BF16) else "int32"
 
 
-_DESCRIPTIONS: dict[str, Callable[[Task, Any, Any], Any]] = {
-    f"{ops.PREFIX}conv2d": _conv2d,
-    f"{ops.PREFIX}matmul": _matmul,
+# What describes an operator, and the names of the operands that it is told.
+_DESCRIPTIONS: dict[str, tuple[Callable[..., Any], str]] = {
+    f"{ops.PREFIX}conv2d": (_conv2d, "xw"),
+    f"{ops.PREFIX}matmul": (_matmul, "xw"),
+    f"{ops.PREFIX}grouped_matmul": (_grouped_matmul, "xws"),
+    f"{ops.PREFIX}attention": (_attention, "qkv"),
 }
 
 
