@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from tvmq.deploy.crosslink import linker
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.isa import Int8Dot
 from tvmq.kernels import tiles
-from tvmq.kernels.decision import Records
+from tvmq.kernels.decision import TUNED, Choice, Decision, Records, decision_of
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build, schedule
+from tvmq.kernels.task import Task
 from tvmq.quantize import numerics
 from tvmq.recipe import Sparse
 from tvmq.target import Target, load_target
@@ -370,6 +372,36 @@ def grouped(
         return ops.grouped_matmul(x, ir.constant(q), ir.constant(scales), [*constants, *more], steps, **common)
 
     return Case(name, emit, (x, *extra))
+
+
+@dataclass(frozen=True)
+class Told:
+    """Records that know a decision for each task."""
+
+    of_task: dict[Task, Decision]
+
+    def decisions(self, task: Task) -> list[tuple[Decision, str]]:
+        """See `decision.Records`."""
+        return [(self.of_task[task], TUNED)]
+
+
+def choice_of(case: Case, target: Target) -> Choice:
+    """What lowering decides for the one kernel of `case` that has choices."""
+    (choice,) = lower(module_of([case]), target).choices.values()
+    return choice
+
+
+def check_choices(cases: Sequence[Case], target: Target, seed: object) -> None:
+    """Each case, of a task of its own, computed with a point at random of its spaces in turns, equals the oracle."""
+    rng, wanted = random.Random(str(seed)), {}
+    for index, case in enumerate(cases):
+        choice = choice_of(case, target)
+        space = choice.spaces[index % len(choice.spaces)]
+        wanted[choice.task] = decision_of(space, rng.choice(space.points()))
+    assert len(wanted) == len(cases)
+    lowered = lower(module_of(cases), target, records=Told(wanted))
+    assert {choice.task: choice.decision for choice in lowered.choices.values()} == wanted
+    check(cases, target, records=Told(wanted))
 
 
 def lowered_titles(cases: Sequence[Case], target: Target, sparse: Sparse = Sparse.AUTO) -> list[str]:

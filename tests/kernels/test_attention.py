@@ -7,7 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import LEVELS as EVERY_LEVEL
-from harness import Array, Case, check, compiled, floats, integers, module_of, run, runnable, target_of
+from harness import (
+    Array,
+    Case,
+    check,
+    check_choices,
+    choice_of,
+    compiled,
+    floats,
+    integers,
+    module_of,
+    run,
+    runnable,
+    target_of,
+)
 
 from tvmq import interpret, ops
 from tvmq.deploy.build import agrees
@@ -181,3 +194,38 @@ def test_integers_are_near_floats() -> None:
     error = np.abs(got - exactly(q, k, v, 1e-4))
     assert error.mean() < 0.3
     assert numerics.sqnr_db(exactly(q, k, v, 1e-4), got) > 35
+
+
+# --- what is free ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize("name", ["avx2", "host"])
+def test_every_choice_computes_the_same(name: str, dtype: str) -> None:
+    sizes = ((5, 9, 8, 12), (40, 17, 16, 16), (70, 33, 8, 20), (130, 7, 16, 4))
+    if dtype == "uint8":
+        cases = [on_integers(*size, dtype) for size in sizes]
+    else:
+        cases = [attention(*random(*size, dtype), out=dtype) for size in sizes]
+    check_choices(cases, runnable(name), f"{name} {dtype}")
+
+
+@pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni", "raspberry-pi-4b"])
+def test_the_rule_s_choice_is_a_point(name: str) -> None:
+    for size in ((1, 1, 4, 4), (128, 128, 64, 64), (197, 197, 64, 64), (17, 300, 24, 40)):
+        choice = choice_of(attention(*random(*size)), target_of(name))
+        points = choice.space.points()
+        assert choice.point in points and len(set(points)) == len(points)
+        assert all(choice.space.cost(point) > 0 for point in points)
+
+
+def test_a_tile_for_other_queries_is_cut() -> None:
+    space = choice_of(attention(*random(12, 64, 32, 32)), target_of("avx2")).space
+    # Two vectors hold all queries: one block, in one part.
+    assert space.near((3, 4, 8)) == (3, 2, 1)
+
+
+def test_the_scale_is_no_part_of_a_task() -> None:
+    inputs, target = random(12, 64, 32, 32), target_of("avx2")
+    tasks = {choice_of(attention(*inputs, scale), target).task for scale in (0.1, 0.2)}
+    assert len(tasks) == 1

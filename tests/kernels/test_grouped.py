@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import Case, check, floats, grouped, lowered_titles, runnable, target_of
+from harness import Case, check, check_choices, choice_of, floats, grouped, lowered_titles, runnable, target_of
 
 from tvmq import ops
 from tvmq.kernels import grouped as kernels
@@ -98,3 +98,29 @@ def test_few_channels_are_cut_into_panels_for_every_core() -> None:
     assert kernels.tile_of(1, 4096, m, 2, 1 << 20, 4096) == (1, 4)
     assert kernels.tile_of(1, 64, m, 2, 1 << 20, 4096) == (1, 1)
     assert kernels.tile_of(1, 128, m, 2, 1 << 20, 4096) == (1, 2)
+
+
+# --- what is free ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
+def test_every_choice_computes_the_same(name: str) -> None:
+    cases = [grouped(f"c{bits}_{m}", bits, (m, 64), 131, 32) for bits in (4, 8) for m in (1, 3, 4, 5, 9, 33)]
+    check_choices(cases, runnable(name), name)
+
+
+@pytest.mark.parametrize("name", ["sse2", "avx2", "avx512-vnni", "raspberry-pi-4b"])
+@pytest.mark.parametrize("rows", [1, 4, 5, 128])
+def test_the_rule_s_choice_is_a_point(name: str, rows: int) -> None:
+    choice = choice_of(grouped("c", 4, (rows, 64), 1000, 32), target_of(name))
+    points = choice.space.points()
+    assert choice.point in points and len(set(points)) == len(points) > 1
+    assert all(choice.space.cost(point) > 0 for point in points)
+    assert ({point[0] for point in points} == {rows}) == (rows <= 4)
+
+
+def test_a_point_of_other_rows_is_cut() -> None:
+    space = choice_of(grouped("c", 4, (6, 64), 1000, 32), target_of("avx2")).space
+    assert space.near((12, 2)) == (6, 2)
+    one = choice_of(grouped("c", 4, (1, 64), 1000, 32), target_of("avx2")).space
+    assert one.near((12, 2)) == (1, 2)

@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from harness import check, conv, floats, integers, matmul, module_of, requantize, runnable, target_of, weights
+from harness import check, conv, floats, grouped, integers, matmul, module_of, requantize, runnable, target_of, weights
+from test_attention import attention
+from tvm.s_tir import meta_schedule as ms
 
 from tvmq import ops
 from tvmq.kernels import decision as decisions
@@ -14,7 +16,9 @@ from tvmq.kernels.decision import DEFAULT, NEAR, TUNED, Decision, choose, decisi
 from tvmq.kernels.lower import lower
 from tvmq.kernels.task import Task, task_of_json
 from tvmq.kernels.task import module_of as module_of_task
+from tvmq.tune import features
 from tvmq.tune.candidate import Forced
+from tvmq.tune.workload import decision_of_trace, line_of, record_of, task_text, workload_of
 
 LEVELS = ("sse2", "avx2", "avx512-vnni", "amx", "raspberry-pi-4b", "raspberry-pi-5")
 
@@ -30,10 +34,22 @@ def some_cases(dtype: str = "uint8"):
     ]
 
 
+def of_every_template(dtype: str = "uint8"):
+    """Also those that only their own tests compile in all ways."""
+    return [
+        *some_cases(dtype),
+        conv("depthwise", integers((1, 9, 9, 32), dtype), weights((32, 3, 3, 1)), groups=32, padding=(1, 1, 1, 1)),
+        conv("float_depthwise", floats((1, 9, 9, 8)), floats((8, 5, 5, 1)), groups=8),
+        grouped("int4", 4, (5, 64), 40, 32),
+        grouped("int8", 8, (1, 3, 64), 40, 64, (ops.Bias(),)),
+        attention(*(floats((1, 20, 2, 8), seed) for seed in range(3))),
+    ]
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_default_is_a_point_and_is_what_lowering_takes(level):
     target = target_of(level)
-    cases = some_cases(target.isa.activation_dtype)
+    cases = of_every_template(target.isa.activation_dtype)
     choices = lower(module_of(cases), target).choices
     assert len(choices) == len(cases)
     for choice in choices.values():
@@ -79,10 +95,22 @@ def test_numbers_do_not_make_another_task_but_structure_does():
 
 def test_a_task_is_its_json_and_an_operator_again():
     target = target_of("avx512-vnni")
-    for choice in lower(module_of(some_cases()), target).choices.values():
+    for choice in lower(module_of(of_every_template()), target).choices.values():
         assert task_of_json(choice.task.to_json()) == choice.task
         again = lower(module_of_task(choice.task), target).choices["y"]
         assert (again.task, again.decision) == (choice.task, choice.decision)
+
+
+@pytest.mark.parametrize("level", ["avx512-vnni", "raspberry-pi-4b"])
+def test_every_task_has_a_workload_that_names_it(level):
+    target = target_of(level)
+    for choice in lower(module_of(of_every_template(target.isa.activation_dtype)), target).choices.values():
+        workload = ms.database.Workload(workload_of(choice.task))
+        _, encoded = line_of(workload)
+        assert task_of_json(task_text(encoded)) == choice.task
+        record = record_of(workload, choice.spaces, choice.decision, "default", [1e-3], target)
+        assert decision_of_trace(record.as_json()[0]) == (choice.decision, "default")
+        assert len(features.rows_of(choice.task, choice.space, [choice.point], 1.0)) == 1
 
 
 def test_families_have_any_size():

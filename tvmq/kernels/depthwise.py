@@ -6,7 +6,8 @@ bfloat16 is multiplied and added as float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -57,6 +58,8 @@ class Depthwise:
     """Everything that decides the code of one depthwise kernel; shapes are NHWC.
 
     padding: rows above and columns to the left of the image; like those below and to the right, they hold `zero_point`.
+    columns: output pixels of a row in one step; the last step may have fewer. A row of a block of channels is a task;
+    blocks_first: whether those that follow each other are of one block, else of one row.
     """
 
     x_shape: tuple[int, int, int, int]
@@ -71,7 +74,8 @@ class Depthwise:
     epilogue: ops.Epilogue
     operands: tuple[tuple[tuple[int, ...], str], ...]
     lanes: int
-    registers: int
+    columns: int
+    blocks_first: bool
     rounding: str = ""  # what `builder.rounded_by` needs
     # `Micro.narrow`, for integers whose lanes are a multiple of 8.
     narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = field(default=None, kw_only=True)
@@ -80,14 +84,6 @@ class Depthwise:
     def acc_dtype(self) -> str:
         """int32 for integers."""
         return "float32" if self.x_dtype in FLOATS else "int32"
-
-    @property
-    def columns(self) -> int:
-        """Output pixels of a row in one step: accumulators take half of the registers, and pieces are equal."""
-        width = self.out_shape[2]
-        most = max(1, min(width, self.registers // 2, 8))
-        pieces = -(-width // most)
-        return -(-width // pieces)
 
     @property
     def code_size(self) -> int:
@@ -114,7 +110,7 @@ class Depthwise:
         if out.rounding:
             f.import_llvm(self.rounding)
         rest = c % self.lanes
-        with builder.parallel(n * oh) as row, builder.serial(blocks) as block:
+        with self.tasks(n * oh, blocks) as (row, block):
             image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
             for start, stop, inside in runs([self._taps_inside(0, i) for i in range(oh)]):
                 with builder.when(tirx.all(y >= start, y < stop)):
@@ -133,6 +129,14 @@ class Depthwise:
                     if rest:
                         with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
                             width(rest)
+
+    @contextlib.contextmanager
+    def tasks(self, rows: int, blocks: int) -> Iterator[tuple[Expr, Expr]]:
+        """(row, block of channels), over all of both, in parallel."""
+        with builder.parallel(rows * blocks) as index:
+            inner = rows if self.blocks_first else blocks
+            outer, inside = tirx.floordiv(index, inner), tirx.floormod(index, inner)
+            yield (inside, outer) if self.blocks_first else (outer, inside)
 
     def _taps_inside(self, axis: int, position: int) -> Inside:
         """Which taps of an output row (axis 0) or column (axis 1) lie in the image."""

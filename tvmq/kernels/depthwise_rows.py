@@ -26,8 +26,6 @@ from tvmq.kernels.interleave import Interleaved, RowDot
 Array = npt.NDArray[Any]
 # Lanes of 32 bits that are interleaved together: 128 bits.
 _SEGMENT = 4
-# Output pixels that are written out at most: more reuse more columns, and take more code.
-_COLUMNS = 8
 
 
 def blocks(channels: int, rows: int, widths: Sequence[int]) -> list[tuple[int, int]]:
@@ -129,18 +127,6 @@ class RowDepthwise(Depthwise):
         return self.dot
 
     @property
-    def columns(self) -> int:
-        """Output pixels of a row in one step, equal in all steps.
-
-        As many as the code may have where those that read one column fit into registers, else as fit in all.
-        """
-        rows, width = self.product.rows, self.out_shape[2]
-        reach = ((self.kernel[1] - 1) * self.dilation[1]) // self.strides[1] + 1
-        fit = (self.registers - rows) // rows
-        most = max(1, _COLUMNS if min(reach, width) <= fit else fit)
-        return -(-width // -(-width // most))
-
-    @property
     def _inner_rows(self) -> tuple[int, int]:
         """From which output row to before which one all taps lie in the image."""
         inner = [y for y in range(self.out_shape[1]) if all(self._taps_inside(0, y))]
@@ -174,8 +160,7 @@ class RowDepthwise(Depthwise):
             if text:
                 f.import_llvm(text)
         buffers = _Buffers(x, w, tuple(operands), out)
-        with builder.parallel(n * oh * len(every)) as index:
-            row, block = tirx.floordiv(index, len(every)), tirx.floormod(index, len(every))
+        with self.tasks(n * oh, len(every)) as (row, block):
             image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
             start, stop = self._inner_rows
             within = tirx.all(y >= start, y < stop)

@@ -263,8 +263,16 @@ def tile_of(rows: int, channels: int, micro: Micro, cores: int, l2_bytes: int, d
         while vectors > 1 and -(-channels // (vectors * micro.lanes)) < 2 * cores:
             vectors //= 2
         return rows, vectors
-    geometry = gemm.conv_geometry(
-        (1, 1, rows, depth), (channels, 1, 1, depth), (1, 1, rows, channels), (1, 1), (1, 1), 1
-    )
-    tile = gemm.choose(geometry, micro, cores, l2_bytes).tile
+    tile = gemm.choose(geometry_of(rows, depth, channels), micro, cores, l2_bytes).tile
     return tile.pixels, tile.vectors
+
+
+def geometry_of(rows: int, depth: int, channels: int) -> gemm.Geometry:
+    """The product as a convolution of one row of pixels."""
+    out = (1, 1, rows, channels)
+    return gemm.conv_geometry((1, 1, rows, depth), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
+
+
+def fits(rows: int, vectors: int, micro: Micro) -> bool:
+    """Whether few rows' sums, those of a group, a panel's words, a weight and an input fit the registers."""
+    return 2 * rows * vectors + vectors + 2 <= micro.registers

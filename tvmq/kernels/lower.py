@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import lower_grouped, lower_images, lower_matrix, lower_rest, tiles
+from tvmq.kernels import lower_attention, lower_grouped, lower_images, lower_matrix, lower_rest, tiles
 from tvmq.kernels.decision import Decisions, Records
 from tvmq.kernels.lowering import Lowered, Lowering
 from tvmq.recipe import Sparse
@@ -69,6 +69,6 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "concat": lower_rest.concat,
     "layer_norm": lower_rest.rowwise,
     "softmax": lower_rest.rowwise,
-    "attention": lower_rest.attention,
+    "attention": lower_attention.attention,
     "batch_matmul": lower_rest.batch_matmul,
 }

@@ -9,19 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import ir, ops
-from tvmq.kernels.grouped import FEW_ROWS, WORD, Grouped, tile_of
+from tvmq.kernels.grouped import FEW_ROWS, WORD, Grouped
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
+from tvmq.kernels.spaces import GroupedSpace
+from tvmq.kernels.task import task_of
 
 Array = npt.NDArray[Any]
 
 
 def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.grouped_matmul`."""
-    a, m, target = ops.attributes(call), lowering.float, lowering.target
+    a, m = ops.attributes(call), lowering.float
     x, weight, scales, *operands = call.args
     depth, channels = ir.shape_of(weight)
     rows, bits = math.prod(ir.shape_of(x)[:-1]), a["bits"]
-    tile, vectors = tile_of(rows, channels, m, target.cores, target.l2_kib * 1024, depth)
+    choice = lowering.decisions.choose(name, task_of(call), (GroupedSpace(rows, depth, channels, m, lowering.target),))
+    tile, vectors = choice.point
     spec = Grouped(
         rows,
         depth,

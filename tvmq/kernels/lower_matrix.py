@@ -1,4 +1,4 @@
-"""Lowering rules of products with constant weights: convolution, depthwise convolution, dense."""
+"""Lowering rules of products with constant weights: convolution, dense."""
 
 from __future__ import annotations
 
@@ -10,18 +10,9 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import (
-    builder,
-    depthwise,
-    depthwise_rows,
-    gemm,
-    interleave,
-    lower_sparse,
-    lower_winograd,
-    tile_blocking,
-)
+from tvmq.kernels import builder, gemm, lower_depthwise, lower_sparse, lower_winograd, tile_blocking
 from tvmq.kernels.decision import Choice, Space
-from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
+from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of, fold_zero_point
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.spaces import GemmSpace, TileSpace
 from tvmq.kernels.sparse_panels import SparsePanels
@@ -31,8 +22,6 @@ from tvmq.kernels.task import task_of
 from tvmq.kernels.tile_gemm import TileGemm
 
 Array = npt.NDArray[Any]
-# Taps that a depthwise kernel may write out before its image is padded instead: 5x5 ones stay under it.
-_DEPTHWISE_TAPS = 500
 
 
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -42,7 +31,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     kernel = ir.to_numpy(weight)
     channels = ir.shape_of(x)[3]
     if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
-        return _depthwise(lowering, state, name, call, kernel)
+        return lower_depthwise.conv2d(lowering, state, name, call, kernel)
     m = lowering.micro(str(kernel.dtype))
     geometry, padding, wide = conv_geometry(m, call, kernel)
     sparse = _sparse(lowering, name, call, kernel, geometry)
@@ -147,7 +136,7 @@ def _gemm(
     m = lowering.micro(str(kernel.dtype)).exact_for(kernel)
     epilogue = ops.epilogue_of(call)
     if integer and not m.widened:
-        epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
+        epilogue, operands = fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
     rest = (epilogue, ir.shape_of(x), ir.shape_of(call), a["out_dtype"], declared(operands))
     made: tuple[gemm.Gemm | TileGemm | SparsePanels | SparsePixels, Packing | SparsePacking, str]
     if sparse is not None:
@@ -185,65 +174,3 @@ def _template(
     packing = Packing("gemm", kernel, taps, groups, nr, m.kr)
     imports = builder.prefetch_llvm(isa.family), builder.rounding_llvm(isa)
     return gemm.Gemm(geometry, m, blocking, *imports, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"
-
-
-def _depthwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
-    a = ops.attributes(call)
-    x, _, *operands = call.args
-    # Floats are multiplied one by one, in float32: a bfloat16 dot product sums over channels, which are apart here.
-    m = lowering.int8 if kernel.dtype == np.int8 else lowering.float
-    # NEON's bytes: half a register is widened by one instruction, and narrowed into by one where that saturates.
-    lanes = 8 if m.a_dtype == "int8" else m.lanes
-    epilogue = ops.epilogue_of(call)
-    if kernel.dtype == np.int8:
-        epilogue, operands = _fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
-
-    dot = interleave.row_dot(lowering.target.isa, dtype_of(x))
-    if dot is not None and not depthwise_rows.blocks(kernel.shape[0], dot.rows, dot.widths):
-        dot = None
-
-    def spec_of(x: Any, padding: tuple[int, int]) -> depthwise.Depthwise:
-        common = (
-            ir.shape_of(x),
-            dtype_of(x),
-            kernel.shape[1:3],
-            a["strides"],
-            a["dilation"],
-            padding,
-            a["x_zero_point"],
-            ir.shape_of(call),
-            a["out_dtype"],
-            epilogue,
-            declared(operands),
-        )
-        rounding = builder.rounding_llvm(lowering.target.isa)
-        if dot is None:
-            registers = m.registers * m.lanes // lanes
-            return depthwise.Depthwise(*common, lanes, registers, rounding, narrow=m.narrow)  # type: ignore[arg-type]
-        return depthwise_rows.RowDepthwise(*common, dot.widths[0], dot.registers, rounding, dot)  # type: ignore[arg-type]
-
-    spec = spec_of(x, a["padding"][:2])
-    if spec.code_size > _DEPTHWISE_TAPS:
-        x = lowering.pad(state, name, x, a["padding"], ir.shape_of(x)[3], a["x_zero_point"], dtype_of(x))
-        spec = spec_of(x, (0, 0))
-    tile = f"{spec.columns}x{lanes}-{m.name}"
-    packing = Packing("depthwise", kernel.shape, 0, 1, lanes, 1)
-    if dot is not None:
-        tile = f"{spec.columns}x{dot.channels(dot.widths[0])}-{dot.name}"
-        packing = Packing("rows", kernel.shape, dot.widths[-1], 1, dot.widths[0], dot.rows)
-    title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{tile}"
-    lowering.names[name] = title
-    args = [x, *lowering.pack(state, name, [(kernel, packing)]), *lowering.lift(state, name, operands)]
-    return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
-
-
-def _fold_zero_point(
-    epilogue: ops.Epilogue, operands: list[Any], kernel: Array, zero_point: int
-) -> tuple[ops.Epilogue, list[Any]]:
-    """sum((x - z) * w) = sum(x * w) - z * sum(w): the correction goes into the bias, one number a channel."""
-    if zero_point == 0:
-        return epilogue, operands
-    correction = (-zero_point * kernel.astype(np.int64).reshape(kernel.shape[0], -1).sum(axis=1)).astype(np.int32)
-    if epilogue and isinstance(epilogue[0], ops.Bias):
-        return epilogue, [ir.constant(ir.to_numpy(operands[0]) + correction), *operands[1:]]
-    return (ops.Bias(), *epilogue), [ir.constant(correction), *operands]

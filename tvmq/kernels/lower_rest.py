@@ -1,4 +1,4 @@
-"""Lowering rules of operators without constant weights: pools, maps, concat, row-wise operators, attention."""
+"""Lowering rules of operators without constant weights: pools, maps, concat, row-wise operators, products."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Any
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, lookup
-from tvmq.kernels.attention import Attention
+from tvmq.kernels import lookup
 from tvmq.kernels.batch_matmul import BatchMatmul
-from tvmq.kernels.builder import BF16, FLOAT
+from tvmq.kernels.builder import FLOAT
 from tvmq.kernels.elementwise import Concat, Map
-from tvmq.kernels.integer_attention import IntegerAttention
 from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
 from tvmq.kernels.rowwise import Rowwise
-from tvmq.kernels.shuffles import pair_llvm
 from tvmq.quantize import numerics
 
 
@@ -116,56 +113,6 @@ def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     title = f"{SHORT[made]}-{SHORT[dtype]}-{kind}{rows}"
     lowering.names[name] = title
     return lowering.call_for(spec, title, lowering.lift(state, name, call.args), results)
-
-
-def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
-    """`tvmq.attention`."""
-    query, key, value = call.args
-    target, dtype, out_dtype = lowering.target, dtype_of(query), ir.dtype_of(call)
-    batch, queries, heads, depth = ir.shape_of(query)
-    m, words = lowering.float, lowering.bf16.by_words()
-    if dtype in numerics.INT_RANGE:
-        m = lowering.int8.by_words()
-    elif dtype == BF16 and words.product.kr > 1 and depth % words.kr == 0:
-        m = words
-    # Two vectors of queries leave most registers to keys, and to columns of values, which share their loads.
-    vectors = min(2, -(-queries // m.lanes))
-    rows = (m.registers - vectors - 1 - m.single.temporaries) // vectors
-    blocks = -(-queries // (vectors * m.lanes))
-    common = (
-        (batch, queries, heads, depth),
-        ir.shape_of(key)[1],
-        ir.shape_of(value)[3],
-        ops.attributes(call)["scale"],
-        dtype,
-        out_dtype,
-        ops.epilogue_of(call),
-        m,
-        rows,
-        vectors,
-        _parts(batch * heads, blocks, target.cores),
-        pair_llvm(target.isa) if m.w_dtype == BF16 and m.kr > 1 else "",
-        builder.rounding_llvm(target.isa),
-    )
-    spec = Attention(*common)
-    if dtype in numerics.INT_RANGE:
-        query_zero, _, value_zero = ops.attributes(call)["zero_points"]
-        spec = IntegerAttention(*common, (query_zero - (128 if dtype == "uint8" else 0), value_zero))
-    multiplied = m.w_dtype if dtype in numerics.INT_RANGE else dtype
-    title = f"{SHORT[out_dtype]}-{SHORT[multiplied]}-attention-{rows}x{vectors * m.lanes}-{m.name}"
-    lowering.names[name] = title
-    return lowering.call(spec, title, [query, key, value], ir.shape_of(call), out_dtype)
-
-
-def _parts(units: int, blocks: int, cores: int) -> int:
-    """Into how many parts to divide the `blocks` of each unit: the fewest that keep the cores nine tenths busy."""
-
-    def busy(parts: int) -> float:
-        share = -(-blocks // parts)
-        return units * blocks / (-(-units * parts // cores) * cores * share)
-
-    best = max(busy(parts) for parts in range(1, blocks + 1))
-    return next(parts for parts in range(1, blocks + 1) if busy(parts) >= min(best, 0.9))
 
 
 def batch_matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:

@@ -209,3 +209,15 @@ def dtype_of(expr: Any) -> str:
 def declared(operands: Sequence[Any]) -> tuple[tuple[tuple[int, ...], str], ...]:
     """(shape, dtype) of each operand."""
     return tuple((ir.shape_of(operand), dtype_of(operand)) for operand in operands)
+
+
+def fold_zero_point(
+    epilogue: ops.Epilogue, operands: list[Any], kernel: Array, zero_point: int
+) -> tuple[ops.Epilogue, list[Any]]:
+    """sum((x - z) * w) = sum(x * w) - z * sum(w): the correction goes into the bias, one number a channel."""
+    if zero_point == 0:
+        return epilogue, operands
+    correction = (-zero_point * kernel.astype(np.int64).reshape(kernel.shape[0], -1).sum(axis=1)).astype(np.int32)
+    if epilogue and isinstance(epilogue[0], ops.Bias):
+        return epilogue, [ir.constant(ir.to_numpy(operands[0]) + correction), *operands[1:]]
+    return (ops.Bias(), *epilogue), [ir.constant(correction), *operands]

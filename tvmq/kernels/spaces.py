@@ -1,4 +1,4 @@
-"""The spaces of products with constant weights: what is free in the vector template and in the template of tiles."""
+"""The spaces of products with constant weights: what is free in the templates of vectors, of tiles, and of groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tvmq.kernels import gemm, tile_blocking
+from tvmq.kernels import gemm, grouped, tile_blocking
 from tvmq.kernels.decision import Point
 from tvmq.kernels.gemm import Blocking, Geometry, Tile
 from tvmq.kernels.micro import Micro
@@ -17,6 +17,8 @@ from tvmq.target import Target
 
 # Into how many parts rows are cut for parallel tasks, at most: more cost more hand-overs than they balance.
 _MOST_PARTS = 128
+# Slots in which a vector of weights in groups is widened: a load, a conversion, and what is masked or scaled.
+_WIDEN = 3
 
 
 @dataclass(frozen=True)
@@ -146,3 +148,55 @@ class TileSpace:
 def _tile_point(blocking: TileBlocking) -> Point:
     b = blocking
     return int(b.strips.flat), b.down, b.across, b.panels_per_task, b.blocks_per_task, b.ahead
+
+
+@dataclass(frozen=True)
+class GroupedSpace:
+    """The template of weights in groups: rows that are multiplied at once, vectors of a panel."""
+
+    rows: int
+    depth: int
+    channels: int
+    micro: Micro
+    target: Target
+    template: ClassVar[str] = "grouped"
+    knobs: ClassVar[tuple[str, ...]] = ("rows", "vectors")
+
+    def default(self) -> Point:
+        """See `grouped.tile_of`."""
+        l2 = self.target.l2_kib * 1024
+        return grouped.tile_of(self.rows, self.channels, self.micro, self.target.cores, l2, self.depth)
+
+    def points(self) -> list[Point]:
+        """Every tile that fits the registers; few rows are multiplied together."""
+        if self._few:
+            most = -(-self.channels // self.micro.lanes)
+            found = {(self.rows, n) for n in range(1, most + 1) if grouped.fits(self.rows, n, self.micro)}
+        else:
+            found = {(tile.pixels, tile.vectors) for tile in gemm.tiles(self._geometry, self.micro)}
+        return sorted({*found, self.default()})
+
+    def cost(self, point: Point) -> float:
+        """Issue slots on all cores."""
+        rows, vectors = point
+        panels = -(-self.channels // (vectors * self.micro.lanes))
+        # Every weight is widened once: in registers, or before all tiles.
+        slots = float(panels * self.depth * vectors * _WIDEN)
+        if self._few:
+            slots += panels * self.depth * max(rows * vectors, gemm.LATENCY)
+        else:
+            slots += gemm.cost(self._geometry, self.micro, Tile(1, rows, vectors))
+        return slots * gemm.imbalance(panels, self.target.cores) / self.target.cores
+
+    def near(self, point: Point) -> Point:
+        """The vectors, and the rows as far as there are."""
+        rows, vectors = point
+        return (self.rows if self._few else min(rows, self.rows), vectors)
+
+    @property
+    def _few(self) -> bool:
+        return self.rows <= grouped.FEW_ROWS
+
+    @property
+    def _geometry(self) -> Geometry:
+        return grouped.geometry_of(self.rows, self.depth, self.channels)

@@ -66,6 +66,10 @@ def task_of(call: Any) -> Task:
         attrs["epilogue"] = ops.encode(tuple(_without_numbers(step) for step in ops.epilogue_of(call)))
     if "x_zero_point" in attrs:
         attrs["x_zero_point"] = _sign(attrs["x_zero_point"])
+    if "scale" in attrs:
+        attrs["scale"] = 1.0  # of attention
+    if "zero_points" in attrs:
+        attrs["zero_points"] = [_sign(zero_point) for zero_point in attrs["zero_points"]]
     tensors = tuple(Tensor(ir.shape_of(arg), _dtype(arg), ir.is_constant(arg)) for arg in call.args)
     return Task(ir.op_name(call), tensors, json.dumps(attrs, sort_keys=True))
 

@@ -107,9 +107,13 @@ def _share(budget: Budget, index: int, count: int) -> Budget:
 
 
 def _work(tuned: TuneTask) -> int:
-    """Multiply-adds of an inference: each output takes as many as its weights have elements an output channel."""
-    out, weights = tuned.task.attributes["out_shape"], tuned.task.tensors[1].shape
-    return int(tuned.count * math.prod(out) * math.prod(weights) // out[-1])
+    """Multiply-adds of an inference: each output takes as many as its weights have elements an output channel.
+
+    Attention takes each key twice.
+    """
+    out, second = tuned.task.attributes["out_shape"], tuned.task.tensors[1]
+    each = math.prod(second.shape) // out[-1] if second.constant else 2 * second.shape[1]
+    return int(tuned.count * math.prod(out) * each)
 
 
 @dataclass

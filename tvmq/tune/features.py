@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from tvmq.kernels import gemm
 from tvmq.kernels.decision import Point, Space
+from tvmq.kernels.depthwise_space import DepthwiseSpace
 from tvmq.kernels.lower_winograd import WinogradSpace
 from tvmq.kernels.spaces import GemmSpace
 from tvmq.kernels.task import Task
 
 Array = npt.NDArray[np.float32]
-TEMPLATES = ("gemm", "tiles", "winograd")
+TEMPLATES = ("gemm", "tiles", "winograd", "depthwise", "depthwise-rows", "grouped", "attention")
 # Knobs of a template, at most; those of each have places of their own.
 _KNOBS = 6
 _SHAPE = 10
@@ -51,6 +52,8 @@ def _shape(space: Space, point: Point) -> list[float]:
     """How a tile fills registers, edges and cores."""
     if isinstance(space, GemmSpace):
         return _gemm(space, point)
+    if isinstance(space, DepthwiseSpace):
+        return _depthwise(space, point)
     if isinstance(space, WinogradSpace):
         blocking = space.blocking(point)
         scratch = blocking.components * blocking.tiles * space.shape.channels * 4
@@ -76,4 +79,15 @@ def _gemm(space: GemmSpace, point: Point) -> list[float]:
         math.log2(panel / (space.target.l1d_kib * 1024)),
         math.log2(1 + image / (space.target.l2_kib * 1024)),
         math.log2(gemm.step_cost(m, tile.pixels, tile.vectors)),
+    ]
+
+
+def _depthwise(space: DepthwiseSpace, point: Point) -> list[float]:
+    spec = space.spec(point)
+    n, height, width, channels = spec.out_shape
+    tasks = n * height * -(-channels // spec.lanes)
+    return [
+        -(-width // spec.columns) * spec.columns / width,
+        math.log2(spec.code_size * spec.columns),
+        gemm.imbalance(tasks, space.cores),
     ]

@@ -126,7 +126,7 @@ def _grouped_matmul(task: Task, x: Any, w: Any, scales: Any) -> Any:
 
 
 def _attention(task: Task, q: Any, k: Any, v: Any) -> Any:
-    """Sums over keys of the softmax of scores times values, head by head."""
+    """Sums over keys of the softmax of scores times values, head by head; integers as they are stored."""
     (n, queries, heads, depth), keys = task.tensors[0].shape, task.tensors[1].shape[1]
     shape = (n, heads, queries, keys)
     d, first, second, third = (te.reduce_axis((0, extent)) for extent in (depth, keys, keys, keys))
