@@ -60,7 +60,7 @@ def test_int8_is_compared_with_the_better_of_two_formats(counted: list[str], mon
     found = count_bench.run(["tiny_image"], ["fp32", "int8", "bf16"])
     assert found.rows == [
         Row("tiny_image", "fp32", 60, 100),
-        Row("tiny_image", "int8", 60, 80, "s8 activations"),
+        Row("tiny_image", "int8", 60, 80, "s8 activations; 0.0 with u8 activations"),
         Row("tiny_image", "bf16", 60, None, "ONNX Runtime has no bf16 there"),
     ]
     assert counted == ["fp32-raspberry-pi-5", "float", "int8-raspberry-pi-5", "u8", "s8", "bf16-raspberry-pi-5"]

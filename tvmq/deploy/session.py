@@ -197,7 +197,10 @@ class RemoteSession:
         return count
 
     def pin_threads(self, count: int) -> None:
-        """Before anything runs: a processor of its own for each thread, on a board that tells which there are."""
+        """Before anything runs, on a board that tells its processors: hold `count` threads to the fastest of them.
+
+        Each is held to one; the first, which TVM leaves free among these, finds the one that is left.
+        """
         cores = [] if self._has("tvmq.board.count") else conditions.fastest(self._files())
         if count and len(cores) >= count:
             names = self.call(lambda: self.remote.get_function("ffi.Array")(*map(str, cores[:count])))
