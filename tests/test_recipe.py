@@ -173,6 +173,7 @@ def test_the_percentile_may_be_100_and_recipes_are_values():
         "batch_matmul",
         "layer_norm",
         "softmax",
+        "embedding",
     }
 
 

@@ -255,6 +255,12 @@ def _grouped_matmul(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(product, args[3:], ops.epilogue_of(call))
 
 
+def _embedding(_call: Any, args: list[Array]) -> Array:
+    indices, table, scales = args
+    rows = np.clip(indices, 0, len(table) - 1)
+    return numerics.dequantize(table[rows], scales[rows][..., None], 0)
+
+
 def _avg_pool2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
     pooled = numerics.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
@@ -334,6 +340,7 @@ _TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
     "matmul": _matmul,
     "dequantize_groups": _dequantize_groups,
     "grouped_matmul": _grouped_matmul,
+    "embedding": _embedding,
     "avg_pool2d": _avg_pool2d,
     "max_pool2d": _max_pool2d,
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,

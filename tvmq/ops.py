@@ -12,6 +12,7 @@
     tvmq.attention   (q, k, v: of one dtype, [N, S, heads, depth])             -> [N, S, heads, depth]
     tvmq.batch_matmul (x [..., M, K], y [..., K, N] or transposed, epilogue tensors...) -> [..., M, N]
     tvmq.concat      (x0, x1, ..., each with an epilogue of its own)           -> along `axis`
+    tvmq.embedding   (indices [...], table int8 [rows, C], scales [rows])      -> float32 [..., C]
     tvmq.dequantize_groups  (w int8 [K, N], scales [K / group, N])             -> float32 [K, N]
     tvmq.grouped_matmul  (x float32 [..., K], w, scales, epilogue tensors...)  -> [..., N]
 
@@ -51,6 +52,7 @@ NAMES = (
     "attention",
     "batch_matmul",
     "concat",
+    "embedding",
     "dequantize_groups",
     "grouped_matmul",
 )
@@ -254,6 +256,12 @@ def dequantize_groups(weight: Expr, scales: Expr, *, bits: int) -> Any:
     """`tvmq.dequantize_groups`: each element of `weight` int8 [K, N] times the scale of its group and column."""
     shape = [int(n) for n in weight.ty.shape.values]
     return _call("dequantize_groups", [weight, scales], {"bits": bits}, (), out_shape=shape, out_dtype="float32")
+
+
+def embedding(indices: Expr, table: Expr, scales: Expr) -> Any:
+    """`tvmq.embedding`: rows of `table`, each times its scale; indices outside of it take its first or last row."""
+    shape = (*(int(n) for n in indices.ty.shape.values), int(table.ty.shape.values[1]))
+    return _call("embedding", [indices, table, scales], {}, (), out_shape=shape, out_dtype="float32")
 
 
 def avg_pool2d(

@@ -125,7 +125,7 @@ GROUP_SIZES = (32, 64, 128)
 # Products of two activations.
 PRODUCTS = ("attention", "batch_matmul")
 DEFAULT_KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
-KINDS = (*DEFAULT_KINDS, *PRODUCTS, "layer_norm", "softmax")
+KINDS = (*DEFAULT_KINDS, *PRODUCTS, "layer_norm", "softmax", "embedding")
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ class Recipe:
     fewer leave integers unused (7: half of the range). power_of_two: scales that are rounded up to one. per_channel: a
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
-    operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm` and
-    `softmax` have to be named here or by a rule. algorithms: what is done for accuracy; smoothing: SmoothQuant's
-    alpha, the share that goes by activations. weight_levels: weights of an fp32 model rounded to few values, a
-    simulation of kinds without kernels: see `quantize.levels`. integer_io: the bundle takes and returns int8, and the
-    conversions are apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and
-    compute in float. winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded more.
-    sparse: whether products leave out weights that are zero. rules: exceptions.
+    operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm`,
+    `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; smoothing:
+    SmoothQuant's alpha, the share that goes by activations. weight_levels: weights of an fp32 model rounded to few
+    values, a simulation of kinds without kernels: see `quantize.levels`. integer_io: the bundle takes and returns
+    int8, and the conversions are apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and
+    back, and compute in float. winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded
+    more. sparse: whether products leave out weights that are zero. rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -280,8 +280,10 @@ class Recipe:
         precision, why = self.precision, "the recipe's precision"
         if rule is not None:
             precision, why = rule.precision, f"rule {rule.match!r}"
-        of_rows = precision is Precision.INT8_DYNAMIC and kind in PRODUCTS
-        if precision in LINEAR and kind != "matmul" and not of_rows:
+        others: tuple[str, ...] = ()
+        if precision is not Precision.INT4_WEIGHT:
+            others = ("embedding", *PRODUCTS) if precision is Precision.INT8_DYNAMIC else ("embedding",)
+        if precision in LINEAR and kind not in ("matmul", *others):
             return Precision.FP32, f"{precision.value} is for linear layers"
         integer = precision in (Precision.INT8, *LINEAR) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
         if rule is None and integer and kind in KINDS and kind not in self.kinds:

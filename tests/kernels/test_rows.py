@@ -134,3 +134,14 @@ def test_norms_and_softmax_of_integers_are_the_oracle(name: str) -> None:
         cases.append(Case(f"{make.__name__}_f", lambda x, make=make: make(x, (), "float32"), (x,)))
         cases.append(part(f"{make.__name__}_rows", lambda x, make=make: make(x, (last,), dtype), 0, (x,)))
     check(cases, target, exact=True)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_rows_of_a_table_are_the_oracle(dtype: str) -> None:
+    table, scales = weights((40, 33)), np.abs(floats((40,), 3))
+    indices = np.array([[0, 39, 7], [40, -1, 2**31 - 1]], dtype)
+
+    def emit(x):
+        return ops.embedding(x, ir.constant(table), ir.constant(scales))
+
+    check([Case("rows", emit, (indices,))], runnable("host"), exact=True)

@@ -23,13 +23,18 @@ import torch
 
 import tvmq
 from tvmq.measure.report import table
+from tvmq.recipe import DEFAULT_KINDS, KINDS, PRODUCTS
 
 BATCH, TOKENS = 20, 48
 TOP, QUERIES, FEW = 10, 50, 100
+SMOOTH = {"precision": "int8", "algorithms": ["smooth"], "observer": "percentile", "percentile": 99.999}
 ROWS: dict[str, dict[str, Any]] = {
     "dynamic": {"precision": "int8-dynamic"},
     "static": {"precision": "int8"},
-    "smooth": {"precision": "int8", "algorithms": ["smooth"], "observer": "percentile", "percentile": 99.999},
+    "smooth": SMOOTH,
+    "dynamic, attention": {"precision": "int8-dynamic", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
+    "smooth, attention": {**SMOOTH, "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
+    "smooth, all kinds": {**SMOOTH, "kinds": [*KINDS]},
     "smooth, gptq, bias_correction": {"precision": "int8", "algorithms": ["smooth", "gptq", "bias_correction"]},
 }
 WHO = "my sister|the old teacher|a young doctor|our neighbour|the football team|two tourists|the mayor|a tired nurse"

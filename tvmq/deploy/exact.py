@@ -71,7 +71,15 @@ _MOVES = [
     "argsort",
 ]
 _NARROW = ("bfloat16", "int8", "uint8")
-_OURS = ("tvmq.map", "tvmq.max_pool2d", "tvmq.resize2d", "tvmq.concat", "tvmq.layer_norm", "tvmq.softmax")
+_OURS = (
+    "tvmq.map",
+    "tvmq.max_pool2d",
+    "tvmq.resize2d",
+    "tvmq.embedding",
+    "tvmq.concat",
+    "tvmq.layer_norm",
+    "tvmq.softmax",
+)
 
 
 def is_exact(call: Any) -> bool:

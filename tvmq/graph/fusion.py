@@ -152,6 +152,15 @@ def has_batch_matmul_kernel(call: Any) -> bool:
     return batches[0] == batches[1] or any(math.prod(batch) == 1 for batch in batches)
 
 
+def has_embedding_kernel(call: Any) -> bool:
+    """Whether `call` takes rows of a constant float32 matrix by integers."""
+    if not ir.is_call(call, "take") or call.attrs.axis is None or int(call.attrs.axis) != 0:
+        return False
+    table, indices = call.args
+    whole = ir.is_constant(table) and ir.is_static(indices) and ir.dtype_of(indices) in ("int32", "int64")
+    return whole and ir.dtype_of(table) == "float32" and len(ir.shape_of(table)) == 2
+
+
 def product_kind(call: Any) -> str | None:
     """ "attention" or "batch_matmul", for products of activations that have a kernel; None for all else."""
     if has_attention_kernel(call):

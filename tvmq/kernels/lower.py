@@ -67,6 +67,7 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "resize2d": lower_images.resize,
     "map": lower_rest.elementwise,
     "concat": lower_rest.concat,
+    "embedding": lower_rest.embedding,
     "layer_norm": lower_rest.rowwise,
     "softmax": lower_rest.rowwise,
     "attention": lower_attention.attention,

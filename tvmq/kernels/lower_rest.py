@@ -12,7 +12,8 @@ from tvmq.kernels import lookup
 from tvmq.kernels.batch_matmul import BatchMatmul
 from tvmq.kernels.builder import FLOAT
 from tvmq.kernels.elementwise import Concat, Map
-from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
+from tvmq.kernels.embedding import Embedding
+from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pool import Pool, lowest, reciprocal_counts
 from tvmq.kernels.rowwise import Rowwise
@@ -95,6 +96,18 @@ def concat(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> Any:
     title = f"{SHORT[out_dtype]}-{SHORT[dtype]}-concat"
     lowering.names[name] = title
     return lowering.call(spec, title, list(call.args), ir.shape_of(call), out_dtype)
+
+
+def embedding(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.embedding`."""
+    indices, *constants = call.args
+    arrays = [ir.to_numpy(constant) for constant in constants]
+    rows, width = arrays[0].shape
+    spec = Embedding(ir.shape_of(indices), dtype_of(indices), rows, width, lowering.float.lanes)
+    title = "f32-s8-embedding"
+    lowering.names[name] = title
+    weights = lowering.pack(state, name, [(array, Packing("plain", array.shape, 0, 1, 0, 0)) for array in arrays])
+    return lowering.call(spec, title, [indices, *weights], ir.shape_of(call), "float32")
 
 
 def rowwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:

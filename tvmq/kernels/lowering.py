@@ -31,7 +31,8 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8", "uint8": "u8", "int
 @dataclass(frozen=True)
 class Packing:
     """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes), depthwise_rows
-    (nr, taps: its most and least lanes; kr: its rows) and winograd (taps: m), and `pack_words` in grouped.
+    (nr, taps: its most and least lanes; kr: its rows) and winograd (taps: m), and `pack_words` in grouped; "plain" ones
+    are as they were.
     """
 
     kind: str
@@ -43,6 +44,8 @@ class Packing:
 
     def pack(self, weight: Array) -> Array:
         """The weight as its kernel reads it."""
+        if self.kind == "plain":
+            return weight
         if self.kind == "depthwise":
             return depthwise.pack(weight, self.nr)
         if self.kind == "rows":
@@ -54,6 +57,8 @@ class Packing:
 
     def unpack(self, packed: Array) -> Array:
         """The weight as it was."""
+        if self.kind == "plain":
+            return packed.reshape(self.shape)
         if self.kind == "depthwise":
             return depthwise.unpack(packed, self.shape, self.nr)
         if self.kind == "rows":

@@ -78,6 +78,8 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif old in plan.linear:
             new = _linear(state, name, new, plan.linear[old], recipe, pairs, seen.get(str(old.name)))
+        elif old in plan.embeddings:
+            new = _embedding(state, name, new)
         elif old in plan.products:
             new = _product(state, name, value, new, plan, pairs)
         if old in plan.produced:
@@ -132,6 +134,15 @@ def _linear(
             quantized = groups.quantize_groups(weight, scales, bits)
         twin = ops.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
+
+
+def _embedding(state: ir.Rewrite, name: str, call: Any) -> Any:
+    """The lookup `call` in a table of int8 with a scale a row."""
+    table = ir.to_numpy(call.args[0])
+    scales = numerics.weight_scales(table, 0)
+    parts = (numerics.quantize_weight(table, scales, 0), scales, np.zeros(scales.shape, np.int8))
+    twin = relax.op.dequantize(*(ir.constant(part) for part in parts), axis=0)
+    return relax.Call(call.op, [state.emit(twin, f"{name}_table"), call.args[1]], call.attrs)
 
 
 def _product(state: ir.Rewrite, name: str, value: Any, call: Any, plan: Plan, pairs: Pairs) -> Any:

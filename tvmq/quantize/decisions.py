@@ -8,7 +8,7 @@ from typing import Any
 import tvm
 
 from tvmq import ir, ops
-from tvmq.graph.fusion import find_chains, has_batch_matmul_kernel
+from tvmq.graph.fusion import find_chains, has_batch_matmul_kernel, has_embedding_kernel
 from tvmq.recipe import Precision
 
 
@@ -24,6 +24,8 @@ class Decision:
 
 def kind_of(call: Any) -> str:
     """The kind of an operator that is no chain."""
+    if has_embedding_kernel(call):
+        return "embedding"
     return "batch_matmul" if has_batch_matmul_kernel(call) else ir.op_name(call)
 
 

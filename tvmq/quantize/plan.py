@@ -17,7 +17,7 @@ import tvm
 
 from tvmq import ir
 from tvmq.errors import RecipeError
-from tvmq.graph.fusion import Chain, find_chains, product_kind
+from tvmq.graph.fusion import Chain, find_chains, has_embedding_kernel, product_kind
 from tvmq.quantize import auto, numerics, products
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.decisions import Decision, kind_of
@@ -37,7 +37,7 @@ class Plan:
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
     `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16. `linear`: anchors of linear
     layers with dynamic or weight-only precision. `products`: products of two activations, and attentions, with int8
-    or int8-dynamic. `unused`: the patterns of rules that name no operator.
+    or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the patterns of rules that name no operator.
     """
 
     chains: tuple[Chain, ...]
@@ -48,6 +48,7 @@ class Plan:
     stored: frozenset[Any]
     linear: Mapping[Any, Precision]
     products: Mapping[Any, Precision]
+    embeddings: frozenset[Any]
     decisions: tuple[Decision, ...]
     unused: tuple[str, ...] = ()
 
@@ -87,6 +88,7 @@ class _Planner:
         self.asked: set[Any] = set()  # for bfloat16
         self.linear: dict[Any, Precision] = {}
         self.products: dict[Any, Precision] = {}
+        self.embeddings: set[Any] = set()
         self.decisions: dict[Any, Decision] = {}
         self.counts: dict[str, int] = {}  # operators of each kind so far
         self.names: set[str] = set()  # of everything that rules may name
@@ -105,10 +107,19 @@ class _Planner:
         wanted = [var for var in variables if var in self.wanted]
         qparams = {var: self.entries[str(source[var].name)].qparams for var in wanted}
         produced = frozenset(var for var in self.wanted if var in self.integer)
-        integer, decisions = frozenset(self.integer), tuple(self.decisions.values())
-        narrow_sets, linear = (narrowed.computed, narrowed.stored), (self.linear, self.products)
-        unused = tuple(rule.match for rule in self.recipe.rules if not rule.matches(*self.names))
-        return Plan(tuple(self.chains), qparams, integer, produced, *narrow_sets, *linear, decisions, unused)
+        return Plan(
+            chains=tuple(self.chains),
+            qparams=qparams,
+            integer=frozenset(self.integer),
+            produced=produced,
+            narrow=narrowed.computed,
+            stored=narrowed.stored,
+            linear=self.linear,
+            products=self.products,
+            embeddings=frozenset(self.embeddings),
+            decisions=tuple(self.decisions.values()),
+            unused=tuple(rule.match for rule in self.recipe.rules if not rule.matches(*self.names)),
+        )
 
     def _decide(self, var: Any, call: Any) -> None:
         chain = self.chain_of_end.get(var)
@@ -123,6 +134,11 @@ class _Planner:
             return
         if chain is None and product_kind(call) and precision in (Precision.INT8, Precision.INT8_DYNAMIC):
             self._decide_product(var, kind, call, precision)
+            return
+        if kind == "embedding" and precision in (Precision.INT8, Precision.INT8_DYNAMIC, Precision.INT8_WEIGHT):
+            # Its results are floats, as those of other weight-only operators.
+            self.embeddings.add(var)
+            self._note(var, kind, Precision.INT8_WEIGHT, "")
             return
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
@@ -164,11 +180,12 @@ class _Planner:
             shape = ir.shape_of(chain.call.args[1] if chain.kind in ("conv2d", "matmul") else chain.call)
             return self._recipe_precision_of(chain.kind, shape, members)
         kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call)) or product_kind(call)
+        kind = "embedding" if has_embedding_kernel(call) else kind
         if kind is None:
             return None, ""
         precision, why = self._recipe_precision_of(kind, ir.shape_of(call), [str(var.name)])
-        # There is no bfloat16 kernel for such products.
-        wide = kind == "batch_matmul" and precision in (Precision.BF16, Precision.AUTO)
+        # There is no bfloat16 kernel for these.
+        wide = kind in ("batch_matmul", "embedding") and precision in (Precision.BF16, Precision.AUTO)
         return (None, "") if wide else (precision, why)
 
     def _recipe_precision_of(self, kind: str, shape: tuple[int, ...], variables: list[str]) -> tuple[Precision, str]:

@@ -81,6 +81,8 @@ class _Realizer:
             return self._load(old, value)
         if ir.is_call(value, "tvmq.map"):
             return self._quantize_rows(old, value)
+        if ir.is_call(value, "take"):
+            return self._embedding(state, self.values[old])
         if self.products.is_scaled(old):
             return None
         if (product := self.products.of(state, old, None)) is not None:
@@ -277,6 +279,19 @@ class _Realizer:
         tensors = [source.var for source in sources]
         axis = int(call.attrs.axis) % len(ir.shape_of(call))
         return ops.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
+
+    def _embedding(self, state: ir.Rewrite, call: Any) -> Any:
+        """`tvmq.embedding` for a lookup in a table of int8 with a scale a row, or one; None for other lookups."""
+        table: Any = self.values.get(call.args[0])
+        if not ir.is_call(table, "dequantize") or not all(ir.is_constant(arg) for arg in table.args):
+            return None
+        (weight, scales, zeros), indices = table.args, call.args[1]
+        by_row = ir.to_numpy(scales).size == 1 or int(table.attrs.axis) % len(ir.shape_of(weight)) == 0
+        plain = ir.dtype_of(weight) == "int8" and len(ir.shape_of(weight)) == 2 and int(call.attrs.axis or 0) == 0
+        if not (by_row and plain) or ir.to_numpy(zeros).any() or call.attrs.axis is None:
+            return None
+        every = np.broadcast_to(ir.to_numpy(scales).reshape(-1), (ir.shape_of(weight)[0],))
+        return ops.embedding(state.new_of.get(indices, indices), weight, ir.constant(every))
 
     def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
         if x.like(out):
