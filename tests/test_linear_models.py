@@ -57,6 +57,7 @@ RECIPES = {
     "int8": (Recipe(precision="int8-weight"), 40),
     "int8-groups": (Recipe(precision="int8-weight", group_size=64), 40),
     "int4": (Recipe(precision="int4-weight"), 20),
+    "codebook": (Recipe(precision="int4-weight", weight_levels="codebook"), 20),
     "mixed": (Recipe(precision="int8", rules=[{"match": "head", "precision": "int4-weight"}]), 18),
     "bf16": (Recipe(precision="bf16", rules=[{"match": "matmul", "precision": "int8-dynamic"}]), 25),
 }
@@ -104,9 +105,11 @@ def test_bundles_shrink_with_their_weights(made) -> None:
     def size(recipe: Recipe) -> int:
         return sum(array.nbytes for array in bundles.read(made(recipe)).parameters().values())
 
-    floats, eight, four = (size(r) for r in (Recipe(), RECIPES["int8"][0], RECIPES["int4"][0]))
+    recipes = (Recipe(), *(RECIPES[name][0] for name in ("int8", "int4", "codebook")))
+    floats, eight, four, places = (size(recipe) for recipe in recipes)
     # Parameters of linear layers, but for biases; panels may be padded. What else there is stays as it is.
     weights = 4 * (64 * 192 * 3 + 64 * 10)
     rest = floats - weights
     assert rest < eight < rest + weights / 4 * 1.2
     assert rest < four < rest + weights / 8 * 1.35
+    assert places == four + 4 * 64  # a table a layer

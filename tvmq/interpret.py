@@ -20,7 +20,7 @@ from tvm import relax
 from tvmq import functions, ir, ops
 from tvmq.errors import ModelError
 from tvmq.interpret_chains import Fused, fused_convolutions
-from tvmq.quantize import groups, numerics, resampling
+from tvmq.quantize import groups, numerics, resampling, tables
 from tvmq.quantize.attention import attention as integer_attention
 
 Array = npt.NDArray[Any]
@@ -261,6 +261,15 @@ def _embedding(_call: Any, args: list[Array]) -> Array:
     return numerics.dequantize(table[rows], scales[rows][..., None], 0)
 
 
+def _dequantize_places(_call: Any, args: list[Array]) -> Array:
+    return tables.dequantize(*args)
+
+
+def _lookup_matmul(call: Any, args: list[Array]) -> Value:
+    product = numerics.matmul(args[0], tables.dequantize(*args[1:4]))
+    return numerics.epilogue(product, args[4:], ops.epilogue_of(call))
+
+
 def _avg_pool2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
     pooled = numerics.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
@@ -341,6 +350,8 @@ _TVMQ: dict[str, Callable[[Any, list[Any]], Value]] = {
     "dequantize_groups": _dequantize_groups,
     "grouped_matmul": _grouped_matmul,
     "embedding": _embedding,
+    "dequantize_places": _dequantize_places,
+    "lookup_matmul": _lookup_matmul,
     "avg_pool2d": _avg_pool2d,
     "max_pool2d": _max_pool2d,
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,

@@ -15,14 +15,16 @@
     tvmq.embedding   (indices [...], table int8 [rows, C], scales [rows])      -> float32 [..., C]
     tvmq.dequantize_groups  (w int8 [K, N], scales [K / group, N])             -> float32 [K, N]
     tvmq.grouped_matmul  (x float32 [..., K], w, scales, epilogue tensors...)  -> [..., N]
+    tvmq.dequantize_places  (w int8 [K / n, N], scales, table float32 [n, 16]) -> float32 [K, N]
+    tvmq.lookup_matmul   (x float32 [..., K], w, scales, table, epilogue tensors...) -> [..., N]
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
 (or one) in int32. Float operands and results may also be bfloat16, which says how they are stored: they are widened to
 float32 when they are read, and rounded when they are written; x and the weight of an anchor have one dtype. The
 epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with that bit for bit. A map,
 layer norm or softmax whose epilogue ends in `QuantizeRows` has several results. A grouped matmul multiplies floats with
-a weight of 8- or 4-bit integers, whose scales (bfloat16) are of groups along K. Attributes are plain data, so that a
-module prints, hashes and compares like any other.
+a weight of 8- or 4-bit integers, whose scales (bfloat16) are of groups along K; those of a lookup matmul, from -8 to 7,
+are places in a table. Attributes are plain data, so that a module prints, hashes and compares like any other.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ NAMES = (
     "embedding",
     "dequantize_groups",
     "grouped_matmul",
+    "dequantize_places",
+    "lookup_matmul",
 )
 
 
@@ -262,6 +266,29 @@ def embedding(indices: Expr, table: Expr, scales: Expr) -> Any:
     """`tvmq.embedding`: rows of `table`, each times its scale; indices outside of it take its first or last row."""
     shape = (*(int(n) for n in indices.ty.shape.values), int(table.ty.shape.values[1]))
     return _call("embedding", [indices, table, scales], {}, (), out_shape=shape, out_dtype="float32")
+
+
+def lookup_matmul(
+    x: Expr,
+    weight: Expr,
+    scales: Expr,
+    table: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.lookup_matmul`: a product with a weight of places in `table`, times the scales of groups along K."""
+    args = [x, weight, scales, table, *operands]
+    return _call("lookup_matmul", args, {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def dequantize_places(weight: Expr, scales: Expr, table: Expr) -> Any:
+    """`tvmq.dequantize_places`: the columns of `table` that a weight's elements name, times their groups' scales."""
+    (rows, channels), (width, _) = ([int(n) for n in each.ty.shape.values] for each in (weight, table))
+    shape = [rows * width, channels]
+    return _call("dequantize_places", [weight, scales, table], {}, (), out_shape=shape, out_dtype="float32")
 
 
 def avg_pool2d(

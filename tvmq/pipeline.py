@@ -183,7 +183,7 @@ def _program(
 
 def _check_sizes(recipe: Recipe) -> None:
     """Raise RecipeError for what would make sizes differ in more than size, or padding in more than zeros."""
-    if wanted := [algorithm.value for algorithm in recipe.algorithms if algorithm in WITH_DATA]:
+    if wanted := [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]:
         hint = "it would give each size weights of its own: compile one size"
         raise RecipeError(f"algorithm {wanted[0]} for several sizes", hint=hint)
     if recipe.integer_io:
@@ -239,30 +239,31 @@ def quantize(
     """
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
-    asked = tuple(algorithm.value for algorithm in recipe.algorithms)
+    asked = tuple(algorithm.value for algorithm in recipe.all_algorithms)
     if is_quantized(source := with_own_rows(model.module)):
         module = stages("layout", channels_last(source))
         return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
     calibration = _again(calibration, recipe)
     samples = _samples(model, calibration)
     module = stages("layout", prepared(model, recipe, calibration))
-    if wanted_precisions(recipe) == {Precision.FP32}:
-        module = levels.levelled(module, recipe, samples)
-        decisions = float_decisions(module, "the recipe asks for float", levels.described(recipe))
-        return Quantized(module, module, None, decisions, unused_algorithms=levels.unused(recipe))
     table = None
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
         report("calibrate", 0)
         table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
     report("plan", 0)
     plan = make_plan(module, table, recipe, model.paths, rates)
+    unused = unused_algorithms(module, plan, recipe)
+    if (rounded := levels.levelled(module, plan, recipe, samples)) is not module:
+        module, plan = rounded, make_plan(rounded, table, recipe, model.paths, rates)
+    if wanted_precisions(recipe) == {Precision.FP32}:
+        decisions = float_decisions(module, "the recipe asks for float", recipe, plan.recipes)
+        return Quantized(module, module, None, decisions, plan.unused, unused)
     products = products_of(module, plan, recipe, samples)
     better = with_corrected_biases(module, plan, recipe, products, samples)
     if better is not module:
         module, plan = better, make_plan(better, table, recipe, model.paths, rates)
     report("annotate", 0)
     annotated = stages("annotate", annotate(module, plan, recipe, products))
-    unused = unused_algorithms(module, plan, recipe)
     return Quantized(module, annotated, table, plan.decisions, plan.unused, unused)
 
 
@@ -275,7 +276,7 @@ def _again(
     calibration: Iterable[Any] | CalibrationTable | None, recipe: Recipe
 ) -> Iterable[Any] | CalibrationTable | None:
     """Calibration data that can be read several times, where an algorithm needs that. Raises CalibrationError."""
-    wanted = [algorithm.value for algorithm in recipe.algorithms if algorithm in WITH_DATA]
+    wanted = [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]
     if not wanted:
         return calibration
     if calibration is None or isinstance(calibration, CalibrationTable):
@@ -340,7 +341,7 @@ def wants_integers(recipe: Recipe) -> bool:
 
 def wanted_precisions(recipe: Recipe) -> set[Precision]:
     """Every precision that `recipe` asks for somewhere."""
-    return {recipe.precision, *(rule.precision for rule in recipe.rules)}
+    return {recipe.precision, *(rule.precision for rule in recipe.rules if rule.precision is not None)}
 
 
 class _Dump:

@@ -6,11 +6,12 @@ import dataclasses
 import enum
 import fnmatch
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvmq import recipe_checks as checks
 from tvmq.errors import RecipeError, nearest
 
 if sys.version_info >= (3, 11):
@@ -98,6 +99,14 @@ class Algorithm(str, enum.Enum):
 
 # Those that look at calibration data before ranges are taken, or again afterwards.
 WITH_DATA = (Algorithm.SMOOTH, Algorithm.GPTQ, Algorithm.BIAS_CORRECTION, Algorithm.BIAS_CORRECTION_ANALYTIC)
+# Those that choose the weights and the bias of one layer, and so may be given by a rule.
+OF_LAYERS = (
+    Algorithm.CLIP_WEIGHTS,
+    Algorithm.SQUANT,
+    Algorithm.GPTQ,
+    Algorithm.BIAS_CORRECTION,
+    Algorithm.BIAS_CORRECTION_ANALYTIC,
+)
 
 
 class PowerOfTwo(str, enum.Enum):
@@ -110,7 +119,7 @@ class PowerOfTwo(str, enum.Enum):
 
 
 class WeightLevels(str, enum.Enum):
-    """Values that weights of float layers are rounded to, 2**weight_bits a group; stored and multiplied as floats."""
+    """Values that weights may have: of fp32 layers 2**weight_bits a group, stored as floats; of int4-weight ones 16."""
 
     NONE = "none"
     UNIFORM = "uniform"
@@ -118,6 +127,8 @@ class WeightLevels(str, enum.Enum):
     LOG2 = "log2"
     NORMAL_FLOAT = "normal_float"
     CODEBOOK = "codebook"
+    VECTOR_CODEBOOK = "vector_codebook"
+    """Of pairs of inputs."""
     STOCHASTIC = "stochastic"
 
 
@@ -126,27 +137,72 @@ GROUP_SIZES = (32, 64, 128)
 PRODUCTS = ("attention", "batch_matmul")
 DEFAULT_KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
 KINDS = (*DEFAULT_KINDS, *PRODUCTS, "layer_norm", "softmax", "embedding")
+# What the weights of a precision may be: floats are rounded to anything, 4 bits are numbers or places in a table.
+_LEVELS = {
+    Precision.FP32: tuple(WeightLevels),
+    Precision.INT4_WEIGHT: (
+        WeightLevels.NONE,
+        WeightLevels.UNIFORM,
+        WeightLevels.LOG2,
+        WeightLevels.NORMAL_FLOAT,
+        WeightLevels.CODEBOOK,
+        WeightLevels.VECTOR_CODEBOOK,
+    ),
+}
+# Precisions whose weights have a number of bits that may be chosen, and those whose weights may have groups.
+_WITH_BITS = (Precision.INT8, Precision.INT8_DYNAMIC, Precision.AUTO)
+_WITH_GROUPS = (Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers that the glob `match` names get `precision`; the first match wins.
+    """Layers that the glob `match` names get what else is given; the first match wins, None leaves the recipe's.
 
     A layer's names are its path and its variables' names, its kind (`conv2d`), its kind and number among those of its
-    kind from 0 (`conv2d#3`), and its kind and the shape of its weight, or of its result (`conv2d:64x3x3x64`).
+    kind from 0 (`conv2d#3`), and its kind and the shape of its weight, or of its result (`conv2d:64x3x3x64`). The
+    fields after precision are of the weights of convolutions and linear layers, and mean what they mean in `Recipe`;
+    algorithms: some of OF_LAYERS, instead of the recipe's.
     """
 
     match: str
-    precision: Precision
+    precision: Precision | None = None
+    weight_levels: WeightLevels | None = None
+    weight_bits: int | None = None
+    group_size: int | None = None
+    algorithms: tuple[Algorithm, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
             raise RecipeError("recipe: rules.match", expected="a pattern of names", seen=repr(self.match))
-        object.__setattr__(self, "precision", _enum(Precision, "rules.precision", self.precision))
+        for name, kind in (("precision", Precision), ("weight_levels", WeightLevels)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checks.enum(kind, f"rules.{name}", getattr(self, name)))
+        if self.weight_bits is not None:
+            checks.bits("rules.weight_bits", self.weight_bits)
+        if self.group_size is not None:
+            checks.one_of("rules.group_size", self.group_size, GROUP_SIZES)
+        if self.algorithms is not None:
+            given = checks.items("rules.algorithms", self.algorithms)
+            object.__setattr__(self, "algorithms", tuple(_of_layers(algorithm) for algorithm in given))
+        if not self.changes():
+            raise RecipeError("recipe: rules", expected=_RULE, seen=repr({"match": self.match}))
 
     def matches(self, *names: str) -> bool:
         """Whether any of `names` fits the pattern."""
         return any(fnmatch.fnmatchcase(name, self.match) for name in names)
+
+    def changes(self) -> dict[str, Any]:
+        """The fields of a recipe that are given, by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "match"}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and TOML."""
+        return {"match": self.match, **{name: _plain(value) for name, value in self.changes().items()}}
+
+
+_RULE_KEYS = tuple(field.name for field in dataclasses.fields(Rule))
+_RULE = f"tables with match and {', '.join(_RULE_KEYS[1:-1])} or {_RULE_KEYS[-1]}"
 
 
 @dataclass(frozen=True)
@@ -161,11 +217,12 @@ class Recipe:
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
     operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm`,
     `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; smoothing:
-    SmoothQuant's alpha, the share that goes by activations. weight_levels: weights of an fp32 model rounded to few
-    values, a simulation of kinds without kernels: see `quantize.levels`. integer_io: the bundle takes and returns
-    int8, and the conversions are apart (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and
-    back, and compute in float. winograd: float 3x3 convolutions may use it where it is faster; its sums are rounded
-    more. sparse: whether products leave out weights that are zero. rules: exceptions.
+    SmoothQuant's alpha, the share that goes by activations. weight_levels: of fp32 layers a simulation, whose weights
+    are rounded to few values, see `quantize.levels`; of int4-weight ones what 4 bits mean, see `quantize.tables`.
+    integer_io: the bundle takes and returns int8, and the conversions are apart (`Executor.quantize`,
+    `Executor.dequantize`). simulate: round to integers and back, and compute in float. winograd: float 3x3
+    convolutions may use it where it is faster; its sums are rounded more. sparse: whether products leave out weights
+    that are zero. rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -191,37 +248,50 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", _enum(Precision, "precision", self.precision))
-        object.__setattr__(self, "observer", _enum(Observer, "observer", self.observer))
-        object.__setattr__(self, "sparse", _enum(Sparse, "sparse", self.sparse))
-        object.__setattr__(self, "aggregate", _enum(Aggregate, "aggregate", self.aggregate))
-        object.__setattr__(self, "power_of_two", _enum(PowerOfTwo, "power_of_two", self.power_of_two))
-        object.__setattr__(self, "weight_levels", _enum(WeightLevels, "weight_levels", self.weight_levels))
+        for name, kind in _ENUMS.items():
+            object.__setattr__(self, name, checks.enum(kind, name, getattr(self, name)))
         self._spell_out_moving_average()
-        chosen = (_enum(Algorithm, "algorithms", item) for item in _items("algorithms", self.algorithms))
+        chosen = (checks.enum(Algorithm, "algorithms", item) for item in checks.items("algorithms", self.algorithms))
         object.__setattr__(self, "algorithms", tuple(chosen))
-        object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in _items("kinds", self.kinds)))
-        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in _items("rules", self.rules)))
+        object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in checks.items("kinds", self.kinds)))
+        object.__setattr__(self, "rules", tuple(_rule(rule) for rule in checks.items("rules", self.rules)))
         for name in ("symmetric", "per_channel", "integer_io", "simulate", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
-        if self.group_size not in (None, *GROUP_SIZES) or isinstance(self.group_size, float):
-            expected = f"one of {', '.join(str(size) for size in GROUP_SIZES)}"
-            raise RecipeError("recipe: group_size", expected=expected, seen=repr(self.group_size))
-        _between("percentile", self.percentile, 50.0, 100.0)
-        _between("momentum", self.momentum, 0.0, 1.0)
-        _between("smoothing", self.smoothing, 0.0, 1.0)
-        _between("fixed_range", self.fixed_range, 0.0, 1e37)
-        for name in ("activation_bits", "weight_bits"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-                raise RecipeError(f"recipe: {name}", expected="an integer from 2 to 8", seen=repr(value))
+        if self.group_size is not None:
+            checks.one_of("group_size", self.group_size, GROUP_SIZES)
+        checks.between("percentile", self.percentile, 50.0, 100.0)
+        checks.between("momentum", self.momentum, 0.0, 1.0)
+        checks.between("smoothing", self.smoothing, 0.0, 1.0)
+        checks.between("fixed_range", self.fixed_range, 0.0, 1e37)
+        checks.bits("activation_bits", self.activation_bits)
+        checks.bits("weight_bits", self.weight_bits)
+        self._check_levels()
+        for rule in self.rules:
+            self._check_rule(rule)
 
-        if self.weight_levels is not WeightLevels.NONE:
-            others = {self.precision, *(rule.precision for rule in self.rules)} - {Precision.FP32}
-            if others:
-                expected = "precision fp32 everywhere, since such weights are multiplied as floats"
-                raise RecipeError("recipe: weight_levels", expected=expected, seen=min(other.value for other in others))
+    def _check_levels(self) -> None:
+        if self.weight_levels is WeightLevels.NONE or self.weight_levels in _LEVELS.get(self.precision, ()):
+            return
+        able = [precision.value for precision, known in _LEVELS.items() if self.weight_levels in known]
+        raise RecipeError(
+            "recipe: weight_levels",
+            expected=f"precision {' or '.join(able)} with {self.weight_levels.value}",
+            seen=self.precision.value,
+            hint="a rule may give layers both",
+        )
+
+    def _check_rule(self, rule: Rule) -> None:
+        """Raises RecipeError where what `rule` gives has no meaning for its layers."""
+        layer, given = self._ruled(rule), rule.changes()
+        if layer.precision is Precision.FP32 and layer.weight_levels is not WeightLevels.NONE:
+            return
+        for name, known in (("weight_bits", _WITH_BITS), ("group_size", _WITH_GROUPS)):
+            if name in given and layer.precision not in known:
+                able = ", ".join(precision.value for precision in known)
+                expected = f"precision {able}, or fp32 with weight_levels"
+                where = f"recipe: rule {rule.match!r}: {name}"
+                raise RecipeError(where, expected=expected, seen=layer.precision.value)
 
     def _spell_out_moving_average(self) -> None:
         """`observer = "moving_average"` means the extremes of samples, averaged."""
@@ -267,42 +337,75 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and TOML."""
         data = dataclasses.asdict(self)
-        for name in ("precision", "observer", "aggregate", "power_of_two", "weight_levels", "sparse"):
+        for name in _ENUMS:
             data[name] = getattr(self, name).value
         data["kinds"] = list(self.kinds)
         data["algorithms"] = [algorithm.value for algorithm in self.algorithms]
-        data["rules"] = [{"match": rule.match, "precision": rule.precision.value} for rule in self.rules]
+        data["rules"] = [rule.to_dict() for rule in self.rules]
         return data
+
+    @property
+    def all_algorithms(self) -> tuple[Algorithm, ...]:
+        """Those for all layers, then those that only rules name."""
+        ruled = (algorithm for rule in self.rules for algorithm in rule.algorithms or ())
+        return tuple(dict.fromkeys((*self.algorithms, *ruled)))
+
+    def rule_of(self, kind: str, *names: str) -> Rule | None:
+        """The first rule that names an operator of `kind` known by `names`."""
+        return next((rule for rule in self.rules if rule.matches(kind, *names)), None)
 
     def precision_of(self, kind: str, *names: str) -> tuple[Precision, str]:
         """The precision asked for an operator of `kind` known by `names`, and why."""
-        rule = next((rule for rule in self.rules if rule.matches(kind, *names)), None)
+        rule = self.rule_of(kind, *names)
+        ruled = rule.precision if rule is not None else None
         precision, why = self.precision, "the recipe's precision"
-        if rule is not None:
-            precision, why = rule.precision, f"rule {rule.match!r}"
+        if rule is not None and ruled is not None:
+            precision, why = ruled, f"rule {rule.match!r}"
         others: tuple[str, ...] = ()
         if precision is not Precision.INT4_WEIGHT:
             others = ("embedding", *PRODUCTS) if precision is Precision.INT8_DYNAMIC else ("embedding",)
         if precision in LINEAR and kind not in ("matmul", *others):
             return Precision.FP32, f"{precision.value} is for linear layers"
         integer = precision in (Precision.INT8, *LINEAR) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
-        if rule is None and integer and kind in KINDS and kind not in self.kinds:
+        if ruled is None and integer and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
         return precision, why
+
+    def of_layer(self, kind: str, *names: str) -> Recipe:
+        """The recipe for the weights of a layer: with what the first rule says that names it."""
+        rule = self.rule_of(kind, *names)
+        return self if rule is None else self._ruled(rule)
+
+    def _ruled(self, rule: Rule) -> Recipe:
+        changes = rule.changes()
+        if rule.precision is not None and self.weight_levels not in _LEVELS.get(rule.precision, ()):
+            changes.setdefault("weight_levels", WeightLevels.NONE)  # the recipe's are of its own precision
+        try:
+            return dataclasses.replace(self, rules=(), **changes)
+        except RecipeError as error:
+            where = error.what.replace("recipe:", f"recipe: rule {rule.match!r}:", 1)
+            raise RecipeError(where, expected=error.expected, seen=error.seen, hint=error.hint) from None
 
     def weight_group(self, precision: Precision) -> int | None:
         """How many inputs of a linear layer share a weight scale; None means all of them."""
         return 32 if self.group_size is None and precision is Precision.INT4_WEIGHT else self.group_size
 
 
-def _enum(kind: type[Any], name: str, value: object) -> Any:
-    values = [member.value for member in kind]
-    try:
-        return kind(value)
-    except ValueError:
-        hint = nearest(str(value), values)
-        expected = f"one of {', '.join(values)}"
-        raise RecipeError(f"recipe: {name}", expected=expected, seen=repr(value), hint=hint) from None
+_ENUMS: dict[str, type[enum.Enum]] = {
+    "precision": Precision,
+    "observer": Observer,
+    "sparse": Sparse,
+    "aggregate": Aggregate,
+    "power_of_two": PowerOfTwo,
+    "weight_levels": WeightLevels,
+}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a rule as JSON and TOML know it."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _known_kind(kind: str) -> str:
@@ -312,20 +415,21 @@ def _known_kind(kind: str) -> str:
     return kind
 
 
-def _items(name: str, value: object) -> Sequence[Any]:
-    if not isinstance(value, list | tuple):
-        raise RecipeError(f"recipe: {name}", expected="a list", seen=repr(value))
-    return value
+def _of_layers(value: object) -> Algorithm:
+    algorithm: Algorithm = checks.enum(Algorithm, "rules.algorithms", value)
+    if algorithm not in OF_LAYERS:
+        expected = f"some of {', '.join(known.value for known in OF_LAYERS)}, since others are of several layers"
+        raise RecipeError("recipe: rules.algorithms", expected=expected, seen=repr(algorithm.value))
+    return algorithm
 
 
 def _rule(rule: Rule | Mapping[str, Any]) -> Rule:
     if isinstance(rule, Rule):
         return rule
-    if not isinstance(rule, Mapping) or set(rule) != {"match", "precision"}:
-        raise RecipeError("recipe: rules", expected="tables with match and precision", seen=repr(rule))
-    return Rule(rule["match"], rule["precision"])
-
-
-def _between(name: str, value: object, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low < value <= high:
-        raise RecipeError(f"recipe: {name}", expected=f"a number above {low:g}, up to {high:g}", seen=repr(value))
+    if not isinstance(rule, Mapping) or "match" not in rule:
+        raise RecipeError("recipe: rules", expected=_RULE, seen=repr(rule))
+    for key in rule:
+        if key not in _RULE_KEYS:
+            hint = nearest(str(key), _RULE_KEYS)
+            raise RecipeError("recipe: rules", expected=_RULE, seen=repr(dict(rule)), hint=hint)
+    return Rule(**rule)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import zipfile
 
 import numpy as np
 import pytest
+
+from tvmq.deploy import bundle as bundles
 
 
 @pytest.fixture
@@ -70,10 +73,11 @@ def test_integers_without_calibration(refused, files, tmp_path):
     ("data", "said"),
     [
         (np.full((2, 3, 8, 8), np.nan, np.float32), "expected finite numbers, saw NaN or infinity"),
+        (np.full((2, 3, 8, 8), -np.inf, np.float32), "expected finite numbers, saw NaN or infinity"),
         (np.zeros((0, 3, 8, 8), np.float32), "calibration batch 0"),
         (np.zeros((2, 3, 9, 9), np.float32), "expected shape [1, 3, 8, 8]"),
     ],
-    ids=["nan", "empty", "shape"],
+    ids=["nan", "infinity", "empty", "shape"],
 )
 def test_calibration_data_that_cannot_be_used(data, said, refused, files, tmp_path):
     np.savez(tmp_path / "data.npz", x=data)
@@ -90,6 +94,39 @@ def test_calibration_data_that_is_missing_or_damaged(refused, files, tmp_path):
     refused("a folder with .npy files", *command, tmp_path / "empty")
     refused("expected a .npz archive", *command, tmp_path / "cut.npz")
     refused("expected a calibration table", *command, tmp_path / "table.json")
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, 1e-31])
+def test_an_edited_table_with_a_scale_that_is_none(scale, refused, files, tmp_path):
+    document = json.loads(bundles.read(files.bundle).members["calibration.json"])
+    name = next(iter(document["tensors"]))
+    document["tensors"][name]["scale"] = scale
+    (tmp_path / "table.json").write_text(json.dumps(document))
+    said = f"{name!r}: scale"
+    refused(
+        said,
+        "compile",
+        files.model,
+        "--precision",
+        "int8",
+        "-o",
+        tmp_path / "m",
+        "--calibrate",
+        tmp_path / "table.json",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ('weight_levels = "codebook"', "recipe: rule 'x': weight_levels: expected precision fp32 or int4-weight"),
+        ("group_size = 48", "recipe: rules.group_size: expected one of 32, 64, 128, saw 48"),
+        ('precision = "int4-weight"\nweight_bits = 4', "recipe: rule 'x': weight_bits: expected precision int8"),
+    ],
+)
+def test_a_rule_without_meaning(rule, said, refused, files, tmp_path):
+    (tmp_path / "r.toml").write_text(f'precision = "int8"\n[[rules]]\nmatch = "x"\n{rule}\n')
+    refused(said, "compile", files.model, "--recipe", tmp_path / "r.toml", "-o", tmp_path / "m")
 
 
 def test_an_input_of_the_wrong_shape(refused, files, tmp_path):

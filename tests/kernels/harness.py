@@ -354,12 +354,18 @@ def grouped(
     q: Array | None = None,
     extra: tuple[Array, ...] = (),
     exactly: bool = False,
+    table: Array | None = None,
 ) -> Case:
-    """A tvmq.grouped_matmul of x of `shape`; its biases are constants. `exactly`: sums in any order are equal."""
+    """A tvmq.grouped_matmul of x of `shape`; its biases are constants. `exactly`: sums in any order are equal.
+
+    table: what 4 bits are the places of, [width, 16], and then it is a tvmq.lookup_matmul.
+    """
     rng = np.random.default_rng(7)
     depth = shape[-1]
     x = floats(shape) if x is None else x
-    q = rng.integers(*{4: (-8, 8), 8: (-127, 128)}[bits], (depth, channels)).astype(np.int8) if q is None else q
+    if q is None:
+        rows = depth if table is None else depth // len(table)
+        q = rng.integers(*{4: (-8, 8), 8: (-127, 128)}[bits], (rows, channels)).astype(np.int8)
     scales = rng.uniform(-0.02, 0.02, (depth // group, channels)).astype(numerics.BF16)
     if exactly:
         x, scales = np.rint(x * 4).astype(np.float32), np.full(scales.shape, 2.0**-6, numerics.BF16)
@@ -368,8 +374,12 @@ def grouped(
     dtype = last.dtype if isinstance(last, ops.Quantize) else "float32"
 
     def emit(x: Any, *more: Any) -> Any:
-        common = {"bits": bits, "out_shape": (*shape[:-1], channels), "out_dtype": dtype}
-        return ops.grouped_matmul(x, ir.constant(q), ir.constant(scales), [*constants, *more], steps, **common)
+        common = {"out_shape": (*shape[:-1], channels), "out_dtype": dtype}
+        if table is not None:
+            known = (ir.constant(q), ir.constant(scales), ir.constant(table))
+            return ops.lookup_matmul(x, *known, [*constants, *more], steps, **common)
+        known = (ir.constant(q), ir.constant(scales))
+        return ops.grouped_matmul(x, *known, [*constants, *more], steps, bits=bits, **common)
 
     return Case(name, emit, (x, *extra))
 

@@ -106,7 +106,10 @@ def activation_products() -> list[Case]:
 def grouped_weights() -> list[Case]:
     shapes = [(bits, rows, group) for bits in (4, 8) for rows in (1, 3, 6) for group in (32, 64)]
     cases = [grouped(f"w{b}_{m}_{g}", b, (m, 64), 37, g, (ops.Bias(),)) for b, m, g in shapes]
-    return [*cases, grouped("prime", 8, (1, 31), 9, 31)]
+    table = np.linspace(-0.9, 1.1, 32, dtype=np.float32).reshape(2, 16)
+    sizes = [(m, width) for m in (1, 6) for width in (1, 2)]
+    looked_up = [grouped(f"places{w}_{m}", 4, (m, 64), 37, 32, (ops.Bias(),), table=table[:w]) for m, w in sizes]
+    return [*cases, *looked_up, grouped("prime", 8, (1, 31), 9, 31)]
 
 
 @pytest.mark.emulated

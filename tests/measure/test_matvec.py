@@ -39,6 +39,7 @@ def test_weights_are_counted_with_their_scales() -> None:
     assert sizes["int8-weight"] == 256 * 96 + 2 * 96
     assert sizes["int4-weight, groups of 32"] == 256 * 96 // 2 + 2 * 8 * 96
     assert sizes["int4-weight, groups of 128"] == 256 * 96 // 2 + 2 * 2 * 96
+    assert sizes["int4-weight codebook, groups of 32"] == sizes["int4-weight, groups of 32"] + 4 * 16
 
 
 def test_copies_exceed_caches_and_are_two_at_least() -> None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import tvmq
 from tests.cifar import DATA, cifar10
 from tests.quantize.accuracy_peers import PEERS, Predict
+from tests.uneven import uneven_mobilenetv2, uneven_resnet20
 from tvmq.files import atomic_write_text
 from tvmq.measure.report import table
 
@@ -35,6 +37,7 @@ def levels(kind: str) -> dict[str, Any]:
 
 ROWS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "symmetric": {"symmetric": True},
     "per tensor": {"per_channel": False},
     "percentile": {"observer": "percentile", "percentile": 99.999},
     "entropy": {"observer": "entropy"},
@@ -48,7 +51,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "gptq": {"algorithms": ["gptq"]},
     "bias_correction_analytic": {"algorithms": ["bias_correction_analytic"]},
     "bias_correction": {"algorithms": ["bias_correction"]},
+    "equalize, bias_correction": {"algorithms": ["equalize", "bias_correction"]},
     "together": {"observer": "mse", "algorithms": ["equalize", "gptq", "bias_correction"]},
+    "per tensor, together": {
+        "per_channel": False,
+        "observer": "mse",
+        "algorithms": ["equalize", "gptq", "bias_correction"],
+    },
     "4-bit weights": {"weight_bits": 4},
     "4-bit weights, together": {"weight_bits": 4, "algorithms": ["clip_weights", "gptq", "bias_correction"]},
     "weight-only int4 g32": levels("uniform"),
@@ -62,62 +71,20 @@ ROWS: dict[str, dict[str, Any]] = {
 TEXT = """# Accuracy on CIFAR-10
 
 {images} test images; 512 training images calibrate. Each cell: top-1 (how much less than fp32), and the share of images with
-the class that fp32 gives them; in percent. Rows are recipes of int8 bundles, each of them compiled and run; `weight-only` ones
-are simulated (`weight_levels`), float layers whose weights are rounded. `uneven` is the same network after half of its
-channels were rescaled by up to 50 either way, which changes nothing that it computes. Peers were measured in the same run.
-Made by
+the class that fp32 gives them; in percent. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on
+these. Rows are recipes of int8 bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`),
+float layers whose weights are rounded. `uneven` is the same network after half of its channels were rescaled by up to 50
+either way, which changes nothing that it computes. Peers were measured on the same images.
 
-    python -m tests.quantize.accuracy_table{choice} -o docs/accuracy.md
+`plain` is the default: batch norms folded (as in every row), extremes as ranges, asymmetric activations and symmetric
+weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points). `squant` is a closed form of
+what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search for limits of activations, `clip_weights` for those of
+weights. Made by
+
+    python -m tests.quantize.accuracy_table{choice} --known figures.json -o docs/accuracy.md
 
 {table}
 """
-
-
-def uneven_resnet20(network: Any, largest: float = 50.0, seed: int = 0) -> Any:
-    """Half of the channels inside each block rescaled by up to `largest`, either way: the same function."""
-    rng = np.random.default_rng(seed)
-    for stage in (network.layer1, network.layer2, network.layer3):
-        for block in stage:
-            factors = _factors(rng, block.bn1.num_features, largest)
-            _scale_norm(block.bn1, factors)
-            block.conv2.weight.data /= factors[None, :, None, None]
-    return network
-
-
-def uneven_mobilenetv2(network: Any, largest: float = 50.0, seed: int = 0) -> Any:
-    """Half of the channels between blocks rescaled by up to `largest`, either way: the same function.
-
-    Tensors that additions join share their factors; those inside blocks are clipped at 6, and cannot be rescaled.
-    """
-    rng = np.random.default_rng(seed)
-    blocks = list(network.blocks)
-    factors: torch.Tensor | None = None
-    for index, block in enumerate(blocks):
-        if factors is not None:
-            _first_conv(block).weight.data /= factors[None, :, None, None]
-        norm = block.conv[-1]
-        if not block.residual:
-            factors = _factors(rng, norm.num_features, largest)
-        assert factors is not None or block.residual
-        if factors is not None:
-            _scale_norm(norm, factors)
-        if index == len(blocks) - 1 and factors is not None:
-            network.head[0].weight.data /= factors[None, :, None, None]
-    return network
-
-
-def _first_conv(block: Any) -> Any:
-    return block.conv[0]
-
-
-def _factors(rng: np.random.Generator, channels: int, largest: float) -> torch.Tensor:
-    powers = rng.uniform(-1, 1, channels) * (rng.random(channels) < 0.5)
-    return torch.from_numpy((largest**powers).astype(np.float32))
-
-
-def _scale_norm(norm: Any, factors: torch.Tensor) -> None:
-    norm.weight.data *= factors
-    norm.bias.data *= factors
 
 
 def networks(data: Any) -> dict[str, Callable[[], Any]]:
@@ -142,11 +109,13 @@ def logits(predict: Predict, x: np.ndarray) -> np.ndarray:
     return np.concatenate([predict(padded[i : i + BATCH]) for i in range(0, len(padded), BATCH)])[: len(x)]
 
 
-def bundle(model: Any, fields: dict[str, Any], calibration: Sequence[np.ndarray], folder: Path) -> Predict:
-    """The compiled bundle of a recipe."""
+def bundle(
+    model: Any, fields: dict[str, Any], calibration: Sequence[np.ndarray], folder: Path, stack: ExitStack
+) -> Predict:
+    """The compiled bundle of a recipe, open as long as `stack`."""
     recipe = tvmq.Recipe(**{"precision": "int8", **fields})
     path = tvmq.compile(model, "host", recipe, calibration, folder / "m.tvmq").path
-    executor = tvmq.load(path)
+    executor = stack.enter_context(closing(tvmq.load(path)))
     return lambda x: executor(x)[0]
 
 
@@ -165,6 +134,14 @@ class Measured:
         if self.path is not None:
             atomic_write_text(self.path, json.dumps(self.all, indent=1))
 
+    def cell(self, name: str, row: str) -> str:
+        """A figure; of fewer images, which it says, where it was not measured on all."""
+        for images in sorted((int(count) for count in self.all if int(count) <= int(self.images)), reverse=True):
+            text = self.all[str(images)].get(name, {}).get(row)
+            if text is not None:
+                return str(text) if str(images) == self.images else f"{text} of {images}"
+        return ""
+
 
 def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, measured: Measured) -> None:
     """Top-1, drop, and agreement with fp32 of each row of one network, where they are not known."""
@@ -181,11 +158,12 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
     measured.add(name, "fp32", f"{top1:.2f}")
     model = tvmq.import_model(network, (torch.zeros(BATCH, 3, 32, 32),), name=name.split(",", maxsplit=1)[0])
     for row in todo:
-        with tempfile.TemporaryDirectory() as folder:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if row in PEERS:
-                predict = PEERS[row](network, calibration, Path(folder))
+                predict = PEERS[row](network, calibration, folder)
             else:
-                predict = bundle(model, ROWS[row], calibration, Path(folder))
+                predict = bundle(model, ROWS[row], calibration, folder, stack)
             got = logits(predict, x).argmax(1)
         mine, agreement = (100 * float((got == want).mean()) for want in (labels, reference))
         measured.add(name, row, f"{mine:.2f} ({top1 - mine:+.2f}), {agreement:.2f}")
@@ -193,8 +171,9 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
 
 def document(measured: Measured, models: Sequence[str], rows: Sequence[str], choice: str = "") -> str:
     """The table as a page of the documentation; choice: the options that say which part of it."""
-    lines = ((row, *(measured.figures.get(name, {}).get(row, "") for name in models)) for row in ("fp32", *rows))
-    return TEXT.format(images=measured.images, choice=choice, table=table(("", *models), lines))
+    lines = [(row, *(measured.cell(name, row) for name in models)) for row in ("fp32", *rows)]
+    known = [line for line in lines if any(line[1:])]
+    return TEXT.format(images=measured.images, choice=choice, table=table(("", *models), known))
 
 
 def main() -> None:
@@ -205,13 +184,14 @@ def main() -> None:
     parser.add_argument("--models", help="separated by semicolons; default: all")
     parser.add_argument("--rows", help="separated by semicolons; default: all")
     parser.add_argument("--known", type=Path, help="a file of figures: those in it are not measured again")
+    parser.add_argument("--only-known", action="store_true", help="measure nothing")
     parser.add_argument("-o", "--out", type=Path, help="write the page there: docs/accuracy.md")
     options = parser.parse_args()
     data, measured = cifar10(options.data), Measured(options.known, options.images)
     known = networks(data)
     models = options.models.split(";") if options.models else list(known)
     rows = options.rows.split(";") if options.rows else [*ROWS, *PEERS]
-    for name in models:
+    for name in [] if options.only_known else models:
         measure(name, known[name], rows, data, measured)
     chosen = (("models", options.models), ("rows", options.rows))
     choice = "".join(f' --{name} "{value}"' for name, value in chosen if value)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tvmq import interpret, pipeline
+from tvmq.errors import CalibrationError
 from tvmq.importer.load import import_model
 from tvmq.model import Model
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Algorithm, Observer, Recipe, Rule
 
 
 class Reaches(nn.Module):
@@ -38,6 +39,46 @@ def test_activations_that_never_change_quantize_to_themselves(model: Model, valu
     (got,) = interpret.run(pipeline.realize(quantized.qdq), [x])
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max() + 1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"algorithms": [algorithm.value]} for algorithm in Algorithm),
+        *({"observer": observer.value} for observer in Observer if observer is not Observer.FIXED),
+        {"precision": "int8-dynamic", "algorithms": ["gptq"]},
+        {"precision": "int8-weight", "algorithms": ["gptq"]},
+    ],
+    ids=str,
+)
+def test_every_way_survives_activations_that_never_change(model: Model, value: float, changes: dict) -> None:
+    x = np.full((2, 8), value, np.float32)
+    quantized = pipeline.quantize(model, Recipe(**{"precision": "int8", **changes}), [x, x])
+    (want,) = interpret.run(quantized.module, [x])
+    (got,) = interpret.run(pipeline.realize(quantized.qdq), [x])
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max() + 1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(precision="int8"),
+        Recipe(precision="int8", observer="mse"),
+        Recipe(precision="int8-weight", algorithms=["gptq"]),
+        Recipe(precision="int8-dynamic", rules=[Rule("*", algorithms=["gptq"])]),
+        Recipe(weight_levels="uniform", algorithms=["gptq"]),
+        Recipe(precision="int8", algorithms=["smooth"]),
+    ],
+    ids=range(6),
+)
+def test_data_that_are_not_finite_are_named_whoever_reads_them(model: Model, value: float, recipe: Recipe) -> None:
+    good, bad = np.ones((2, 8), np.float32), np.ones((2, 8), np.float32)
+    bad[1, 3] = value
+    with pytest.raises(CalibrationError, match="^calibration batch 1, input 'x': expected finite numbers"):
+        pipeline.quantize(model, recipe, [good, bad])
 
 
 def test_a_layer_that_is_never_reached_is_no_operator(model: Model) -> None:

@@ -8,10 +8,13 @@ import pytest
 from tvmq import interpret
 from tvmq.errors import RecipeError
 from tvmq.quantize import numerics
-from tvmq.quantize.levels import described, evenly, levelled, nearest, normal_levels, rounded, unused
+from tvmq.quantize.decisions import simulated_levels
+from tvmq.quantize.levels import evenly, levelled, rounded
+from tvmq.quantize.refine import unused_algorithms
+from tvmq.quantize.tables import nearest, normal_levels
 from tvmq.recipe import Recipe, WeightLevels
 
-KINDS = [kind for kind in WeightLevels if kind is not WeightLevels.NONE]
+KINDS = [kind for kind in WeightLevels if kind not in (WeightLevels.NONE, WeightLevels.VECTOR_CODEBOOK)]
 WEIGHT = np.random.default_rng(0).standard_normal((144, 5)).astype(np.float32) * np.float32([1, 1e-3, 7, 1, 1])
 
 
@@ -59,6 +62,18 @@ def test_zeros_stay_zeros(kind: WeightLevels) -> None:
     assert not rounded(np.zeros((40, 3), np.float32), kind, 4, 32).any()
 
 
+def test_a_vector_codebook_has_as_many_pairs_as_its_bits_say() -> None:
+    odd = WEIGHT[:143]
+    for bits in (2, 3, 4):
+        got = rounded(odd, WeightLevels.VECTOR_CODEBOOK, bits, None)
+        assert got.shape == odd.shape and got.dtype == np.float32
+        pairs = got[:142].reshape(71, 2, 5).swapaxes(1, 2).reshape(-1, 2)
+        assert len(np.unique(pairs, axis=0)) <= 2**bits
+    few, many = (numerics.sqnr_db(odd, rounded(odd, WeightLevels.VECTOR_CODEBOOK, bits, None)) for bits in (3, 7))
+    assert many > few + 6
+    assert not rounded(np.zeros((3, 4), np.float32), WeightLevels.VECTOR_CODEBOOK, 4, None).any()
+
+
 def test_normal_levels_are_those_of_nf4() -> None:
     # Dettmers et al., appendix E.
     want = [-1.0, -0.6961928, -0.5250730, -0.3949174, -0.2844413, -0.1847734, -0.0910500, 0.0]
@@ -70,16 +85,20 @@ def test_normal_levels_are_those_of_nf4() -> None:
 _ABOVE = [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568]
 
 
+def _levelled(case, recipe: Recipe) -> np.ndarray:
+    """What the float model computes once its weights are rounded as `recipe` asks."""
+    module = levelled(case.module, case.plan(recipe), recipe, lambda: case.batches)
+    return interpret.run(module, case.inputs)[0]
+
+
 def test_a_recipe_rounds_weights_and_says_that_they_are_floats(model_of) -> None:
     case = model_of("conv_bn_relu")
     recipe = Recipe(weight_levels="log2", weight_bits=4, group_size=32)
-    module = levelled(case.module, recipe, lambda: case.batches)
-    sqnr = numerics.sqnr_db(case.reference()[0], interpret.run(module, case.inputs)[0])
-    assert 5 < sqnr < 40
-    assert described(recipe) == (
+    assert 5 < numerics.sqnr_db(case.reference()[0], _levelled(case, recipe)) < 40
+    assert simulated_levels(recipe) == (
         "simulated: weights are rounded to log2 levels of 4 bits, a scale for groups of 32, and stored as floats"
     )
-    assert levelled(case.module, Recipe(), lambda: ()) is case.module
+    assert levelled(case.module, case.plan(Recipe()), Recipe(), lambda: ()) is case.module
 
 
 def test_algorithms_make_uniform_levels_nearer(model_of) -> None:
@@ -88,9 +107,8 @@ def test_algorithms_make_uniform_levels_nearer(model_of) -> None:
 
     def sqnr(*algorithms: str) -> float:
         recipe = Recipe(weight_levels="uniform", weight_bits=4, group_size=32, algorithms=algorithms)
-        assert not unused(recipe)
-        module = levelled(case.module, recipe, lambda: case.batches)
-        return numerics.sqnr_db(reference, interpret.run(module, case.inputs)[0])
+        assert not unused_algorithms(case.module, case.plan(recipe), recipe)
+        return numerics.sqnr_db(reference, _levelled(case, recipe))
 
     assert sqnr("gptq") > sqnr() + 1
     assert sqnr("clip_weights", "gptq") > sqnr() + 1
@@ -98,11 +116,14 @@ def test_algorithms_make_uniform_levels_nearer(model_of) -> None:
         numerics.sqnr_db(WEIGHT[:, 0], evenly(WEIGHT[:, :1], 4, None, clips)[:, 0]) for clips in (False, True)
     )
     assert clipped > wide
-    assert unused(Recipe(weight_levels="log2", algorithms=["gptq"])) == ("gptq",)
+    idle = Recipe(weight_levels="log2", algorithms=["gptq"])
+    assert unused_algorithms(case.module, case.plan(idle), idle) == ("gptq",)
 
 
 def test_levels_of_an_integer_model_are_refused() -> None:
-    with pytest.raises(RecipeError, match="weight_levels: expected precision fp32 everywhere.*int8"):
+    with pytest.raises(
+        RecipeError, match="weight_levels: expected precision fp32 or int4-weight with codebook, saw int8; a rule may"
+    ):
         Recipe(precision="int8", weight_levels="codebook")
     with pytest.raises(RecipeError, match="weight_levels.*codebook"):
         Recipe(weight_levels="codebok")

@@ -288,6 +288,7 @@ def test_the_last_addend_of_a_sum_may_be_the_missing_one(graph):
 
 
 def test_float_decisions_name_what_becomes_a_kernel(model_of):
-    decisions = float_decisions(model_of("conv_bn_relu").module, "asked")
+    case, recipe = model_of("conv_bn_relu"), Recipe()
+    decisions = float_decisions(case.module, "asked", recipe, {})
     assert [(d.name, d.kind) for d in decisions if d.kind == "conv2d"] == [("relu", "conv2d"), ("relu_2", "conv2d")]
     assert {(d.precision, d.reason) for d in decisions} == {(Precision.FP32, "asked")}

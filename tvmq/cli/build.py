@@ -134,7 +134,7 @@ class Compile(Command):
         summary = f"{done.path}: {size} for {target.name}{sizes}, operators: {counts}"
         summary += f"; kernels with choices: {kernels}" if kernels else ""
         summary += f"; see tvmq explain {done.path}"
-        rules = (f"the recipe's rule {rule!r} names no layer" for rule in done.unused_rules)
+        rules = (f"the recipe's rule {rule!r} names no layer that is left to it" for rule in done.unused_rules)
         idle = (f"the recipe's algorithm {name!r} finds nothing to do" for name in done.unused_algorithms)
         who = render.converters(model.converters) if self.verbose else []
         out.result(document, summary, *rules, *idle, *done.tuning_notes, *who)

@@ -158,7 +158,7 @@ class Explain(Command):
             recipe = Recipe.from_dict(bundle.manifest["recipe"])
             batches = list(batches)
             calibration: Any = None
-            if set(recipe.algorithms) & set(WITH_DATA):
+            if set(recipe.all_algorithms) & set(WITH_DATA):
                 calibration = batches  # these algorithms need data, and a bundle has none
             elif "calibration.json" in bundle.members:
                 calibration = CalibrationTable.from_json(bundle.members["calibration.json"].decode())

@@ -173,7 +173,7 @@ def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
     if len(call.args) < 2 or ir.is_constant(call.args[1]) or not ir.is_call(call, "nn.conv2d", "matmul"):
         return True
     weight: Any = values.get(call.args[1])
-    converted = ir.is_call(weight, "dequantize", "astype", "tvmq.dequantize_groups")
+    converted = ir.is_call(weight, "dequantize", "astype", "tvmq.dequantize_groups", "tvmq.dequantize_places")
     return converted and ir.is_constant(weight.args[0])
 
 

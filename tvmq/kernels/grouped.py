@@ -8,6 +8,7 @@ Weights are packed when compiling, in the order in which they are read: 8 bits [
 words of eight inputs, the first in the lowest bits, each plus 8; scales [panel, group, nr]. Few rows take 4 bits where
 they are in the word: input i of a word counts 16**i, by which x is divided beforehand (a power of 2: nothing is
 rounded), and the 8 that is too much costs 8 times the sum of a group of x, from which the group's sum starts.
+Places in a table are looked up (level_table.py), and what they name is multiplied with x as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder, gemm
 from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Place, Registers
+from tvmq.kernels.level_table import ENTRIES, LevelTable
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import for_each
 from tvmq.kernels.results import Results
@@ -53,7 +55,11 @@ def unpack_words(packed: Array, shape: tuple[int, ...], taps: int, groups: int, 
 
 @dataclass(frozen=True)
 class Grouped:
-    """Everything that decides the code of one kernel. `tile`: the rows that are multiplied at once."""
+    """Everything that decides the code of one kernel. `tile`: the rows that are multiplied at once.
+
+    table: how the numbers are looked up that 4 bits are the places of; None where these are numbers themselves. width:
+    how many inputs, that follow each other, 4 bits stand for.
+    """
 
     rows: int
     depth: int
@@ -68,6 +74,8 @@ class Grouped:
     out_shape: tuple[int, ...]
     out_dtype: str
     operands: tuple[tuple[tuple[int, ...], str], ...]
+    table: LevelTable | None = None
+    width: int = 1
 
     @property
     def nr(self) -> int:
@@ -82,10 +90,10 @@ class Grouped:
     @property
     def step(self) -> int:
         """Inputs that one turn of the inner loop takes."""
-        return WORD if self.bits == 4 else next(n for n in (8, 4, 2, 1) if self.group % n == 0)
+        return WORD * self.width if self.bits == 4 else next(n for n in (8, 4, 2, 1) if self.group % n == 0)
 
     def function(self) -> Any:
-        """The PrimFunc: (x, weights, scales, epilogue tensors..., out)."""
+        """The PrimFunc: (x, weights, scales, table if there is one, epilogue tensors..., out)."""
         return builder.function(lambda f: _Emitter(self, f).emit())
 
 
@@ -93,24 +101,39 @@ class _Emitter:
     def __init__(self, kernel: Grouped, f: builder.Function) -> None:
         self.k, self.f, self.lanes = kernel, f, kernel.micro.lanes
         k, numbers = kernel, kernel.panels * kernel.nr
-        weights = ((numbers * k.depth // WORD,), "int32") if k.bits == 4 else ((numbers * k.depth,), "int8")
+        weights = ((numbers * k.depth // k.step,), "int32") if k.bits == 4 else ((numbers * k.depth,), "int8")
         scales = ((numbers * (k.depth // k.group),), BF16)
+        entries = [((k.width, ENTRIES), FLOAT)] if k.table is not None else []
         self.x, self.w, self.scales, *self.operands, out = f.arguments(
-            (k.x_shape, FLOAT), weights, scales, *k.operands, (k.out_shape, k.out_dtype)
+            (k.x_shape, FLOAT), weights, scales, *entries, *k.operands, (k.out_shape, k.out_dtype)
         )
+        if k.table is not None:
+            f.import_llvm(k.table.llvm)
+            self.entries = self.operands.pop(0)
         self.results = Results(out, FLOAT, self.lanes, k.channels, k.channels % k.nr == 0)
         self.groups = k.depth // k.group
+        # Whether weights are what x is multiplied by, once they are widened: in few rows 4 bits need more.
+        self.whole = k.bits == 8 or k.table is not None
 
     def emit(self) -> None:
-        if self.k.rows <= FEW_ROWS and self.k.bits == 4:
+        if self.k.rows <= FEW_ROWS and not self.whole:
             self._prepare()
         with builder.parallel(self.k.panels) as panel:
+            if self.k.table is not None:
+                starts = range(0, self.k.width * ENTRIES, ENTRIES)
+                self.held = [self.k.table.hold(self.entries, start) for start in starts]
             if self.k.rows <= FEW_ROWS:
                 self._few(panel)
             else:
                 self._many(panel)
 
     # --- weights ---
+
+    def _looked_up(self, panel: Expr, k: Expr, v: int, table: LevelTable) -> list[Expr]:
+        """What vector `v` of a panel's 4-bit weights stands for, for the inputs from `k`."""
+        word = self._word(panel, k, v)
+        shifted = [T.Bind(word >> builder.number(4 * i, "int32", self.lanes)) for i in range(WORD)]
+        return [T.Bind(table.entries(held, places)) for places in shifted for held in self.held]
 
     def _bytes(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
         """Vector `v` of a panel's 8-bit weights for each of `step` inputs from `k`, as float32."""
@@ -119,7 +142,8 @@ class _Emitter:
 
     def _word(self, panel: Expr, k: Expr, v: int) -> Expr:
         """Vector `v` of a panel's words of 4-bit weights for the inputs from `k`."""
-        at = (panel * (self.k.depth // WORD) + tirx.floordiv(k, WORD)) * self.k.nr + v * self.lanes
+        step = self.k.step
+        at = (panel * (self.k.depth // step) + tirx.floordiv(k, step)) * self.k.nr + v * self.lanes
         return T.Bind(self.w.load(at, self.lanes))
 
     def _last(self, word: Expr) -> Expr:
@@ -161,7 +185,7 @@ class _Emitter:
             sums.store(builder.number(0, FLOAT, lanes), slot, lanes)
         with builder.serial(self.groups) as group:
             for r, _, slot in slots:
-                start = builder.number(0, FLOAT) if self.k.bits == 8 else self.starts.load(r * self.groups + group)
+                start = builder.number(0, FLOAT) if self.whole else self.starts.load(r * self.groups + group)
                 parts.store(builder.splat(start, lanes), slot, lanes)
             with builder.serial(self.k.group // self.k.step) as step:
                 self._multiply(panel, group * self.k.group + step * self.k.step, parts)
@@ -184,6 +208,8 @@ class _Emitter:
 
     def _in_place(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
         """The weights of `step` inputs from `k` as float32; of 4 bits times what `_prepare` divided x by."""
+        if self.k.table is not None:
+            return self._looked_up(panel, k, v, self.k.table)
         if self.k.bits == 8:
             return self._bytes(panel, k, v)
         word = self._word(panel, k, v)
@@ -210,6 +236,8 @@ class _Emitter:
 
     def _numbers(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
         """The weights of `step` inputs from `k` as float32."""
+        if self.k.table is not None:
+            return self._looked_up(panel, k, v, self.k.table)
         if self.k.bits == 8:
             return self._bytes(panel, k, v)
         word, lanes = self._word(panel, k, v), self.lanes

@@ -61,6 +61,7 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "conv2d": lower_matrix.conv2d,
     "matmul": lower_matrix.matmul,
     "grouped_matmul": lower_grouped.matmul,
+    "lookup_matmul": lower_grouped.lookup,
     "avg_pool2d": lower_rest.pool,
     "max_pool2d": lower_rest.pool,
     "adaptive_avg_pool2d": lower_images.adaptive_pool,

@@ -1,15 +1,18 @@
-"""Lowering rule of linear layers whose weights are integers with a scale a group of inputs."""
+"""Lowering rules of linear layers whose weights are integers, or places in a table, with a scale a group of inputs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tvmq import ir, ops
+from tvmq.kernels.decision import Point
 from tvmq.kernels.grouped import FEW_ROWS, WORD, Grouped
+from tvmq.kernels.level_table import LevelTable, level_table
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
 from tvmq.kernels.spaces import GroupedSpace
 from tvmq.kernels.task import task_of
@@ -19,12 +22,37 @@ Array = npt.NDArray[Any]
 
 def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.grouped_matmul`."""
-    a, m = ops.attributes(call), lowering.float
-    x, weight, scales, *operands = call.args
-    depth, channels = ir.shape_of(weight)
-    rows, bits = math.prod(ir.shape_of(x)[:-1]), a["bits"]
-    choice = lowering.decisions.choose(name, task_of(call), (GroupedSpace(rows, depth, channels, m, lowering.target),))
-    tile, vectors = choice.point
+    space = _space(lowering, call)
+    point = lowering.decisions.choose(name, task_of(call), (space,)).point
+    return _lowered(lowering, state, name, call, ops.attributes(call)["bits"], point, call.args[3:])
+
+
+def lookup(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.lookup_matmul`: like it, but nothing of it is tuned."""
+    table = level_table(lowering.target.isa, lowering.float.lanes)
+    return _lowered(lowering, state, name, call, 4, _space(lowering, call).default(), call.args[4:], table)
+
+
+def _space(lowering: Lowering, call: Any) -> GroupedSpace:
+    *rows, depth = ir.shape_of(call.args[0])
+    return GroupedSpace(math.prod(rows), depth, ir.shape_of(call)[-1], lowering.float, lowering.target)
+
+
+def _lowered(
+    lowering: Lowering,
+    state: ir.Rewrite,
+    name: str,
+    call: Any,
+    bits: int,
+    point: Point,
+    operands: Sequence[Any],
+    table: LevelTable | None = None,
+) -> Any:
+    m, dtype = lowering.float, ops.attributes(call)["out_dtype"]
+    x, weight, scales = call.args[:3]
+    depth, channels = ir.shape_of(x)[-1], ir.shape_of(weight)[1]
+    rows = math.prod(ir.shape_of(x)[:-1])
+    tile, vectors = point
     spec = Grouped(
         rows,
         depth,
@@ -37,17 +65,21 @@ def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
         ops.epilogue_of(call),
         ir.shape_of(x),
         ir.shape_of(call),
-        a["out_dtype"],
+        dtype,
         declared(operands),
+        table,
+        depth // ir.shape_of(weight)[0],
     )
     kind = "matvec" if rows <= FEW_ROWS else "matmul"
-    title = f"{SHORT[a['out_dtype']]}-w{bits}-{kind}-{tile}x{spec.nr}-{m.name}"
+    if table is not None:
+        kind = f"lookup{spec.width}-{kind}"
+    title = f"{SHORT[dtype]}-w{bits}-{kind}-{tile}x{spec.nr}-{m.name}"
     lowering.names[name] = title
     packed = [_packed(weight, "words" if bits == 4 else "gemm", spec.nr, WORD if bits == 4 else 1)]
     packed.append(_packed(scales, "gemm", spec.nr, 1))
     args = lowering.pack(state, name, packed)
-    args += lowering.lift(state, name, operands)
-    return lowering.call(spec, title, [x, *args], ir.shape_of(call), a["out_dtype"])
+    args += lowering.lift(state, name, call.args[3:])
+    return lowering.call(spec, title, [x, *args], ir.shape_of(call), dtype)
 
 
 def _packed(constant: Any, kind: str, nr: int, kr: int) -> tuple[Array, Packing]:

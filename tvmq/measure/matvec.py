@@ -27,7 +27,7 @@ from tvmq.measure.report import figure, percent, table
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Precision, Recipe, WeightLevels
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
@@ -43,6 +43,7 @@ RECIPES = (
     Recipe(precision=Precision.INT4_WEIGHT, group_size=32),
     Recipe(precision=Precision.INT4_WEIGHT, group_size=64),
     Recipe(precision=Precision.INT4_WEIGHT, group_size=128),
+    Recipe(precision=Precision.INT4_WEIGHT, group_size=32, weight_levels=WeightLevels.CODEBOOK),
 )
 # All copies of a layer's weights, in bytes: four times the largest last-level cache that cores commonly share.
 _COPIES = 128 << 20
@@ -225,5 +226,6 @@ def _row(made: Layer, rows: int, size: tuple[int, int], ms: dict[str, float], ba
 
 def _name(recipe: Recipe) -> str:
     group = recipe.weight_group(recipe.precision)
-    named = recipe.precision.value
+    levels = "" if recipe.weight_levels is WeightLevels.NONE else f" {recipe.weight_levels.value}"
+    named = f"{recipe.precision.value}{levels}"
     return f"{named}, groups of {group}" if group is not None else named

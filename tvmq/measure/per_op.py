@@ -21,6 +21,8 @@ from tvmq.target import Target
 
 # TVM's kernel of embeddings.
 _LOOKUPS = "tvm-take"
+# Products with a constant matrix.
+_PRODUCTS = ("matmul", "grouped_matmul", "lookup_matmul")
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,10 @@ def macs_of(bundle: Bundle) -> dict[str, int]:
 
 def _macs(call: Any) -> int:
     kind = ir.op_name(call).removeprefix(ops.PREFIX)
-    results = math.prod(ir.shape_of(call)) if kind in ("conv2d", "matmul", "grouped_matmul", "attention") else 0
+    results = math.prod(ir.shape_of(call)) if kind in ("conv2d", *_PRODUCTS, "attention") else 0
     if kind == "conv2d":
         return results * math.prod(ir.shape_of(call.args[1])[1:])
-    if kind in ("matmul", "grouped_matmul"):
+    if kind in _PRODUCTS:
         return results * ir.shape_of(call.args[0])[-1]
     if kind == "attention":
         # Queries and keys are [N, S, heads, depth]: a score for each key, then a sum over the keys.

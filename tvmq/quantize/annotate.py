@@ -25,7 +25,7 @@ from tvm import relax
 from tvmq import ir, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
-from tvmq.quantize import groups, numerics, products, rounding, weights
+from tvmq.quantize import groups, numerics, products, rounding, tables, weights
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
 from tvmq.recipe import Precision, Recipe
@@ -70,14 +70,15 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
         chain = weighted.get(old)
         if chain is not None and chain.end in plan.integer:
             floor = weight_floor(chain, plan.qparams[chain.x].scale)
-            value_of = ir.to_numpy(new.args[1])
-            weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, recipe, seen.get(str(old.name)))
+            value_of, layer = ir.to_numpy(new.args[1]), plan.recipes.get(old, recipe)
+            weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, layer, seen.get(str(old.name)))
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif old in plan.linear:
-            new = _linear(state, name, new, plan.linear[old], recipe, pairs, seen.get(str(old.name)))
+            layer = plan.recipes.get(old, recipe)
+            new = _linear(state, name, new, plan.linear[old], layer, pairs, seen.get(str(old.name)))
         elif old in plan.embeddings:
             new = _embedding(state, name, new)
         elif old in plan.products:
@@ -125,6 +126,8 @@ def _linear(
     if precision is Precision.INT8_DYNAMIC:
         twin = _weight(weight, 1, 0.0, recipe, seen)
         x = pairs.by_row(state, x)
+    elif precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP:
+        twin = _places(weight, recipe, seen)
     else:
         bits = 4 if precision is Precision.INT4_WEIGHT else 8
         scales = groups.group_scales(weight, bits, recipe.weight_group(precision) or weight.shape[0])
@@ -143,6 +146,18 @@ def _embedding(state: ir.Rewrite, name: str, call: Any) -> Any:
     parts = (numerics.quantize_weight(table, scales, 0), scales, np.zeros(scales.shape, np.int8))
     twin = relax.op.dequantize(*(ir.constant(part) for part in parts), axis=0)
     return relax.Call(call.op, [state.emit(twin, f"{name}_table"), call.args[1]], call.attrs)
+
+
+def _places(weight: Array, recipe: Recipe, seen: Array | None) -> Any:
+    """`dequantize_places` of a weight [K, N]."""
+    group = recipe.weight_group(Precision.INT4_WEIGHT) or weight.shape[0]
+    scales = tables.table_scales(weight, recipe.weight_levels, group)
+    table = tables.table_of(weight, scales, recipe.weight_levels)
+    if seen is not None:
+        quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[4], table=table[0])
+    else:
+        quantized = tables.quantize(weight, scales, table)
+    return ops.dequantize_places(ir.constant(quantized), ir.constant(scales), ir.constant(table))
 
 
 def _product(state: ir.Rewrite, name: str, value: Any, call: Any, plan: Plan, pairs: Pairs) -> Any:

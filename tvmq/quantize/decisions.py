@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import tvm
 
 from tvmq import ir, ops
-from tvmq.graph.fusion import find_chains, has_batch_matmul_kernel, has_embedding_kernel
-from tvmq.recipe import Precision
+from tvmq.graph.fusion import Chain, find_chains, has_batch_matmul_kernel, has_embedding_kernel
+from tvmq.recipe import Precision, Recipe, WeightLevels
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,41 @@ def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
     return tuple(found)
 
 
-def float_decisions(module: tvm.IRModule, reason: str, weighted: str | None = None) -> tuple[Decision, ...]:
+def float_decisions(
+    module: tvm.IRModule, reason: str, recipe: Recipe, recipes: Mapping[Any, Recipe]
+) -> tuple[Decision, ...]:
     """The decisions for a module that stays float: one an operator that becomes a kernel.
 
-    weighted: what else there is to say of convolutions and linear layers.
+    recipes: what rules make of `recipe` for the weights of anchors.
     """
-    both = f"{reason}; {weighted}" if weighted else reason
-    chains = find_chains(module)
-    inside = {member for chain in chains for member in chain.members[:-1]}
-    kinds = {chain.end: chain.kind for chain in chains}
+    chains = {chain.end: chain for chain in find_chains(module)}
+    inside = {member for chain in chains.values() for member in chain.members[:-1]}
     return tuple(
         Decision(
             str(var.name),
-            kinds.get(var) or kind_of(call),
+            chains[var].kind if var in chains else kind_of(call),
             Precision.FP32,
-            both if kinds.get(var) in ("conv2d", "matmul") else reason,
+            with_levels(reason, chains.get(var), recipe, recipes),
         )
         for var, call in ir.calls(module)
         if var not in inside
     )
+
+
+def with_levels(reason: str, chain: Chain | None, recipe: Recipe, recipes: Mapping[Any, Recipe]) -> str:
+    """`reason`, and what becomes of the weights of a chain that stays float; None is an operator that is none."""
+    if chain is None or chain.kind not in ("conv2d", "matmul"):
+        return reason
+    said = simulated_levels(recipes.get(chain.anchor, recipe))
+    return f"{reason}; {said}" if said else reason
+
+
+def simulated_levels(recipe: Recipe) -> str | None:
+    """What `explain` says of a layer whose weights are rounded, and stay floats; None where `recipe` rounds none."""
+    if recipe.weight_levels is WeightLevels.NONE or recipe.precision is not Precision.FP32:
+        return None
+    group = "a channel" if recipe.group_size is None else f"groups of {recipe.group_size}"
+    tabled = recipe.weight_levels in (WeightLevels.CODEBOOK, WeightLevels.VECTOR_CODEBOOK)
+    scale = "one table a layer" if tabled else f"a scale for {group}"
+    levels = f"{recipe.weight_levels.value} levels of {recipe.weight_bits} bits"
+    return f"simulated: weights are rounded to {levels}, {scale}, and stored as floats"

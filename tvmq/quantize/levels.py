@@ -1,6 +1,6 @@
 """Weights rounded to few levels, in NumPy: named quantizers whose weights are multiplied, and stored, as floats.
 
-    w [K, N]  ->  [K, N] float32, each group of rows and column (of `codebook`: the whole weight) with 2**bits values
+    w [K, N]  ->  [K, N] float32, each group of rows and column (of codebooks: the whole weight) with 2**bits values
 
 uniform      multiples of a scale, the largest magnitude at the end of the range
 asymmetric   multiples of a scale from an offset: the range of each group
@@ -8,6 +8,8 @@ log2         zero and powers of two, with signs: D. Miyashita et al., "Convoluti
              Data Representation", 2016
 normal_float quantiles of a normal distribution: T. Dettmers et al., "QLoRA", NeurIPS 2023, appendix E
 codebook     the means of clusters: S. Han et al., "Deep Compression", ICLR 2016, section 3
+vector_codebook  the same of pairs of inputs, 2**bits pairs: Y. Gong et al., "Compressing Deep Convolutional Networks
+             using Vector Quantization", 2014
 stochastic   uniform, rounded up with the probability of the rest: S. Gupta et al., "Deep Learning with Limited
              Numerical Precision", ICML 2015
 """
@@ -15,7 +17,6 @@ stochastic   uniform, rounded up with the probability of the rest: S. Gupta et a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -24,73 +25,61 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.graph.fusion import find_chains
-from tvmq.quantize import rounding
+from tvmq.quantize import rounding, tables
 from tvmq.quantize.annotate import CHANNEL_AXIS
+from tvmq.quantize.decisions import simulated_levels
 from tvmq.quantize.input_products import input_products
+from tvmq.quantize.plan import Plan
 from tvmq.recipe import Algorithm, Recipe, WeightLevels
 
 Array = npt.NDArray[Any]
-# Lloyd's algorithm ends where no entry moves by more than this share of the range, or after so many turns.
-_SETTLED, _TURNS = 1e-4, 100
-# The first and last quantile of the normal distribution in bitsandbytes' NF4: halfway between its two estimates.
-_TAIL = 0.9677083
 
 
-# What may be done for uniform levels: scales of least squared error, and errors that the next inputs make up for.
-ALGORITHMS = (Algorithm.CLIP_WEIGHTS, Algorithm.GPTQ)
+def layers_with(plan: Plan, recipe: Recipe) -> dict[Any, Recipe]:
+    """The anchors of a plan whose weights are rounded to levels and stay floats, and the recipes that say how."""
+    asked = {
+        chain.anchor: plan.recipes.get(chain.anchor, recipe) for chain in plan.chains if chain.kind in CHANNEL_AXIS
+    }
+    return {anchor: layer for anchor, layer in asked.items() if simulated_levels(layer) is not None}
 
 
-def unused(recipe: Recipe) -> tuple[str, ...]:
-    """The algorithms of a float recipe that find nothing to do."""
-    used = ALGORITHMS if recipe.weight_levels is WeightLevels.UNIFORM else ()
-    return tuple(algorithm.value for algorithm in recipe.algorithms if algorithm not in used)
+def levelled(
+    module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Callable[[], Iterable[tuple[Array, ...]]]
+) -> tvm.IRModule:
+    """The module with the constant weights of float convolutions and linear layers rounded as the recipe asks.
 
-
-def levelled(module: tvm.IRModule, recipe: Recipe, samples: Callable[[], Iterable[tuple[Array, ...]]]) -> tvm.IRModule:
-    """The module with the constant weights of convolutions and linear layers rounded as the recipe asks.
-
-    samples: begins the inputs of inferences anew, for GPTQ.
+    samples: begins the inputs of inferences anew, for GPTQ, which is for uniform levels, as CLIP_WEIGHTS is.
     """
-    if recipe.weight_levels is WeightLevels.NONE:
+    layers = layers_with(plan, recipe)
+    if not layers:
         return module
-    uniform = recipe.weight_levels is WeightLevels.UNIFORM
-    chains = [chain for chain in find_chains(module) if chain.kind in CHANNEL_AXIS]
-    wants = uniform and Algorithm.GPTQ in recipe.algorithms
-    products = input_products(module, chains, samples()) if wants else {}
-    clips = Algorithm.CLIP_WEIGHTS in recipe.algorithms
-    anchors = {chain.anchor: CHANNEL_AXIS[chain.kind] for chain in chains}
-    bits, group = recipe.weight_bits, recipe.group_size
+    wanting = {
+        a for a, r in layers.items() if r.weight_levels is WeightLevels.UNIFORM and Algorithm.GPTQ in r.algorithms
+    }
+    chains = [chain for chain in plan.chains if chain.anchor in wanting]
+    products = input_products(module, chains, samples()) if chains else {}
+    axes = {chain.anchor: CHANNEL_AXIS[chain.kind] for chain in plan.chains if chain.anchor in layers}
 
     def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
-        axis = anchors.get(state.current)
-        if axis is None or not ir.is_constant(value.args[1]):
+        layer = layers.get(state.current)
+        if layer is None or not ir.is_constant(value.args[1]):
             return None
-        weight = ir.to_numpy(value.args[1])
+        weight, axis = ir.to_numpy(value.args[1]), axes[state.current]
         matrix = np.moveaxis(weight, axis, -1)
         flat = matrix.reshape(-1, weight.shape[axis])
-        if uniform:
-            made = evenly(flat, bits, group, clips, products.get(str(state.current.name)))
+        if layer.weight_levels is WeightLevels.UNIFORM:
+            clips = Algorithm.CLIP_WEIGHTS in layer.algorithms
+            made = evenly(flat, layer.weight_bits, layer.group_size, clips, products.get(str(state.current.name)))
         else:
-            made = rounded(flat, recipe.weight_levels, bits, group)
+            made = rounded(flat, layer.weight_levels, layer.weight_bits, layer.group_size)
         back = np.ascontiguousarray(np.moveaxis(made.reshape(matrix.shape), -1, axis))
         return relax.Call(value.op, [value.args[0], ir.constant(back)], value.attrs)
 
     return ir.rewrite(module, visit)
 
 
-def described(recipe: Recipe) -> str | None:
-    """What `explain` says of a layer whose weights `levelled` rounded; None where it rounds none."""
-    if recipe.weight_levels is WeightLevels.NONE:
-        return None
-    group = "a channel" if recipe.group_size is None else f"groups of {recipe.group_size}"
-    scale = "one table a layer" if recipe.weight_levels is WeightLevels.CODEBOOK else f"a scale for {group}"
-    levels = f"{recipe.weight_levels.value} levels of {recipe.weight_bits} bits"
-    return f"simulated: weights are rounded to {levels}, {scale}, and stored as floats"
-
-
 def evenly(weight: Array, bits: int, group: int | None, clips: bool = False, products: Array | None = None) -> Array:
-    """A weight [K, N] on uniform levels, float32; clips and products: see `ALGORITHMS` and `rounding.gptq`."""
+    """A weight [K, N] on uniform levels, float32; clips and products: see `levelled` and `rounding.gptq`."""
     size, (low, high) = group or weight.shape[0], _range(bits)
     steps = np.empty(weight.shape)
     for i in range(0, len(weight), size):
@@ -107,6 +96,8 @@ def rounded(weight: Array, levels: WeightLevels, bits: int, group: int | None, s
 
     group: rows that share a scale, the last ones fewer; None means all. seed: of stochastic rounding.
     """
+    if levels is WeightLevels.VECTOR_CODEBOOK:
+        return _vector_codebook(weight, bits)
     if levels is WeightLevels.CODEBOOK:
         return _codebook(weight, bits)
     if levels is WeightLevels.UNIFORM:
@@ -141,47 +132,31 @@ def _asymmetric(w: Array, bits: int, _rng: np.random.Generator) -> Array:
 
 
 def _log2(w: Array, bits: int, _rng: np.random.Generator) -> Array:
-    powers = 2.0 ** -np.arange(2 ** (bits - 1) - 1)
     largest = np.abs(w).max(axis=0)
     scale = np.where(largest > 0, 2.0 ** np.rint(np.log2(np.maximum(largest, 1e-30))), 1.0)
-    return np.asarray(nearest(w / scale, np.concatenate([-powers, [0.0], powers])) * scale)
+    return np.asarray(tables.nearest(w / scale, tables.power_levels(bits)) * scale)
 
 
 def _normal_float(w: Array, bits: int, _rng: np.random.Generator) -> Array:
     largest = np.abs(w).max(axis=0)
     scale = np.where(largest > 0, largest, 1.0)
-    return np.asarray(nearest(w / scale, normal_levels(bits)) * scale)
-
-
-def normal_levels(bits: int) -> Array:
-    """2**bits levels in [-1, 1], zero among them, one more above it than below."""
-    half, normal = 2 ** (bits - 1), NormalDist()
-    above = [normal.inv_cdf(p) for p in np.linspace(_TAIL, 0.5, half + 1)[:-1]]
-    below = [-normal.inv_cdf(p) for p in np.linspace(_TAIL, 0.5, half)[:-1]]
-    levels = np.sort(np.array([*above, 0.0, *below]))
-    return np.asarray(levels / np.abs(levels).max())
-
-
-def nearest(values: Array, levels: Array) -> Array:
-    """The level nearest to each value."""
-    levels = np.sort(levels)
-    return np.asarray(levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, values)])
+    return np.asarray(tables.nearest(w / scale, tables.normal_levels(bits)) * scale)
 
 
 def _codebook(weight: Array, bits: int) -> Array:
-    """Lloyd's algorithm from the levels of `normal_float`, to whose last ones the rare large weights belong."""
-    flat, entries = weight.astype(np.float64).ravel(), 2**bits
-    means = normal_levels(bits) * np.abs(flat).max()
-    for _ in range(_TURNS):
-        cluster = np.searchsorted((means[1:] + means[:-1]) / 2, flat)
-        counts = np.bincount(cluster, minlength=entries)
-        sums = np.bincount(cluster, flat, minlength=entries)
-        moved = np.sort(np.where(counts > 0, sums / np.maximum(counts, 1), means))
-        settled = np.abs(moved - means).max() <= _SETTLED * np.abs(moved).max()
-        means = moved
-        if settled:
-            break
-    return nearest(flat, means).reshape(weight.shape).astype(np.float32)
+    """Clusters from the levels of `normal_float`, to whose last ones the rare large weights belong."""
+    flat = weight.astype(np.float64).ravel()
+    levels = tables.means(flat, np.ones_like(flat), tables.normal_levels(bits) * np.abs(flat).max())
+    return tables.nearest(flat, levels).reshape(weight.shape).astype(np.float32)
+
+
+def _vector_codebook(weight: Array, bits: int) -> Array:
+    """Pairs of rows that follow each other; the last of an odd number is beside zeros."""
+    even = np.concatenate([weight, np.zeros((len(weight) % 2, weight.shape[1]), weight.dtype)]).astype(np.float64)
+    pairs = tables.tuples(even, 2)
+    levels = tables.vector_means(pairs, np.ones(len(pairs)), 2**bits)
+    found = levels[tables.nearest_vectors(pairs, levels)].reshape(len(even) // 2, -1, 2)
+    return np.moveaxis(found, 2, 1).reshape(even.shape)[: len(weight)].astype(np.float32)
 
 
 _ROUND: dict[WeightLevels, Callable[[Array, int, np.random.Generator], Array]] = {

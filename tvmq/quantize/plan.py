@@ -10,7 +10,7 @@ What is to be bfloat16 is decided in narrow.py, and what `auto` asks for in auto
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
@@ -18,13 +18,13 @@ import tvm
 from tvmq import ir
 from tvmq.errors import RecipeError
 from tvmq.graph.fusion import Chain, find_chains, has_embedding_kernel, product_kind
-from tvmq.quantize import auto, numerics, products
+from tvmq.quantize import auto, numerics, products, tables
 from tvmq.quantize.auto import Rates
-from tvmq.quantize.decisions import Decision, kind_of
+from tvmq.quantize.decisions import Decision, kind_of, with_levels
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import DEFAULT_KINDS, KINDS, LINEAR, Precision, Recipe
+from tvmq.recipe import DEFAULT_KINDS, KINDS, LINEAR, Precision, Recipe, Rule
 
 # Operators whose result holds elements of their input only, so that both have one range.
 PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")
@@ -37,7 +37,8 @@ class Plan:
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
     `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16. `linear`: anchors of linear
     layers with dynamic or weight-only precision. `products`: products of two activations, and attentions, with int8
-    or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the patterns of rules that name no operator.
+    or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the patterns of rules that no operator comes to.
+    `recipes`: anchors with weights that a rule gives another recipe than the model's -> that recipe.
     """
 
     chains: tuple[Chain, ...]
@@ -51,6 +52,7 @@ class Plan:
     embeddings: frozenset[Any]
     decisions: tuple[Decision, ...]
     unused: tuple[str, ...] = ()
+    recipes: Mapping[Any, Recipe] = field(default_factory=dict)
 
 
 def make_plan(
@@ -91,7 +93,8 @@ class _Planner:
         self.embeddings: set[Any] = set()
         self.decisions: dict[Any, Decision] = {}
         self.counts: dict[str, int] = {}  # operators of each kind so far
-        self.names: set[str] = set()  # of everything that rules may name
+        self.used: set[Rule] = set()
+        self.recipes: dict[Any, Recipe] = {}
 
     def plan(self) -> Plan:
         for var, call in ir.calls(self.module):
@@ -118,7 +121,8 @@ class _Planner:
             products=self.products,
             embeddings=frozenset(self.embeddings),
             decisions=tuple(self.decisions.values()),
-            unused=tuple(rule.match for rule in self.recipe.rules if not rule.matches(*self.names)),
+            unused=tuple(rule.match for rule in self.recipe.rules if rule not in self.used),
+            recipes=self.recipes,
         )
 
     def _decide(self, var: Any, call: Any) -> None:
@@ -145,7 +149,7 @@ class _Planner:
             missing = "both operands are activations" if two else "no integer or bfloat16 kernel for this operator"
             self._note(var, kind, Precision.FP32, why or missing)
             return
-        declined = why if precision is Precision.FP32 else None
+        declined = with_levels(why, chain, self.recipe, self.recipes) if precision is Precision.FP32 else None
         if declined is None:
             declined = self._chain_reason(chain) if chain else self._follower_reason(var, call)
         if declined is None:
@@ -176,35 +180,44 @@ class _Planner:
 
     def _recipe_precision(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         if chain is not None:
-            members = [str(member.name) for member in chain.members]
-            shape = ir.shape_of(chain.call.args[1] if chain.kind in ("conv2d", "matmul") else chain.call)
-            return self._recipe_precision_of(chain.kind, shape, members)
+            weighted = chain.kind in ("conv2d", "matmul")
+            shape = ir.shape_of(chain.call.args[1] if weighted else chain.call)
+            names = self._names(chain.kind, shape, [str(member.name) for member in chain.members])
+            if weighted and self.recipe.rule_of(chain.kind, *names) is not None:
+                self.recipes[chain.anchor] = self.recipe.of_layer(chain.kind, *names)
+            return self.recipe.precision_of(chain.kind, *names)
         kind = {"concat": "concat", "nn.max_pool2d": "max_pool2d"}.get(ir.op_name(call)) or product_kind(call)
         kind = "embedding" if has_embedding_kernel(call) else kind
         if kind is None:
             return None, ""
-        precision, why = self._recipe_precision_of(kind, ir.shape_of(call), [str(var.name)])
+        shape = ir.shape_of(call) if ir.is_static(call) else ()
+        precision, why = self.recipe.precision_of(kind, *self._names(kind, shape, [str(var.name)]))
         # There is no bfloat16 kernel for these.
         wide = kind in ("batch_matmul", "embedding") and precision in (Precision.BF16, Precision.AUTO)
         return (None, "") if wide else (precision, why)
 
-    def _recipe_precision_of(self, kind: str, shape: tuple[int, ...], variables: list[str]) -> tuple[Precision, str]:
+    def _names(self, kind: str, shape: tuple[int, ...], variables: list[str]) -> list[str]:
+        """What rules may call the next operator of `kind`, besides that."""
         index = self.counts.get(kind, 0)
         self.counts[kind] = index + 1
         paths = [self.paths.get(name, name) for name in variables]
         names = [*variables, *paths, f"{kind}#{index}", f"{kind}:{'x'.join(map(str, shape))}"]
-        self.names.update((kind, *names))
-        return self.recipe.precision_of(kind, *names)
+        if (rule := self.recipe.rule_of(kind, *names)) is not None:
+            self.used.add(rule)
+        return names
 
     def _decide_linear(self, chain: Chain, precision: Precision) -> None:
         """A linear layer with dynamic or weight-only precision: float where its weight has no whole groups."""
-        depth, group = ir.shape_of(chain.call.args[1])[0], self.recipe.weight_group(precision)
+        recipe = self.recipes.get(chain.anchor, self.recipe)
+        depth, group = ir.shape_of(chain.call.args[1])[0], recipe.weight_group(precision)
         if precision is not Precision.INT8_DYNAMIC and group is not None and depth % group:
             reason = f"its {depth} inputs are no multiple of the group size, {group}"
             self._note(chain.end, chain.kind, Precision.FP32, reason)
             return
         self.linear[chain.anchor] = precision
-        self._note(chain.end, chain.kind, precision, "")
+        looked_up = precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP
+        reason = f"{recipe.weight_levels.value} levels, from a table" if looked_up else ""
+        self._note(chain.end, chain.kind, precision, reason)
 
     def _decide_product(self, var: Any, kind: str, call: Any, precision: Precision) -> None:
         """A product of activations: a static one reads integers whoever made them, but of softmax rows with scales."""

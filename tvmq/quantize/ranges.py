@@ -129,6 +129,8 @@ def _divergence(counts: Array, threshold: int, levels: int) -> float:
     clipped[-1] += counts[threshold:].sum()
     level = np.arange(threshold) * levels // threshold
     occupied = kept > 0
+    if not occupied.any():
+        return np.inf  # all elements are beyond it
     sums, members = (np.bincount(level, values, minlength=levels) for values in (kept, occupied))
     spread = np.where(occupied, (sums / np.maximum(members, 1))[level], 0.0)
     p, q = clipped / clipped.sum(), spread / spread.sum()

@@ -38,12 +38,14 @@ Array = npt.NDArray[Any]
 class _Weight:
     """A weight's constant, and its float32 [channels] scales; None for weights that are multiplied as floats.
 
-    groups: the constant scales of groups of its rows, and its bits; None where it has no groups.
+    groups: the constant scales of groups of its rows, and its bits; None where it has no groups. table: the constant
+    that its integers are places in; None where they are numbers.
     """
 
     value: Any
     scales: Array | None
     groups: tuple[Any, int] | None = None
+    table: Any = None
 
 
 # Anchors of kernels that see whole rows.
@@ -214,6 +216,8 @@ class _Realizer:
             return _Weight(call.args[0], None)
         if ir.is_call(call, "tvmq.dequantize_groups"):
             return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]))
+        if ir.is_call(call, "tvmq.dequantize_places"):
+            return _Weight(call.args[0], None, (call.args[1], 4), call.args[2])
         if not ir.is_call(call, "dequantize") or not all(ir.is_constant(arg) for arg in call.args):
             return None
         scales, zero_points = (ir.to_numpy(arg) for arg in call.args[1:3])
@@ -238,6 +242,8 @@ class _Realizer:
             return ops.conv2d(operand, weight.value, operands, steps, groups=groups, x_zero_point=zero, **common)
         if weight is not None and weight.groups is not None:
             scales, bits = weight.groups
+            if weight.table is not None:
+                return ops.lookup_matmul(operand, weight.value, scales, weight.table, operands, steps, **common)
             return ops.grouped_matmul(operand, weight.value, scales, operands, steps, bits=bits, **common)
         if weight is not None:
             return ops.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)

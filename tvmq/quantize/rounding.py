@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvmq.quantize import tables
+
 Array = npt.NDArray[Any]
 
 
@@ -41,12 +43,21 @@ def _flipped(rounded: Array, units: Array, low: int, high: int) -> Array:
     return np.asarray(np.where(chosen, rounded - direction, rounded))
 
 
-def gptq(weight: Array, scales: Array, products: Array, low: int, high: int, damping: float = 0.01) -> Array:
+def gptq(
+    weight: Array,
+    scales: Array,
+    products: Array,
+    low: int,
+    high: int,
+    damping: float = 0.01,
+    table: Array | None = None,
+) -> Array:
     """int8 [K, N] of a weight [K, N] with `scales` (of that shape, or one that broadcasts to it).
 
     products: the sum of x^T x over inputs x of the layer, [K, K]. Inputs are rounded from the largest on; what each
     leaves is made up for by those that follow, as the inverse of `products` says: E. Frantar et al., "GPTQ: Accurate
-    Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023, algorithm 1.
+    Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023, algorithm 1. table: what the
+    integers from `low` to `high` stand for, rising; None: themselves.
     """
     size = weight.shape[0]
     order = np.argsort(-np.diag(products), kind="stable")
@@ -59,8 +70,10 @@ def gptq(weight: Array, scales: Array, products: Array, low: int, high: int, dam
     steps = np.broadcast_to(scales, weight.shape)[order].astype(np.float64)
     result = np.empty(weight.shape, np.int8)
     for k in range(size):
-        q = np.clip(np.rint(remaining[k] / steps[k]), low, high)
-        error = (remaining[k] - q * steps[k]) / upper[k, k]
+        units = remaining[k] / steps[k]
+        q = np.clip(np.rint(units), low, high) if table is None else tables.places(units, table) + low
+        meant = q if table is None else table[q - low]
+        error = (remaining[k] - meant * steps[k]) / upper[k, k]
         remaining[k + 1 :] -= np.outer(upper[k, k + 1 :], error)
         result[order[k]] = q
     return result
