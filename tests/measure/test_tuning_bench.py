@@ -112,15 +112,10 @@ def test_unknown_names_are_refused_before_anything_is_tuned():
         tuning_bench.run(["resnet19"])
 
 
+@pytest.fixture
 def tiny(monkeypatch):
-    """A model of one layer in the zoo, and a stock that is not there."""
-    layer = nn.Conv2d(3, 8, 3).eval()
-    monkeypatch.setitem(zoo.MODELS, "tiny", lambda: (layer, (torch.zeros(1, 3, 8, 8),)))
-    monkeypatch.setattr(stock, "missing", lambda: "not here")
-
-
-def test_the_records_are_kept_for_compiling(tmp_path, monkeypatch):
-    times = itertools.count(1)
+    """A model of one layer in the zoo; a tuner that knows the times of its kernels, which are longer in each run."""
+    layer, times = nn.Conv2d(3, 8, 3).eval(), itertools.count(1)
 
     def tuned(model, target, recipe, data, *, logs, **_rest):
         assert not logs.exists()
@@ -131,8 +126,13 @@ def test_the_records_are_kept_for_compiling(tmp_path, monkeypatch):
                     writer.add(trial, task.spaces)
         return SimpleNamespace(trials=1, seconds=1.0, curve=[(1.0, 1.0)])
 
-    tiny(monkeypatch)
+    monkeypatch.setitem(zoo.MODELS, "tiny", lambda: (layer, (torch.zeros(1, 3, 8, 8),)))
     monkeypatch.setattr(tuning_bench, "tune", tuned)
+    monkeypatch.setattr(stock, "missing", lambda: "not here")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_records_are_kept_for_compiling(tmp_path):
     (row,) = tuning_bench.run(["tiny"], ["fp32"], threads=1, rounds=1, logs=tmp_path).rows
     assert row.logs == str(tmp_path / "host-tiny-fp32")
     assert len(read(Path(row.logs), load_target("host")).trials) == 2
@@ -145,8 +145,21 @@ def test_the_records_are_kept_for_compiling(tmp_path, monkeypatch):
     assert len(read(Path(row.logs), load_target("host")).trials) == 4
 
 
+@pytest.mark.usefixtures("tiny")
+def test_tasks_that_stock_did_not_get_to_are_told(monkeypatch):
+    monkeypatch.setattr(stock, "missing", lambda: "")
+    monkeypatch.setattr(stock, "tune", lambda module, *_rest: stock.Found(module, [], 1, 3, 2, 1))
+    found = tuning_bench.run(["tiny"], ["fp32"], threads=1, rounds=1)
+    (row,) = found.rows
+    assert row.stock.note == "stock: 2 of 3 tasks without a trial"
+    # What it has not tuned is timed as it is.
+    assert row.stock.ms > 0 and row.stock.curve == [] and row.stock.to_most_s is None
+    assert found.to_markdown().rstrip().endswith("| stock: 2 of 3 tasks without a trial |")
+    assert row.logs == ""
+
+
+@pytest.mark.usefixtures("tiny")
 def test_records_of_another_machine_are_refused_before_anything_is_tuned(tmp_path, monkeypatch):
-    tiny(monkeypatch)
     (tmp_path / "host-tiny-fp32").mkdir()
     (tmp_path / "host-tiny-fp32" / TARGET).write_text(json.dumps({**identity(load_target("host")), "cpu": "i386"}))
     monkeypatch.setattr(tuning_bench, "tune", lambda *_args, **_named: pytest.fail("tuned"))
