@@ -57,6 +57,21 @@ def test_steps_are_equal_and_fit_the_registers() -> None:
     assert max(point[0] for point in narrow.points()) == 5
 
 
+def test_rows_that_the_cache_does_not_keep_follow_each_other_by_blocks() -> None:
+    target = target_of("avx512-vnni")  # of 32 KiB
+
+    def blocks_first(dtype: str, side: int, channels: int, **geometry: object) -> int:
+        return dict(choice_of(depthwise(dtype, side, side, channels, **geometry), target).decision.knobs)[
+            "blocks_first"
+        ]
+
+    assert blocks_first("float32", 7, 960) == 1
+    assert blocks_first("float32", 28, 192) == 1
+    assert blocks_first("float32", 112, 32) == 0, "42 KiB"
+    assert blocks_first("uint8", 7, 960) == 0
+    assert blocks_first("float32", 112, 96, strides=(2, 2)) == 0, "a row is read once or twice"
+
+
 def test_what_is_too_long_to_write_out_is_padded() -> None:
     target = target_of("avx2")
     large = choice_of(depthwise("float32", 20, 20, 64, 9), target)

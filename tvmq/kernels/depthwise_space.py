@@ -21,6 +21,9 @@ _COLUMNS, _MOST_COLUMNS = 8, 14
 _MOST_PRODUCTS = _TAPS * _COLUMNS
 # Slots of a vector that is padded: it is loaded and stored. Of a step besides its products: addresses and the loop.
 _PAD, _STEP = 2, 8
+# Rows that are read together stay in the first-level cache up to this share of it: on Zen 4, the layers of MobileNetV2
+# whose rows are twice as large gain 2 to 21 % where rows of a block of channels follow each other; at 1.5 nothing.
+_KEPT = 1.6
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class DepthwiseSpace:
     native: int
     registers: int
     cores: int
+    l1_bytes: int
     knobs: ClassVar[tuple[str, ...]] = ("columns", "lanes", "blocks_first", "padded")
 
     @property
@@ -46,7 +50,7 @@ class DepthwiseSpace:
         """Steps of equal size; the image is padded where the code would be large otherwise."""
         columns = self._columns()
         large = self.spec((columns, self.kernel.lanes, 0, 0)).code_size > _TAPS
-        return columns, self.kernel.lanes, 0, int(large and any(self.padding))
+        return columns, self.kernel.lanes, int(self._rereads()), int(large and any(self.padding))
 
     def points(self) -> tuple[Point, ...]:
         """Steps that fit the registers, and code that the rule might write too."""
@@ -92,6 +96,13 @@ class DepthwiseSpace:
             # Accumulators take half of the registers.
             most = max(1, min(self.registers * self.native // self.kernel.lanes // 2, _COLUMNS))
         return -(-width // -(-width // most))
+
+    def _rereads(self) -> bool:
+        """Whether rows of all channels would leave the first-level cache before the next row needs them again."""
+        k = self.kernel
+        _, _, width, channels = k.x_shape
+        rows = k.kernel[0] * width * channels * gemm.BYTES[k.x_dtype]
+        return k.kernel[0] > 2 * k.strides[0] and rows > _KEPT * self.l1_bytes
 
     def fits(self, columns: int, lanes: int) -> bool:
         """Whether the accumulators in flight, and what is multiplied, fit the registers."""

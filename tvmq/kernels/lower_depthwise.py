@@ -52,7 +52,7 @@ def _spaces(
 ) -> tuple[Space, ...]:
     """The templates, products of rows first where there are such."""
     a, (x, weight, *_) = ops.attributes(call), call.args
-    target = lowering.target
+    target, l1 = lowering.target, lowering.target.l1d_kib * 1024
     # NEON's bytes: half a register is widened by one instruction, and narrowed into by one where that saturates.
     lanes = 8 if m.a_dtype == "int8" else m.lanes
     common = (
@@ -70,9 +70,9 @@ def _spaces(
     )
     rest = (1, False, builder.rounding_llvm(target.isa))
     plain = Depthwise(*common, lanes, *rest, narrow=m.narrow)  # type: ignore[arg-type]
-    one_by_one = DepthwiseSpace(plain, a["padding"], m.lanes, m.registers, target.cores)
+    one_by_one = DepthwiseSpace(plain, a["padding"], m.lanes, m.registers, target.cores, l1)
     dot = interleave.row_dot(target.isa, dtype_of(x))
     if dot is None or not depthwise_rows.blocks(ir.shape_of(call)[3], dot.rows, dot.widths):
         return (one_by_one,)
     rows = RowDepthwise(*common, dot.widths[0], *rest, dot)  # type: ignore[arg-type]
-    return (DepthwiseSpace(rows, a["padding"], dot.widths[0], dot.registers, target.cores), one_by_one)
+    return (DepthwiseSpace(rows, a["padding"], dot.widths[0], dot.registers, target.cores, l1), one_by_one)
