@@ -240,7 +240,7 @@ def quantize(
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     report("layout", 0)
     asked = tuple(algorithm.value for algorithm in recipe.all_algorithms)
-    if is_quantized(source := with_own_rows(model.module)):
+    if is_quantized(source := with_own_rows(model.module)) or is_quantized(model.module):
         module = stages("layout", channels_last(source))
         return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
     calibration = _again(calibration, recipe)

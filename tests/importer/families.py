@@ -208,7 +208,7 @@ def _spread(model: torch.nn.Module) -> None:
 
 
 def _measure(model: torch.nn.Module, example: dict[str, torch.Tensor]) -> None:
-    """Factors of batch norms near 1, offsets mostly positive, and statistics from random inputs.
+    """Factors of batch norms near 1, offsets of images' ones positive, and statistics from random inputs.
 
     At initial statistics the signals of deep networks die. Without offsets each batch norm and ReLU amplify any
     disturbance by 1.2 (Yang et al., 2019, "A mean field theory of batch normalization"), which training undoes: 27 layers
@@ -220,7 +220,8 @@ def _measure(model: torch.nn.Module, example: dict[str, torch.Tensor]) -> None:
         batch = {name: torch.randn(8, *value.shape[1:], generator=draw) for name, value in example.items()}
         for norm in norms:
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(norm.bias, 0.0, 1.5)
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(norm.bias, 0.0, 1.5)
             norm.momentum = 1.0
             norm.train()
         with torch.no_grad():

@@ -107,6 +107,32 @@ def test_torchao(quantizer: Callable[[], object], storage: str, tmp_path: Path) 
     np.testing.assert_allclose(interpret.run(realized, model.example)[0], model.reference[0], atol=step)
 
 
+class Limited(nn.Module):
+    """ReLU6 between two quantizes, as XNNPACK's quantizer writes it; `scale`: of the second."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.quantized_decomposed
+        for scale in (0.07, self.scale):
+            q = ops.quantize_per_tensor(x, scale, -5, -128, 127, torch.int8)
+            x = ops.dequantize_per_tensor(q, scale, -5, -128, 127, torch.int8)
+            x = nn.functional.hardtanh(x, -0.9, 6.0)
+        return x
+
+
+@pytest.mark.parametrize(("scale", "count"), [(0.07, 1), (0.08, 2)])
+def test_limits_go_into_the_kernel_before(scale: float, count: int) -> None:
+    """Every value between and around the steps: the same integers."""
+    x = torch.linspace(-9, 9, 40001).reshape(1, -1)
+    model = import_model(Limited(scale), x)
+    assert sum(ir.is_call(call, "quantize") for _, call in ir.calls(model.module)) == count
+    if count == 1:
+        np.testing.assert_array_equal(interpret.run(model.module, model.example)[0], model.reference[0])
+
+
 @pytest.mark.slow
 def test_quantization_aware_training() -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")

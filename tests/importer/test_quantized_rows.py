@@ -169,6 +169,31 @@ def test_tokens_of_pt2e(choose: str, shape: tuple[int, ...]) -> None:
         assert _noise(exact, value, x) <= 1.2 * _noise(exact, model.reference[0], x)
 
 
+class Convolution(Dynamic):
+    """A convolution whose image is quantized by its extremes, while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = self.weight.reshape(6, 4, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax() * 2 / self.steps
+        q = torch.clamp(torch.round(x / scale), self.low, self.high).to(torch.int8)
+        weight = torch.ops.quantized_decomposed.dequantize_per_channel(
+            self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8
+        )
+        return nn.functional.conv2d(q.to(torch.float32) * scale, weight)
+
+
+def test_convolutions_are_of_floats() -> None:
+    x = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(2))
+    model = import_model(Convolution(), x)
+    realized = realize(quantize(model, Recipe()).qdq)
+    (conv,) = (call for _, call in ir.calls(realized) if "conv2d" in ir.op_name(call))
+    assert ir.is_call(conv, "tvmq.conv2d") and ir.dtype_of(conv.args[1]) == "float32"
+    np.testing.assert_allclose(interpret.run(realized, model.example)[0], model.reference[0], rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_the_source() -> None:
     assert _precisions(quantize(import_model(Dynamic(), X), Recipe())) == ["int8-dynamic"]
 

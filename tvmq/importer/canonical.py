@@ -21,7 +21,7 @@ _TRANSPOSED = ("nn.conv1d_transpose", "nn.conv2d_transpose")
 
 def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
     """The stages of this file, in order."""
-    stages = (split_by_slices, drop_no_ops, fold_constants, quantized.signed, commute_constants)
+    stages = (split_by_slices, drop_no_ops, fold_constants, quantized.signed, quantized.limits_first, commute_constants)
     for stage in (*stages, fold_batch_norm, fold_constants, commute_constants):
         module = stage(module)
     return module

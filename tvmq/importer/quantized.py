@@ -3,6 +3,7 @@
 dequantize(quantize(x, s, z: uint8), s, z)  ->  dequantize(quantize(x, s, z - 128: int8), s, z - 128)
 permute_dims(dequantize(w: constant, s, z)) ->  dequantize(w', s, z), w' the transposed constant
 astype(w: constant int8 matrix, float32)    ->  dequantize(w, 1, 0)
+quantize(clip(dequantize(quantize(x))))     ->  quantize(clip(x)), where scales are the same
 """
 
 from __future__ import annotations
@@ -43,6 +44,39 @@ def signed(module: tvm.IRModule) -> tvm.IRModule:
         return None
 
     return ir.rewrite(module, visit)
+
+
+def limits_first(module: tvm.IRModule) -> tvm.IRModule:
+    """A limit between two quantizes with one scale goes before the first, into the kernel that makes the tensor.
+
+    quantize(clip(dequantize(quantize(x)))) -> quantize(clip(x)), where nobody else reads what is between.
+    The same integers: rounding is monotonic, so that limits and rounded values keep their order.
+    """
+    readers = ir.users(module)
+
+    def alone(state: ir.Rewrite, var: Any) -> Any:
+        """The call behind a variable that has one reader, else None."""
+        return state.value(var) if len(readers.get(state.old_of.get(var), ())) == 1 else None
+
+    def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
+        if not ir.is_call(value, "quantize"):
+            return None
+        limit: Any = alone(state, value.args[0])
+        wide: Any = alone(state, limit.args[0]) if ir.is_call(limit, "clip", "nn.relu") else None
+        first: Any = alone(state, wide.args[0]) if ir.is_call(wide, "dequantize") else None
+        if not ir.is_call(first, "quantize") or not _alike(value, wide) or not _alike(value, first):
+            return None
+        limited = state.emit(relax.Call(limit.op, [first.args[0], *limit.args[1:]], limit.attrs), f"{name}_limited")
+        return relax.Call(value.op, [limited, *value.args[1:]], value.attrs)
+
+    return ir.rewrite(module, visit)
+
+
+def _alike(call: Any, other: Any) -> bool:
+    """Whether two calls have the same scale and zero point, and the same 8-bit integers."""
+    of_integers = {ir.dtype_of(one if ir.is_call(one, "quantize") else one.args[0]) for one in (call, other)}
+    pairs = zip(call.args[1:3], other.args[1:3], strict=True)
+    return len(of_integers) == 1 and all(np.array_equal(ir.to_numpy(a), ir.to_numpy(b)) for a, b in pairs)
 
 
 def _shifted(zero: Any) -> Any:

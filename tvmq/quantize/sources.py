@@ -7,7 +7,7 @@
 Each row gets a symmetric scale of its own, which the kernel that makes the row finds: at most 255 / 127 steps of the
 source's, so that an element is at most one of the source's steps away from its value; where rows differ in size, much
 closer. Weights of a source that has a zero point for them, so that they need 9 bits, are rounded in the same way. Other
-widths than 8 bits, scales that are not made from extremes alone, and weights that are no int8 constants
+widths than 8 bits, convolutions, scales that are not made from extremes alone, and weights that are no int8 constants
 with a scale an output channel (or one) are left as the floats that they say. `weight_only` tells what becomes of
 weights that floats are multiplied by; where they have groups, x stays float though the source quantizes it.
 """
@@ -24,7 +24,8 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir
+from tvmq import interpret, ir
+from tvmq.importer import quantized
 from tvmq.quantize import weight_only
 from tvmq.quantize.products import through_rows
 
@@ -38,6 +39,7 @@ _OF_SCALES = (
     *("astype", "reshape", "expand_dims", "squeeze", "equal", "where", "full_like"),
 )
 _EXTREMES = ("min", "max")
+_CONVOLUTIONS = ("nn.conv1d", "nn.conv2d", "nn.conv3d")
 
 
 def with_own_rows(module: tvm.IRModule) -> tvm.IRModule:
@@ -53,6 +55,8 @@ def with_own_rows(module: tvm.IRModule) -> tvm.IRModule:
     def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
         if ir.is_call(value, "matmul") and ir.dtype_of(value) == "float32":
             return _linear(state, name, value, read)
+        if ir.is_call(value, *_CONVOLUTIONS):
+            return _float_convolution(state, value)
         if not ir.is_call(value, "multiply"):
             return None
         if (scaled := weight_only.with_columns(state, value)) is not None:
@@ -76,6 +80,18 @@ def _linear(state: ir.Rewrite, name: str, call: Any, read: Callable[[ir.Rewrite,
         return None
     x = call.args[0] if x is None else _in_shape(state, x, call.args[0])
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
+
+
+def _float_convolution(state: ir.Rewrite, call: Any) -> Any:
+    """A convolution of floats, or of what is quantized dynamically, by weights that are floats as well.
+
+    conv2d(x, dequantize(w: constant)) -> conv2d(x, w'), where x is no tensor of static integers
+    """
+    x, weight = state.value(call.args[0]), state.value(call.args[1])
+    if ir.is_call(x, "dequantize") or not quantized.is_weight(weight):
+        return None
+    constant = ir.constant(interpret.evaluate(weight, {}))
+    return relax.Call(call.op, [call.args[0], constant], call.attrs)
 
 
 def _in_shape(state: ir.Rewrite, x: Any, like: Any) -> Any:
