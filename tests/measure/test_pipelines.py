@@ -153,6 +153,6 @@ def test_without_llvm_mca_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.skipif(not any(map(shutil.which, pipelines._COMMANDS)), reason="no llvm-mca")
 def test_no_loop_is_faster_than_its_instruction() -> None:
     found = pipelines.run(["cortex-a72"])
-    assert [row.kernel.partition("-")[0] for row in found.rows] == ["f32", "s8", "bf16"]
+    assert {"f32", "s8", "bf16"} <= {row.kernel.partition("-")[0] for row in found.rows}
     for row in found.rows:
         assert 0.2 < row.share < 1.02
