@@ -127,7 +127,8 @@ class Compile(Command):
             "tuning_notes": list(done.tuning_notes),
         }
         counts = ", ".join(f"{count} {precision}" for precision, count in sorted(precisions.items()))
-        sources = Counter(row["tuning"] for row in done.operators if row["tuning"])
+        # Several operators may be one kernel's.
+        sources = Counter({row["step"]: row["tuning"] for row in done.operators if row["tuning"]}.values())
         kernels = ", ".join(f"{count} {source}" for source, count in sorted(sources.items()))
         size = render.kilobytes(done.size)
         sizes = "" if model.dynamic is None else f", a program for each of {model.dynamic}"
