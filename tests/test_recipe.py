@@ -109,7 +109,7 @@ def test_kinds_limit_the_default_but_not_the_rules():
             {"precision": "int9"},
             [
                 "precision",
-                "fp32, bf16, int8, int8-dynamic, int8-weight, int4-weight, auto",
+                "fp32, bf16, fp16, int8, int8-dynamic, int8-weight, int4-weight, auto",
                 "'int9'",
                 "did you mean 'int8'?",
             ],
@@ -137,7 +137,7 @@ def test_kinds_limit_the_default_but_not_the_rules():
         ({"rules": ["fc"]}, ["rules", "match and precision", "'fc'"]),
         ({"rules": [{"match": "fc"}]}, ["rules", "match and precision"]),
         ({"rules": [{"match": "fc", "precision": "fp32", "kind": "conv2d"}]}, ["rules", "match and precision"]),
-        ({"rules": [{"match": "fc", "precision": "fp16"}]}, ["rules.precision", "'fp16'"]),
+        ({"rules": [{"match": "fc", "precision": "fp8"}]}, ["rules.precision", "'fp8'"]),
         ({"rules": [{"match": 1, "precision": "fp32"}]}, ["rules.match", "1"]),
     ],
     ids=str,

@@ -124,7 +124,8 @@ def _apply(call: Any, args: list[Value]) -> Value:
     name = ir.op_name(call) if isinstance(call.op, tvm.ir.Op) else ""
     if name.startswith(ops.PREFIX):
         result = _TVMQ[name.removeprefix(ops.PREFIX)](call, [numerics.widened(arg) for arg in args])
-        return numerics.to_bfloat16(result) if ops.attributes(call)["out_dtype"] == "bfloat16" else result
+        out_dtype = ops.attributes(call)["out_dtype"]
+        return numerics.to_half(result, out_dtype) if out_dtype in numerics.HALVES else result
     if name != "astype" and args and isinstance(args[0], np.ndarray) and args[0].dtype == numerics.BF16:
         # What is left are moves, and TVM compiles no bfloat16: moved as bits.
         return _apply(call, [args[0].view(np.uint16), *args[1:]]).view(numerics.BF16)

@@ -2,7 +2,7 @@
 
 layout      channels-last image tensors                                       graph/layout.py
 calibrate   the range of each tensor, over calibration data                   quantize/calibrate.py
-plan        what becomes integer or bfloat16, and why the rest does not       quantize/plan.py
+plan        what becomes integer or 16-bit, and why the rest does not         quantize/plan.py
 annotate    explicit quantize and dequantize pairs, and conversions           quantize/annotate.py
 realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
 lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py
@@ -54,6 +54,7 @@ from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import WITH_DATA, Observer, Precision, Recipe
 from tvmq.target import Target, load_target
+from tvmq.triple import Family
 from tvmq.tune import records
 
 Array = npt.NDArray[Any]
@@ -212,7 +213,11 @@ def realized_module(
     progress: Progress | None = None,
     stages: _Dump | None = None,
 ) -> Realized:
-    """The stages before lowering. Raises CalibrationError."""
+    """The stages before lowering. Raises CalibrationError, and RecipeError for what the target cannot compute."""
+    if Precision.FP16 in wanted_precisions(recipe) and target.family is Family.RISCV64:
+        # LLVM passes halves in float registers there, TVM's own conversions take them in others.
+        expected = "another precision for RISC-V, where TVM converts float16 wrongly"
+        raise RecipeError("recipe: precision fp16", expected=expected, seen=target.name, hint="bf16 works")
     report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
     quantized = quantize(model, recipe, calibration, report, stages, rates_of(target))
     report("realize", 0)

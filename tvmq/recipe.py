@@ -25,6 +25,7 @@ class Precision(str, enum.Enum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
     INT8 = "int8"
     INT8_DYNAMIC = "int8-dynamic"
     """Linear layers: int8 weights, and int8 activations with a scale a row that is found while running."""
@@ -35,6 +36,9 @@ class Precision(str, enum.Enum):
     AUTO = "auto"
     """The fastest of fp32, bf16 and int8 by estimate; int8 only where there is calibration data."""
 
+
+# Floats of 16 bits, by their dtypes: a model has one kind of them.
+HALVES = {Precision.BF16: "bfloat16", Precision.FP16: "float16"}
 
 # Of linear layers (products with a constant matrix) only; none needs calibration.
 LINEAR = (Precision.INT8_DYNAMIC, Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)

@@ -59,10 +59,8 @@ def test_a_recipe_with_an_unknown_key(refused, files, tmp_path):
 
 
 def test_a_precision_that_is_none(refused, files, tmp_path):
-    said = (
-        "recipe: precision: expected one of fp32, bf16, int8, int8-dynamic, int8-weight, int4-weight, auto, saw 'fp16'"
-    )
-    refused(said, "compile", files.model, "--precision", "fp16", "-o", tmp_path / "m.tvmq")
+    said = "recipe: precision: expected one of fp32, bf16, fp16, int8, int8-dynamic, int8-weight, int4-weight, auto, saw 'fp8'"
+    refused(said, "compile", files.model, "--precision", "fp8", "-o", tmp_path / "m.tvmq")
 
 
 def test_integers_without_calibration(refused, files, tmp_path):

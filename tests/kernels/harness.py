@@ -1,6 +1,6 @@
 """Builds single tvmq operators for a target, runs them here, on a board or kernel by kernel, and compares them with the NumPy oracle.
 
-bfloat16 inputs are given as float32, and rounded by the module itself: a program's own inputs are never bfloat16.
+Inputs of 16 bits are given as float32, and rounded by the module itself: a program's own inputs are never such.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def module_of(cases: Sequence[Case]) -> tvm.IRModule:
 
 
 def _stored(builder: Any, param: Any, x: Array) -> Any:
-    if x.dtype != numerics.BF16:
+    if x.dtype not in numerics.HALVES.values():
         return param
-    return builder.emit(ops.elementwise(param, (), (), out_shape=x.shape, out_dtype="bfloat16"))
+    return builder.emit(ops.elementwise(param, (), (), out_shape=x.shape, out_dtype=str(x.dtype)))
 
 
 def _type(array: Array) -> Any:
@@ -159,6 +159,7 @@ def check(
     exact: bool = False,
     sparse: Sparse = Sparse.AUTO,
     records: Records | None = None,
+    tolerance: float = FLOAT_TOLERANCE * 1e-2,
 ) -> None:
     """Every case equals the oracle: bit for bit for integers or `exact`; `same` says how closely for floats."""
     module = module_of(cases)
@@ -169,21 +170,21 @@ def check(
         got = bits.view(want.dtype) if want.dtype == numerics.BF16 else bits
         if want.dtype != got.dtype or want.shape != got.shape:
             wrong.append(f"{case.name}: {got.dtype}{got.shape} for {want.dtype}{want.shape}")
-        elif not (np.array_equal(want, got) if exact else same(want, got)):
+        elif not (np.array_equal(want, got) if exact else same(want, got, tolerance)):
             places = np.argwhere(want != got)
             wrong.append(f"{case.name}: {len(places)} of {want.size} differ, first at {places[0].tolist()}")
     assert not wrong, "\n".join(wrong)
 
 
-def same(want: Array, got: Array) -> bool:
-    """Equal bits for integers; for floats, sums in another order, and for bfloat16 a last place that they decide."""
+def same(want: Array, got: Array, tolerance: float = FLOAT_TOLERANCE * 1e-2) -> bool:
+    """Equal bits for integers; for floats, sums in another order, and for 16 bits a last place that they decide."""
     if want.dtype.kind in "iu":
         return bool(np.array_equal(want, got))
     # The last place of a bfloat16 is 2**-7 of its value at most; denormal numbers may be zeros.
-    place = 2.0**-7 if want.dtype == numerics.BF16 else 0.0
+    place = {numerics.BF16: 2.0**-7, numerics.FP16: 2.0**-10}.get(want.dtype, 0.0)
     want, got = numerics.widened(want), numerics.widened(got)
     scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
-    return bool(np.allclose(want, got, rtol=place, atol=FLOAT_TOLERANCE * 1e-2 * scale + 1e-30))
+    return bool(np.allclose(want, got, rtol=place, atol=tolerance * scale + 1e-30))
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def floats(shape: Sequence[int], seed: int = 2, dtype: str = "float32") -> Array
 
 
 def is_float(array: Array) -> bool:
-    """Whether an array is float32 or bfloat16."""
-    return str(array.dtype) in ("float32", "bfloat16")
+    """Whether an array is float32 or of 16 bits."""
+    return str(array.dtype) in ("float32", *numerics.HALVES)
 
 
 def requantize(

@@ -67,7 +67,7 @@ def _decision(model, recipe: Recipe) -> tuple[str, str]:
         (Recipe(precision="int8-weight"), ("fp32", "the recipe's kinds leave out embedding")),
         (Recipe(precision="int4-weight"), ("fp32", "int4-weight is for linear layers")),
         (Recipe(), ("fp32", "the recipe's precision")),
-        (Recipe(precision="bf16"), ("fp32", "no integer or bfloat16 kernel for this operator")),
+        (Recipe(precision="bf16"), ("fp32", "no integer or 16-bit kernel for this operator")),
     ],
 )
 def test_a_recipe_names_them(model, recipe: Recipe, decision: tuple[str, str]) -> None:

@@ -131,13 +131,17 @@ def test_float_tensors_are_added_without_a_conversion(graph) -> None:
     decisions, realized = _plan(graph, body)
     (call,) = (value for var, value in ir.calls(realized) if str(var.name) == "sum")
     assert [ir.dtype_of(arg) for arg in call.args] == ["bfloat16", "bfloat16", "float32"]
-    assert decisions["root"].reason == "no integer or bfloat16 kernel for this operator"
+    assert decisions["root"].reason == "no integer or 16-bit kernel for this operator"
 
 
 @pytest.mark.parametrize(
     ("body", "name", "reason"),
     [
-        (lambda emit, x: emit(op.nn.softmax(x), "s"), "s", "neither what it reads nor what it makes is bfloat16"),
+        (
+            lambda emit, x: emit(op.nn.softmax(x), "s"),
+            "s",
+            "neither what it reads nor what it makes is stored in 16 bits",
+        ),
         (
             lambda emit, x: emit(_conv(emit(op.nn.max_pool2d(x, (2, 2), layout="NHWC"), "p")), "c"),
             "p",
@@ -146,7 +150,7 @@ def test_float_tensors_are_added_without_a_conversion(graph) -> None:
         (
             lambda emit, x: emit(op.nn.max_pool2d(emit(_conv(x), "c"), (2, 2), layout="NHWC"), "p"),
             "p",
-            "nobody reads its result as bfloat16",
+            "nobody reads its result in 16 bits",
         ),
         (
             lambda emit, x: emit(

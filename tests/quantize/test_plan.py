@@ -225,7 +225,7 @@ class _Between(nn.Module):
         (lambda x: functional.pad(x, (1, 1, 1, 1), value=99.0), "nn.pad", "pads with 99, outside of its input's range"),
         (lambda x: functional.pad(x[:, :, 1:], (1, 1, 1, 1), value=99.0), "nn.pad", "pads with 99, outside"),
         (lambda x: functional.max_pool2d(x, 3, 2, ceil_mode=True), "nn.max_pool2d", "ceil_mode"),
-        (lambda x: torch.softmax(x, 1), "nn.softmax", "no integer or bfloat16 kernel"),
+        (lambda x: torch.softmax(x, 1), "nn.softmax", "no integer or 16-bit kernel"),
         (lambda x: torch.softmax(x, 1)[:, :, 1:], "strided_slice", "its input 'softmax"),
         (lambda x: functional.relu(torch.softmax(x, 1)), "unary", "its input 'softmax"),
         (lambda x: x + torch.softmax(x, 1), "add", "its input 'softmax"),

@@ -70,7 +70,7 @@ _MOVES = [
     "sort",
     "argsort",
 ]
-_NARROW = ("bfloat16", "int8", "uint8")
+_NARROW = ("bfloat16", "float16", "int8", "uint8")
 _OURS = (
     "tvmq.map",
     "tvmq.max_pool2d",
@@ -103,7 +103,7 @@ def is_exact_graph(module: tvm.IRModule) -> bool:
 
 
 def rounds_inexact(module: tvm.IRModule) -> bool:
-    """Whether floats that may differ a little are rounded to bfloat16 or 8 bits: later ones may differ by a step."""
+    """Whether floats that may differ a little are rounded to 16 or 8 bits: later ones may differ by a step."""
     inexact: set[Any] = set()
     for var, value in ir.bindings(module):
         if (ir.is_call(value) and not is_exact(value)) or any(operand in inexact for operand in ir.operands(value)):

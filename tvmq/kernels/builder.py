@@ -23,15 +23,16 @@ from tvmq.triple import Family
 Expr = Any  # tvm.tirx.PrimExpr
 FLOAT = "float32"
 BF16 = "bfloat16"
+FP16 = "float16"
 # Dtypes whose elements are float32 once they are loaded.
-FLOATS = (FLOAT, BF16)
+FLOATS = (FLOAT, BF16, FP16)
 
 
 @dataclass(frozen=True)
 class Flat:
     """A buffer addressed by one index: loads and stores of `lanes` consecutive elements.
 
-    A bfloat16 buffer holds bits, as uint16: it loads float32 values, and rounds those that it stores. rounding: an
+    One of 16 bits loads float32 values, and rounds those that it stores; bfloat16 is held as uint16. rounding: an
     imported function that rounds 16 of them in one instruction, or "".
     """
 
@@ -47,6 +48,8 @@ class Flat:
     def load(self, index: Expr, lanes: int = 1) -> Expr:
         """The `lanes` elements from `index`."""
         bits = self.bits(index, lanes)
+        if self.dtype == FP16:
+            return cast(bits, FLOAT, lanes)
         return widen(bits, lanes) if self.dtype == BF16 else bits
 
     def bits(self, index: Expr, lanes: int = 1) -> Expr:
@@ -59,6 +62,8 @@ class Flat:
 
     def encoded(self, value: Expr, lanes: int = 1) -> Expr:
         """`lanes` elements as they are stored."""
+        if self.dtype == FP16:
+            return cast(value, FP16, lanes)
         if self.dtype != BF16:
             return value
         if self.rounding and lanes == _ROUNDING_LANES:

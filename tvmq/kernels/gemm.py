@@ -187,7 +187,7 @@ FINISH = 6
 _BYTES_PER_LANE = 0.5
 # What a load costs NEON spans, which have few: their cores issue two to four instructions a cycle, in order or not.
 _UNHIDDEN = 0.5
-BYTES = {"float32": 4, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1}
 # Register tiles of so many vectors have load slots to spare, for a prefetch a step.
 PREFETCHING_SLOTS = 12
 

@@ -101,6 +101,9 @@ def _sparse(
     """The sparse product of `call`, None where a dense one is the better choice."""
     if not lower_sparse.considers(lowering, kernel):
         return None
+    if kernel.dtype == np.float16:
+        lowering.note(name, "zeros are multiplied: float16 has no sparse kernel")
+        return None
     m, dense = lowering.micro(str(kernel.dtype)), dense_slots(lowering, call, kernel, geometry)
     return lower_sparse.choose(lowering, name, m, kernel, geometry, dense)
 

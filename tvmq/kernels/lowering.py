@@ -13,7 +13,7 @@ from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.kernels import builder, depthwise, depthwise_rows, gemm, grouped, micro, tile_gemm, tiles, winograd
-from tvmq.kernels.builder import BF16, FLOAT, stored_dtype
+from tvmq.kernels.builder import BF16, FLOAT, FP16, stored_dtype
 from tvmq.kernels.decision import Choice, Decisions
 from tvmq.kernels.elementwise import Map
 from tvmq.kernels.entry import MOST_CHANNELS, Entry
@@ -25,7 +25,15 @@ from tvmq.recipe import Sparse
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
-SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "s8", "uint8": "u8", "int16": "s16", "int32": "s32"}
+SHORT = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int8": "s8",
+    "uint8": "u8",
+    "int16": "s16",
+    "int32": "s32",
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class Lowering:
         self.float = micro.float_micro(self.target.isa)
         self.int8 = micro.int8_micro(self.target.isa)
         self.bf16 = micro.bf16_micro(self.target.isa)
+        self.fp16 = micro.fp16_micro(self.target.isa)
         self.tiles = tiles.unit_of(self.target.isa)
 
     def note(self, name: str, text: str) -> None:
@@ -121,7 +130,7 @@ class Lowering:
 
     def micro(self, weight_dtype: str) -> Micro:
         """The micro-kernel for weights of a dtype."""
-        return {FLOAT: self.float, BF16: self.bf16}.get(weight_dtype, self.int8)
+        return {FLOAT: self.float, BF16: self.bf16, FP16: self.fp16}.get(weight_dtype, self.int8)
 
     def tile_dot(self, m: Micro) -> Dot | None:
         """The product of tiles that reads what `m` reads, None where the target has none."""

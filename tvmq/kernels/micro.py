@@ -22,8 +22,8 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.isa import Bf16, Int8Dot, Isa
 from tvmq.kernels import neon, neon32
-from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, cast, external, intrinsic, number, splat
-from tvmq.kernels.spans import Broadcast, Lanes, Pairs, Squares, Step, lane
+from tvmq.kernels.builder import BF16, FLOAT, FP16, Expr, Flat, cast, external, intrinsic, number, splat
+from tvmq.kernels.spans import Broadcast, Halves, Lanes, Pairs, Squares, Step, lane
 from tvmq.triple import Family
 
 
@@ -58,7 +58,7 @@ class Micro:
     kr: int
     registers: int
     product: Product
-    span: Broadcast | Lanes | Pairs | Squares
+    span: Broadcast | Lanes | Halves | Pairs | Squares
     llvm: str = ""
     narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = None
     whole: Product | None = None
@@ -202,6 +202,26 @@ def _lower(pairs: Expr, lanes: int) -> Expr:
 def _upper(pairs: Expr, lanes: int) -> Expr:
     """The second."""
     return T.reinterpret(f"float32x{lanes}", pairs & number(0xFFFF0000, "uint32", lanes))
+
+
+def fp16_micro(isa: Isa) -> Micro:
+    """float16: sums of a few products in float16 where vectors multiply it; else widened, and multiplied as float32."""
+    wide = float_micro(isa)
+    if isa.family is Family.AARCH64 and isa.fp16:
+        return _fp16_neon(isa)
+    single = replace(wide.single, a_unpacks=1, w_unpacks=1, temporaries=1)
+    return replace(wide, a_dtype=FP16, w_dtype=FP16, span=single, llvm="")
+
+
+def _fp16_neon(isa: Isa) -> Micro:
+    """fmla of 8 float16 by element; float32 for what is left of a run."""
+    product = _multiply_add(FLOAT, 8)
+
+    def step(acc: Expr, a: Flat, i: Expr, panel: Flat, j: Expr) -> Expr:
+        return product.emit(acc, splat(a.load(i), 8), panel.load(j, 8))
+
+    single = Broadcast(step, 8, 1, products=2, a_unpacks=1, w_unpacks=2, temporaries=3)
+    return Micro("neonfp16", FP16, FP16, FLOAT, 8, 1, isa.vector_registers, product, Halves(single))
 
 
 def int8_micro(isa: Isa) -> Micro:

@@ -17,7 +17,7 @@ from tvmq.kernels import builder
 from tvmq.kernels.builder import Expr, Flat
 
 # Elements that one vector copy moves: 64 bytes of 8-bit, which LLVM splits for narrower machines.
-_LANES = {"uint8": 64, "int8": 64, "int16": 32, "bfloat16": 32, "float32": 16}
+_LANES = {"uint8": 64, "int8": 64, "int16": 32, "bfloat16": 32, "float16": 32, "float32": 16}
 
 
 @dataclass(frozen=True)

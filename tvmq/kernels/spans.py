@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tvm.tirx.script.builder import ir as T
 
-from tvmq.kernels.builder import Expr, Flat, Registers, cast, shuffle, splat
+from tvmq.kernels.builder import FLOAT, Expr, Flat, Registers, cast, shuffle, splat
 
 # (accumulators, A, index of the row's elements, panel, index of the panel's elements) -> accumulators
 Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
@@ -273,6 +273,53 @@ class Squares:
         first = ((pixel // 2) * vectors + vector) * 2
         low = 2 * (pixel % 2)
         return shuffle([sums.load(first), sums.load(first + 1)], [low, low + 1, low + 4, low + 5])
+
+
+@dataclass(frozen=True)
+class Halves:
+    """float16 products summed in float16 over a span, and these sums in float32: fmla by element on 8 lanes.
+
+    single: one step in float32. lanes: channels of a vector, whose sums take two registers.
+    """
+
+    single: Broadcast
+    lanes: int = 8
+    steps: int = 16
+    plain: bool = True
+
+    def slots(self, pixels: int, vectors: int) -> int:
+        """See `Span`."""
+        return pixels * vectors
+
+    def registers(self, pixels: int, vectors: int) -> int:
+        """See `Span`: sums of both kinds, A's, and two vectors of a panel."""
+        return 3 * pixels * vectors + pixels + 2
+
+    def work(self, pixels: int, vectors: int) -> tuple[float, float]:
+        """See `Span`: the sums of a span are widened and added in halves."""
+        return pixels * vectors * (1 + 4 / self.steps), pixels / self.lanes + vectors
+
+    def multiply(self, sums: Sums, x: Flat, rows: Sequence[Expr], w: Flat, at: Expr, vectors: int, steps: int) -> None:
+        """See `Span`."""
+        if steps == 1:
+            self.single.multiply(sums, x, rows, w, at, vectors, 1)
+            return
+        partial: dict[tuple[int, int], Expr] = {}
+        for step in range(steps):
+            if step % self.lanes == 0:
+                factors = [T.Bind(x.bits(row + step, self.lanes)) for row in rows]
+            for v in range(vectors):
+                panel = T.Bind(w.bits(at + (step * vectors + v) * self.lanes, self.lanes))
+                for pixel, a in enumerate(factors):
+                    product = lane(a, step % self.lanes, self.lanes) * panel
+                    partial[pixel, v] = T.Bind(partial[pixel, v] + product if step else product)
+        for (pixel, v), value in partial.items():
+            slot = pixel * vectors + v
+            sums.store(sums.load(slot) + cast(value, FLOAT, self.lanes), slot)
+
+    def collect(self, sums: Sums, pixel: int, vector: int, vectors: int) -> Expr:
+        """See `Span`."""
+        return sums.load(pixel * vectors + vector)
 
 
 def lane(vector: Expr, index: int, lanes: int) -> Expr:

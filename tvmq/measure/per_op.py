@@ -130,7 +130,7 @@ def aggregate(times: Sequence[OpTime], macs: Mapping[str, int], limits: Limits) 
 
 def _peak_of(kernel: str, limits: Limits) -> float | None:
     """The rate of the instruction in a kernel's name: "u8-s8-conv2d-13x32-avx512vnni" is made with "s8-avx512vnni"."""
-    parts = re.fullmatch(r"\w+-(f32|bf16|s8|w4|w8)-.*-(\w+)", kernel)
+    parts = re.fullmatch(r"\w+-(f32|bf16|f16|s8|w4|w8)-.*-(\w+)", kernel)
     if parts is None:
         return None
     # Depthwise and attention kernels on bfloat16 compute in float32, and so do weights of 4 and 8 bits.

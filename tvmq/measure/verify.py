@@ -14,7 +14,7 @@ import tvm
 
 from tvmq import interpret, ir, ops
 from tvmq.deploy import bundle as bundles
-from tvmq.deploy.build import agrees
+from tvmq.deploy.build import FLOAT_TOLERANCE, HALF_SUMS_TOLERANCE, agrees
 from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.exact import is_exact
 from tvmq.deploy.executor import Executor
@@ -24,6 +24,7 @@ from tvmq.dynamic import Dynamic
 from tvmq.errors import OutputError
 from tvmq.kernels.lowering import packing_of
 from tvmq.quantize import numerics
+from tvmq.recipe import Precision
 
 Array = npt.NDArray[Any]
 
@@ -224,7 +225,8 @@ def _weights(bundle: Bundle) -> list[Array]:
 
 
 def _compare(name: str, step: Step, want: Array, got: Array, exact: bool) -> OpCheck:
-    agree = agrees(want, got, exact)
+    tolerance = HALF_SUMS_TOLERANCE if step.precision == Precision.FP16.value else FLOAT_TOLERANCE
+    agree = agrees(want, got, exact, tolerance)
     want, got = numerics.widened(want), numerics.widened(got)
     with np.errstate(invalid="ignore"):  # infinity less infinity
         difference = np.nan_to_num(np.abs(want.astype(np.float64) - got.astype(np.float64)))

@@ -1,4 +1,4 @@
-"""Inserts QDQ: explicit quantize and dequantize pairs that say what becomes integer, and conversions to bfloat16.
+"""Inserts QDQ: explicit quantize and dequantize pairs that say what becomes integer, and roundings to 16 bits.
 
     y = conv2d(x, w)   ->   q = quantize(x, s, z);  d = dequantize(q, s, z);  y = conv2d(d, dequantize(w_q, s_w, 0))
     y = conv2d(x, w)   ->   h = astype(x, bfloat16);  d = astype(h, float32);  y = conv2d(d, astype(w_h, float32))
@@ -44,7 +44,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
     seen = seen or {}
     twins: dict[Any, Any] = {}  # old variable -> its dequantized twin
     pairs = Pairs()
-    rounded: dict[Any, Any] = {}  # old variable -> its twin that went through bfloat16
+    rounded: dict[Any, Any] = {}  # old variable -> its twin that went through 16 bits
     integer = _readers(plan, plan.integer, plan.qparams.keys())
     narrow = _readers(plan, plan.narrow, plan.stored)
     weighted = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
@@ -54,9 +54,9 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
             twins[old] = pairs.by_tensor(state, str(old.name), new, plan.qparams[old])
         return twins[old]
 
-    def through_bfloat16(state: ir.Rewrite, old: Any, new: Any) -> Any:
+    def through_half(state: ir.Rewrite, old: Any, new: Any) -> Any:
         if old not in rounded:
-            half = state.emit(relax.op.astype(new, "bfloat16"), f"{old.name}_bf16")
+            half = state.emit(relax.op.astype(new, plan.half), f"{old.name}_{plan.half.replace('float', 'f')}")
             rounded[old] = state.emit(relax.op.astype(half, "float32"), f"{old.name}_f32")
         return rounded[old]
 
@@ -66,7 +66,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
         if old in integer and ir.is_call(value):
             new = ir.substitute(value, _twins(state, value, integer[old] - plan.produced, pair))
         elif old in narrow and ir.is_call(value):
-            new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_bfloat16))
+            new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_half))
         chain = weighted.get(old)
         if chain is not None and chain.end in plan.integer:
             floor = weight_floor(chain, plan.qparams[chain.x].scale)
@@ -74,7 +74,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
             weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, layer, seen.get(str(old.name)))
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
-            weight = relax.op.astype(ir.constant(numerics.to_bfloat16(ir.to_numpy(new.args[1]))), "float32")
+            weight = relax.op.astype(ir.constant(numerics.to_half(ir.to_numpy(new.args[1]), plan.half)), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif old in plan.linear:
             layer = plan.recipes.get(old, recipe)
@@ -86,7 +86,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
         if old in plan.narrow and old in plan.stored:
-            return through_bfloat16(state, old, state.emit(new, name))
+            return through_half(state, old, state.emit(new, name))
         return new if new is not value else None
 
     return ir.rewrite(module, visit)

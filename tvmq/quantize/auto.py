@@ -24,7 +24,7 @@ from tvmq.recipe import Precision
 _BYTES = 16.0
 # A kernel call by itself: handing work to threads and back is about a microsecond.
 _CALL = 2000.0
-_SIZE = {Precision.FP32: 4, Precision.BF16: 2, Precision.INT8: 1}
+_SIZE = {Precision.FP32: 4, Precision.BF16: 2, Precision.FP16: 2, Precision.INT8: 1}
 
 
 @dataclass(frozen=True)

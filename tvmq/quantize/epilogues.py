@@ -33,8 +33,8 @@ class Stored:
 
     @property
     def is_integer(self) -> bool:
-        """Whether it stands for quantized values; otherwise it is bfloat16."""
-        return self.dtype != "bfloat16"
+        """Whether it stands for quantized values; otherwise it is a float of 16 bits."""
+        return self.dtype not in numerics.HALVES
 
     def like(self, other: Stored) -> bool:
         """Whether equal elements of both mean equal values."""
@@ -66,7 +66,7 @@ class ChainEpilogue:
 
     Linear chains (bias, residual, limits) are computed in units of the output's scale, which saves a multiplication;
     a chain with an activation function or a float residual is computed in real units and divided at the end. What is
-    bfloat16 needs no steps: its elements are widened and rounded as they are read and written. `source`: the stored
+    in 16 bits needs no steps: its elements are widened and rounded as they are read and written. `source`: the stored
     tensor behind an old variable, if any.
     """
 

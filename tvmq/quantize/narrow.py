@@ -1,7 +1,7 @@
-"""Decides which float operators are bfloat16, and which tensors are stored so.
+"""Decides which float operators are in halves (bfloat16 or float16), and which tensors are stored so.
 
-Convolutions and matmuls with constant weights pull their inputs into bfloat16, as they pull them into int8. Everything
-else computes in float32 whatever it reads, and rounds or widens at its ends: it is bfloat16 where that saves memory
+Convolutions and matmuls with constant weights pull their inputs into halves, as they pull them into int8. Everything
+else computes in float32 whatever it reads, and rounds or widens at its ends: it is of halves where that saves memory
 traffic without a conversion of its own, because what it reads or makes is stored so anyway.
 """
 
@@ -20,14 +20,14 @@ from tvmq.quantize import resampling
 
 # Operators that move elements, and so have the dtype of what they read.
 MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice", "nn.pad")
-# Those and more that read bfloat16 only where all of their operands are.
+# Those and more that read halves only where all of their operands are.
 FOLLOWERS = (*MOVES, "nn.max_pool2d", "concat")
 ANCHORED = ("conv2d", "matmul")
 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """`computed`: ends of chains and other variables that are bfloat16. `stored`: tensors that are read as bfloat16.
+    """`computed`: ends of chains and other variables that are halves. `stored`: tensors that are read as such.
 
     `reasons`: why variables that were asked for stay float32.
     """
@@ -48,7 +48,7 @@ class _Narrower:
         inside = {member for chain in chains for member in chain.members[:-1]}
         self.calls = [(var, call) for var, call in ir.calls(module) if var not in inside]
         self.asked = asked
-        self.makers: set[Any] = set()  # what may make a bfloat16 tensor
+        self.makers: set[Any] = set()  # what may make a tensor of halves
         self.stored: set[Any] = set()
         self.reasons: dict[Any, str] = {}
 
@@ -74,7 +74,7 @@ class _Narrower:
         return declined is None
 
     def _reads(self, var: Any, call: Any) -> set[Any]:
-        """What a maker reads as bfloat16."""
+        """What a maker reads as halves."""
         if var in self.chains:
             chain = self.chains[var]
             needed = {chain.x} if chain.kind in ANCHORED else set()
@@ -82,16 +82,16 @@ class _Narrower:
         return set(_tensors(call)) if var in self.stored or ir.is_call(call, "nn.attention") else set()
 
     def _gains(self, var: Any, call: Any) -> bool:
-        """Whether a maker reads or makes bfloat16 in the end."""
+        """Whether a maker reads or makes halves in the end."""
         if var in self.stored or ir.is_call(call, "nn.attention"):
             return True
         chain = self.chains.get(var)
         if chain is None:
-            self.reasons[var] = "nobody reads its result as bfloat16"
+            self.reasons[var] = "nobody reads its result in 16 bits"
             return False
         if chain.kind in ANCHORED or any(x in self.makers for x in chain.activations):
             return True
-        self.reasons[var] = "neither what it reads nor what it makes is bfloat16"
+        self.reasons[var] = "neither what it reads nor what it makes is stored in 16 bits"
         return False
 
 
@@ -107,7 +107,7 @@ def _name(expr: Any) -> str:
 
 
 def no_stored_form(call: Any, *, integer: bool) -> str | None:
-    """Why a concat or pass-through operator cannot be computed on 8-bit integers, or on bfloat16; None where it can."""
+    """Why a concat or pass-through operator cannot be computed on 8-bit integers, or on halves; None where it can."""
     if ir.is_call(call, "nn.pad") and str(call.attrs.pad_mode) != "constant":
         return f"pads by mode {str(call.attrs.pad_mode)!r}"
     if ir.is_call(call, "nn.pad") and not integer and float(call.attrs.pad_value) != 0.0:
@@ -115,7 +115,7 @@ def no_stored_form(call: Any, *, integer: bool) -> str | None:
     if ir.is_call(call, "image.resize2d") and str(call.attrs.method) != "nearest_neighbor":
         bilinear = str(call.attrs.method) == "linear" and str(call.attrs.layout) == "NHWC"
         if not (integer and bilinear and str(call.attrs.coordinate_transformation_mode) in resampling.MODES):
-            return f"interpolates ({call.attrs.method}): no {'integer' if integer else 'bfloat16'} kernel"
+            return f"interpolates ({call.attrs.method}): no {'integer' if integer else '16-bit'} kernel"
     if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
         return "max pooling in this layout or with ceil_mode has no kernel"
     return None

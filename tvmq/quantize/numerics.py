@@ -25,6 +25,9 @@ from tvmq import functions, ops
 Array = npt.NDArray[Any]
 F32 = np.float32
 BF16 = np.dtype(ml_dtypes.bfloat16)
+FP16 = np.dtype(np.float16)
+# Floats of 16 bits, in which tensors and weights are stored.
+HALVES = {"bfloat16": BF16, "float16": FP16}
 INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
 # Half of int32 for the bias leaves the other half to the products: 2**30 / (255 * 127) = 33155 of the largest.
 BIAS_LIMIT = 2**30
@@ -142,13 +145,21 @@ def to_integer(v: Array, zero_point: int, qmin: int, qmax: int, dtype: str) -> A
 
 def to_bfloat16(x: Array) -> Array:
     """The bfloat16 nearest to each float32, ties to even: 8 bits of precision, float32's range; a NaN stays one."""
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        return np.asarray(x, F32).astype(BF16)
+    return to_half(x, "bfloat16")
+
+
+def to_half(x: Array, dtype: str) -> Array:
+    """The element of `HALVES[dtype]` nearest to each float32, ties to even; a NaN stays one.
+
+    float16 has 11 bits of precision and ends at 65504: what rounds to more becomes an infinity.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # a signalling NaN, an infinity
+        return np.asarray(x, F32).astype(HALVES[dtype])
 
 
 def widened(x: Array) -> Array:
-    """bfloat16 as float32, exactly; anything else as it is."""
-    return x.astype(F32) if x.dtype == BF16 else x
+    """Floats of 16 bits as float32, exactly; anything else as it is."""
+    return x.astype(F32) if x.dtype in HALVES.values() else x
 
 
 def reciprocal(scale: float | Array) -> Any:

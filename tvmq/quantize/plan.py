@@ -4,7 +4,7 @@ Convolutions and matmuls with constant weights pull their inputs into int8. Ever
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
 Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone. Products of
 two activations pull both into int8 where a recipe asks for it.
-What is to be bfloat16 is decided in narrow.py, and what `auto` asks for in auto.py.
+What is to be floats of 16 bits is decided in narrow.py, and what `auto` asks for in auto.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tvmq.quantize.decisions import Decision, kind_of, with_levels
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import DEFAULT_KINDS, KINDS, LINEAR, Precision, Recipe, Rule
+from tvmq.recipe import DEFAULT_KINDS, HALVES, KINDS, LINEAR, Precision, Recipe, Rule
 
 # Operators whose result holds elements of their input only, so that both have one range.
 PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")
@@ -35,10 +35,11 @@ class Plan:
     """`qparams`: the variables to quantize. `integer`: chain ends and other variables computed in integers.
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
-    `narrow`: variables computed in bfloat16; `stored`: those to be stored as bfloat16. `linear`: anchors of linear
-    layers with dynamic or weight-only precision. `products`: products of two activations, and attentions, with int8
-    or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the patterns of rules that no operator comes to.
-    `recipes`: anchors with weights that a rule gives another recipe than the model's -> that recipe.
+    `narrow`: variables computed in floats of 16 bits, which are `half`; `stored`: those to be stored so. `linear`:
+    anchors of linear layers with dynamic or weight-only precision. `products`: products of two activations, and
+    attentions, with int8 or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the patterns of rules
+    that no operator comes to. `recipes`: anchors with weights that a rule gives another recipe than the model's -> that
+    recipe.
     """
 
     chains: tuple[Chain, ...]
@@ -53,6 +54,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     unused: tuple[str, ...] = ()
     recipes: Mapping[Any, Recipe] = field(default_factory=dict)
+    half: str = HALVES[Precision.BF16]
 
 
 def make_plan(
@@ -87,7 +89,8 @@ class _Planner:
         self.inside = {member for chain in self.chains for member in chain.members[:-1]}
         self.integer: set[Any] = set()
         self.wanted: set[Any] = set()
-        self.asked: set[Any] = set()  # for bfloat16
+        self.asked: set[Any] = set()  # for floats of 16 bits
+        self.half = Precision.BF16  # which they are
         self.linear: dict[Any, Precision] = {}
         self.products: dict[Any, Precision] = {}
         self.embeddings: set[Any] = set()
@@ -103,7 +106,7 @@ class _Planner:
         source = self._propagate()
         narrowed = narrow(self.module, self.chains, self.asked)
         for var in narrowed.computed - self.asked:
-            self._renote(var, Precision.BF16, "")
+            self._renote(var, self.half, "")
         for var, reason in narrowed.reasons.items():
             self._renote(var, Precision.FP32, reason)
         variables = (*ir.main(self.module).params, *(var for var, _ in ir.bindings(self.module)))
@@ -123,14 +126,15 @@ class _Planner:
             decisions=tuple(self.decisions.values()),
             unused=tuple(rule.match for rule in self.recipe.rules if rule not in self.used),
             recipes=self.recipes,
+            half=HALVES[self.half],
         )
 
     def _decide(self, var: Any, call: Any) -> None:
         chain = self.chain_of_end.get(var)
         kind = chain.kind if chain else kind_of(call)
         precision, why = self._asked(chain, var, call)
-        if precision is Precision.BF16:
-            self.asked.add(var)
+        if precision in HALVES:
+            self._ask(var, precision)
             self._note(var, kind, precision, why)
             return
         if chain is not None and precision in LINEAR:
@@ -146,7 +150,7 @@ class _Planner:
             return
         if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
-            missing = "both operands are activations" if two else "no integer or bfloat16 kernel for this operator"
+            missing = "both operands are activations" if two else "no integer or 16-bit kernel for this operator"
             self._note(var, kind, Precision.FP32, why or missing)
             return
         declined = with_levels(why, chain, self.recipe, self.recipes) if precision is Precision.FP32 else None
@@ -157,6 +161,14 @@ class _Planner:
             self._note(var, kind, Precision.INT8, why)
         else:
             self._note(var, kind, Precision.FP32, declined)
+
+    def _ask(self, var: Any, precision: Precision) -> None:
+        """`var` is to be floats of 16 bits. Raises RecipeError for two kinds of them."""
+        if self.asked and precision is not self.half:
+            both = " and ".join(half.value for half in HALVES)
+            raise RecipeError("recipe: precision", expected="floats of 16 bits of one kind", seen=both)
+        self.asked.add(var)
+        self.half = precision
 
     def _asked(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         """The precision that is asked for, and why it is float32 or chosen; None for operators that only move."""
@@ -192,8 +204,8 @@ class _Planner:
             return None, ""
         shape = ir.shape_of(call) if ir.is_static(call) else ()
         precision, why = self.recipe.precision_of(kind, *self._names(kind, shape, [str(var.name)]))
-        # There is no bfloat16 kernel for these.
-        wide = kind in ("batch_matmul", "embedding") and precision in (Precision.BF16, Precision.AUTO)
+        # There is no 16-bit kernel for these.
+        wide = kind in ("batch_matmul", "embedding") and precision in (*HALVES, Precision.AUTO)
         return (None, "") if wide else (precision, why)
 
     def _names(self, kind: str, shape: tuple[int, ...], variables: list[str]) -> list[str]:

@@ -5,7 +5,7 @@
 
 Rows that are quantized for dynamic linear layers are results of the kernel that makes them, where that sees whole rows,
 else of a map; the epilogue of such a layer multiplies by the scale of its row. Chains without QDQ become float tvmq
-operators in the same way, so that one pass does all fusion; conversions to bfloat16 and back say what float operators
+operators in the same way, so that one pass does all fusion; conversions to 16 bits and back say what float operators
 read and make. 8-bit activations are stored as `storage` asks ("int8", or
 "uint8" = the same number plus 128): the values that they stand for are the same.
 """
@@ -131,7 +131,7 @@ class _Realizer:
 
     def _stored_as(self, call: Any) -> Stored:
         if ir.is_call(call, "astype"):
-            return Stored(None, "bfloat16")
+            return Stored(None, ir.dtype_of(call))
         scale, zero_point = float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2]))
         return Stored(None, self.storage, scale, zero_point + self.offset)
 
@@ -212,7 +212,7 @@ class _Realizer:
         if ir.is_constant(expr):
             return _Weight(expr, None)
         call: Any = self.values.get(expr)
-        if ir.is_call(call, "astype") and ir.is_constant(call.args[0]) and ir.dtype_of(call.args[0]) == "bfloat16":
+        if ir.is_call(call, "astype") and ir.is_constant(call.args[0]) and ir.dtype_of(call.args[0]) in numerics.HALVES:
             return _Weight(call.args[0], None)
         if ir.is_call(call, "tvmq.dequantize_groups"):
             return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]))
@@ -306,9 +306,9 @@ class _Realizer:
 
 
 def _stores(call: Any) -> bool:
-    """Whether a call is a quantize, or the rounding of float32 to bfloat16."""
+    """Whether a call is a quantize, or the rounding of float32 to 16 bits."""
     if ir.is_call(call, "astype"):
-        return ir.dtype_of(call) == "bfloat16"
+        return ir.dtype_of(call) in numerics.HALVES and ir.dtype_of(call.args[0]) == "float32"
     return ir.is_call(call, "quantize")
 
 

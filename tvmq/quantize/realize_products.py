@@ -111,7 +111,7 @@ class Products:
         return ops.attention(q.var, k.var, v.var, steps, zero_points=[x.zero_point for x in quantized], **common)
 
     def _attention(self, state: ir.Rewrite, call: Any, out: Stored | None) -> Any:
-        """`tvmq.attention` for an old call: on bfloat16 where all three operands are stored so."""
+        """`tvmq.attention` for an old call: on 16 bits where all three operands are stored so."""
         if out is not None and out.is_integer:
             return None
         sources = [self.source(arg) for arg in call.args]

@@ -22,7 +22,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from tvmq import ops
 from tvmq.errors import TuningError
-from tvmq.kernels.builder import BF16, FLOAT
+from tvmq.kernels.builder import FLOAT, FLOATS
 from tvmq.kernels.decision import Decision, Point, Space
 from tvmq.kernels.task import Task, Tensor
 from tvmq.target import Target
@@ -147,7 +147,7 @@ def _attention(task: Task, q: Any, k: Any, v: Any) -> Any:
 
 
 def _accumulator(tensor: Tensor) -> str:
-    return FLOAT if tensor.dtype in (FLOAT, BF16) else "int32"
+    return FLOAT if tensor.dtype in FLOATS else "int32"
 
 
 # What describes an operator, and the names of the operands that it is told.
