@@ -20,7 +20,7 @@ from tvmq import interpret, pipeline
 from tvmq.importer.load import import_model
 from tvmq.recipe import Recipe
 
-BATCH = 64
+BATCH, FEW = 64, 16
 # What each recipe needs of a network whose channels are uneven: a scale for them all, or for each.
 PER_TENSOR, PLAIN = Recipe(precision="int8", per_channel=False), Recipe(precision="int8")
 EQUALIZED = Recipe(precision="int8", algorithms=["equalize"])
@@ -41,23 +41,24 @@ def classes(network: Any, x: np.ndarray) -> np.ndarray:
         ).argmax(1)
 
 
-def imported(network: Any) -> tvmq.Model:
-    return import_model(network, (torch.zeros(BATCH, 3, 32, 32),), name="mobilenetv2")
+def imported(network: Any, batch: int = BATCH) -> tvmq.Model:
+    return import_model(network, (torch.zeros(batch, 3, 32, 32),), name="mobilenetv2")
 
 
+@pytest.mark.slow
 def test_equalization_keeps_what_uneven_channels_lose(cifar10: ModuleType) -> None:
     even, uneven = cifar10.mobilenetv2(), uneven_mobilenetv2(cifar10.mobilenetv2())
-    x = cifar10.normalize(cifar10.images("test", limit=BATCH)[0])
+    x = cifar10.normalize(cifar10.images("test", limit=FEW)[0])
     want = classes(even, x)
     np.testing.assert_array_equal(classes(uneven, x), want)
-    model, data = imported(uneven), [cifar.training_images(cifar10, BATCH, BATCH)]
+    model, data = imported(uneven, FEW), [cifar.training_images(cifar10, FEW, FEW)]
 
     def agreement(recipe: Recipe) -> float:
         quantized = pipeline.quantize(model, recipe, data)
         return float((interpret.run(quantized.qdq, [x])[0].argmax(1) == want).mean())
 
     assert agreement(PER_TENSOR) < 0.4
-    assert agreement(EQUALIZED) > 0.95
+    assert agreement(EQUALIZED) > 0.9
 
 
 @pytest.mark.slow

@@ -74,7 +74,8 @@ TEXT = """# Accuracy on CIFAR-10
 the class that fp32 gives them; in percent. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on
 these. Rows are recipes of int8 bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`),
 float layers whose weights are rounded. `uneven` is the same network after half of its channels were rescaled by up to 50
-either way, which changes nothing that it computes. Peers were measured on the same images.
+either way, which changes nothing that it computes. Peers were measured on the same images. Empty cells were not measured;
+others may be of an earlier run, which this one went on from.
 
 `plain` is the default: batch norms folded (as in every row), extremes as ranges, asymmetric activations and symmetric
 weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points). `squant` is a closed form of
