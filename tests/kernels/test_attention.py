@@ -199,8 +199,17 @@ def test_integers_are_near_floats() -> None:
 # --- what is free ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
-@pytest.mark.parametrize("name", ["avx2", "host"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("avx2", "float32"),
+        ("host", "uint8"),
+        pytest.param("host", "float32", marks=pytest.mark.slow),
+        pytest.param("avx2", "uint8", marks=pytest.mark.slow),
+        pytest.param("avx2", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("host", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_every_choice_computes_the_same(name: str, dtype: str) -> None:
     sizes = ((5, 9, 8, 12), (40, 17, 16, 16), (70, 33, 8, 20), (130, 7, 16, 4))
     if dtype == "uint8":

@@ -23,8 +23,17 @@ def depthwise(
     return conv(name, integers(shape, dtype), weight, groups=channels, zero_point=9, padding=around, **geometry)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("avx512-vnni", "uint8"),
+        ("avx2", "float32"),
+        pytest.param("avx2", "uint8", marks=pytest.mark.slow),
+        pytest.param("avx512-vnni", "float32", marks=pytest.mark.slow),
+        pytest.param("avx2", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("avx512-vnni", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_every_choice_computes_the_same(name: str, dtype: str) -> None:
     cases = [depthwise(dtype, height, 11, 70, strides=(1, 1 + height % 2)) for height in range(4, 12)]
     check_choices(cases, runnable(name), f"{name} {dtype}")

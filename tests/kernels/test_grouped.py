@@ -103,7 +103,7 @@ def test_few_channels_are_cut_into_panels_for_every_core() -> None:
 # --- what is free ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512-vnni"])
+@pytest.mark.parametrize("name", [pytest.param("avx2", marks=pytest.mark.slow), "avx512-vnni"])
 def test_every_choice_computes_the_same(name: str) -> None:
     cases = [grouped(f"c{bits}_{m}", bits, (m, 64), 131, 32) for bits in (4, 8) for m in (1, 3, 4, 5, 9, 33)]
     check_choices(cases, runnable(name), name)
