@@ -40,7 +40,11 @@ _WITHOUT = """
 import sys, types
 for name in ("arm_cpu", "cuda", "hexagon", "riscv_cpu", "rocm", "metal"):
     sys.modules["tvm.s_tir.tensor_intrin." + name] = types.ModuleType(name)
-sys.modules["torch"] = None
+class WithoutTorch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise ImportError(name)
+sys.meta_path.insert(0, WithoutTorch())
 """
 _START = """
 import sys
