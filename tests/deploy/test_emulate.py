@@ -349,7 +349,7 @@ def test_apt_keeps_the_sources_and_loses_the_hooks(tmp_path: Path, monkeypatch: 
         'APT::Architecture "amd64";\nAPT::Architectures:: "amd64";\nAcquire::http::Proxy "http://proxy";\n'
         'Dir::Etc::sourceparts "sources.list.d";\nAPT::Update::Post-Invoke:: "rm -f /var/cache";\n'
     )
-    monkeypatch.setattr(preparation, "_run", lambda *_: dump)
+    monkeypatch.setattr(preparation, "run_tool", lambda *_: dump)
     lines = preparation.apt_configuration(tmp_path).read_text().splitlines()
     assert 'Acquire::http::Proxy "http://proxy";' in lines
     assert 'Dir::Etc::sourceparts "sources.list.d";' in lines
@@ -368,12 +368,12 @@ def test_a_wheel_without_the_library_is_named(tmp_path: Path) -> None:
 
 def test_a_failing_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match=r"^cannot do it: saw last$"):
-        preparation._run(["sh", "-c", "echo first >&2; echo last >&2; exit 1"], "cannot do it")
+        preparation.run_tool(["sh", "-c", "echo first >&2; echo last >&2; exit 1"], "cannot do it")
     with pytest.raises(DeviceError, match="saw exit code 4 of sh"):
-        preparation._run(["sh", "-c", "exit 4"], "cannot do it")
+        preparation.run_tool(["sh", "-c", "exit 4"], "cannot do it")
     monkeypatch.setattr(preparation, "DOWNLOAD_TIMEOUT_S", 0.1)
     with pytest.raises(DeviceError, match="no answer of sleep"):
-        preparation._run(["sleep", "9"], "cannot do it")
+        preparation.run_tool(["sleep", "9"], "cannot do it")
 
 
 def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,10 +122,10 @@ def install_debian_packages(root: Path, scratch: Path) -> None:
     packages = scratch / "packages"
     packages.mkdir()
     environment = os.environ | {"APT_CONFIG": str(configuration)}
-    _run(["apt-get", "-qq", "update"], f"cannot read the {DEBIAN_ARCHITECTURE} package index", environment)
-    _run(["apt-get", "-qq", "download", *DEBIAN_PACKAGES], "cannot download Debian packages", environment, packages)
+    run_tool(["apt-get", "-qq", "update"], f"cannot read the {DEBIAN_ARCHITECTURE} package index", environment)
+    run_tool(["apt-get", "-qq", "download", *DEBIAN_PACKAGES], "cannot download Debian packages", environment, packages)
     for package in sorted(packages.glob("*.deb")):
-        _run(["dpkg-deb", "-x", str(package), str(root)], f"cannot unpack {package.name}")
+        run_tool(["dpkg-deb", "-x", str(package), str(root)], f"cannot unpack {package.name}")
     # Newer Debian packages have their files below usr/ and leave this link to the installer.
     if not (root / "lib").exists():
         (root / "lib").symlink_to("usr/lib")
@@ -138,7 +138,7 @@ def apt_configuration(folder: Path) -> Path:
 
     Sources, keys, proxies and certificates are this machine's.
     """
-    dump = _run(["apt-config", "dump"], "cannot read apt's configuration")
+    dump = run_tool(["apt-config", "dump"], "cannot read apt's configuration")
     # Hooks are commands for this machine: the one in Docker's images empties the system's cache.
     kept = [line for line in dump.splitlines() if "-Invoke" not in line and not line.startswith("APT::Architecture")]
     ours = [
@@ -208,7 +208,7 @@ def download_wheel(package: str, version: str, folder: Path) -> Path:
         *wanted,
         f"{package}=={version}",
     ]
-    _run(command, f"cannot download the {WHEEL_PLATFORM} wheel of {package} {version}")
+    run_tool(command, f"cannot download the {WHEEL_PLATFORM} wheel of {package} {version}")
     return next(folder.glob("*.whl"))
 
 
@@ -267,10 +267,18 @@ def scratch_in(cache: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {cache}", seen=error.strerror or str(error)) from error
 
 
-def _run(
-    command: Sequence[str], what: str, environment: Mapping[str, str] | None = None, folder: Path | None = None
+def run_tool(
+    command: Sequence[str],
+    what: str,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    timeout_s: float | None = None,
 ) -> str:
-    """The stdout of `command`. Raises DeviceError(what) with the last line it said where it fails."""
+    """The stdout of `command`. timeout_s: None means DOWNLOAD_TIMEOUT_S.
+
+    Raises DeviceError(what) with the last line it said where it fails.
+    """
+    limit_s = DOWNLOAD_TIMEOUT_S if timeout_s is None else timeout_s
     try:
         done = subprocess.run(
             command,
@@ -280,11 +288,11 @@ def _run(
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=DOWNLOAD_TIMEOUT_S,
+            timeout=limit_s,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise DeviceError(what, seen=f"no answer of {command[0]} in {DOWNLOAD_TIMEOUT_S:.0f} s") from error
+        raise DeviceError(what, seen=f"no answer of {command[0]} in {limit_s:.0f} s") from error
     if done.returncode != 0:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise DeviceError(what, seen=said[-1] if said else f"exit code {done.returncode} of {command[0]}")

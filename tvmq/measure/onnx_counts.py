@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tvmq.deploy.board_root import (
     locked,
     prepare,
     require_pip,
+    run_tool,
     scratch_in,
     unpack_libraries,
 )
@@ -80,23 +80,8 @@ def run_counter(program: Sequence[str], library: Path, model: Path, inputs: Sequ
             path.write_bytes(np.ascontiguousarray(value).tobytes())
         command = [*program, *map(str, (library, model, *files))]
         what = f"ONNX Runtime cannot run {model.name}"
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=board_environment(),
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise DeviceError(what, seen=f"no end in {TIMEOUT_S:.0f} s") from error
-    if done.returncode != 0:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise DeviceError(what, seen=said[-1] if said else f"exit code {done.returncode}")
-    return min(map(int, done.stdout.split()))
+        said = run_tool(command, what, board_environment(), timeout_s=TIMEOUT_S)
+    return min(map(int, said.split()))
 
 
 def prepare_library(cache: Path | None = None) -> Path:
