@@ -51,6 +51,23 @@ def test_the_curve_begins_when_each_task_has_a_trial():
     assert stock._curve(lines[:2], looks, [1, 2]) == ([], 1)
 
 
+WITHOUT = """
+import sys
+try:
+    import torch
+except ImportError:
+    raise SystemExit(f"{'torch' in sys.modules} {'tvm.s_tir.tensor_intrin.cuda' in sys.modules}")
+raise SystemExit("torch")
+"""
+
+
+def test_stock_starts_without_torch_and_other_devices_intrinsics(tmp_path, monkeypatch):
+    monkeypatch.setattr(stock, "_START", WITHOUT)
+    # Absent, not None: XGBoost takes what it finds in sys.modules.
+    with pytest.raises(CheckFailed, match="saw False True$"):
+        stock._run(tmp_path, 9.0, 1)
+
+
 def test_a_stock_that_ends_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "_START", "raise SystemExit('no such thing')")
     with pytest.raises(CheckFailed, match="stock MetaSchedule: expected to tune until told, saw no such thing"):

@@ -137,10 +137,10 @@ def run(folder: Path, session: Session, library: Any, timing: Timing) -> list[fl
 
 def _in_turns(program: dict[str, Any], library: Any, tensors: dict[str, Any], timing: Timing) -> Iterator[float]:
     """Seconds of an average call in each repeat, every call with the next copy of the weights."""
-    weights = [name for name in program["weights"] if name in tensors]
-    own = sum(tensors[name].numpy().nbytes for name in weights)
+    weights = {name: tensors[name].numpy() for name in program["weights"] if name in tensors}
+    own = sum(array.nbytes for array in weights.values())
     count = min(_MOST_COPIES, -(-min(timing.model_bytes, _MOST_BYTES) // own)) if own else 1
-    copies = [{name: tvm.runtime.tensor(tensors[name].numpy()) for name in weights} for _ in range(count - 1)]
+    copies = [{name: tvm.runtime.tensor(array) for name, array in weights.items()} for _ in range(count - 1)]
     kernels = [(library[symbol], names) for symbol, names in program["calls"]]
     inferences = [
         [(kernel, [(tensors | copy)[name] for name in names]) for kernel, names in kernels] for copy in [{}, *copies]
