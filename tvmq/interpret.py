@@ -20,7 +20,7 @@ from tvm import relax
 from tvmq import functions, ir, ops
 from tvmq.errors import ModelError
 from tvmq.interpret_chains import Fused, fused_convolutions
-from tvmq.quantize import groups, numerics, resampling, tables
+from tvmq.quantize import anchors, groups, numerics, resampling, tables
 from tvmq.quantize.attention import attention as integer_attention
 
 Array = npt.NDArray[Any]
@@ -239,11 +239,11 @@ def _dead_after(reads: Sequence[Iterable[Any]], results: Iterable[Any]) -> dict[
 
 def _conv2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "strides", "padding", "dilation", "groups", "x_zero_point")
-    return numerics.epilogue(numerics.conv2d(args[0], args[1], **attrs), args[2:], ops.epilogue_of(call))
+    return numerics.epilogue(anchors.conv2d(args[0], args[1], **attrs), args[2:], ops.epilogue_of(call))
 
 
 def _matmul(call: Any, args: list[Array]) -> Value:
-    acc = numerics.matmul(args[0], args[1], **_only(call, "x_zero_point"))
+    acc = anchors.matmul(args[0], args[1], **_only(call, "x_zero_point"))
     return numerics.epilogue(acc, args[2:], ops.epilogue_of(call))
 
 
@@ -252,7 +252,7 @@ def _dequantize_groups(_call: Any, args: list[Array]) -> Array:
 
 
 def _grouped_matmul(call: Any, args: list[Array]) -> Value:
-    product = numerics.matmul(args[0], groups.dequantize_groups(args[1], args[2]))
+    product = anchors.matmul(args[0], groups.dequantize_groups(args[1], args[2]))
     return numerics.epilogue(product, args[3:], ops.epilogue_of(call))
 
 
@@ -267,22 +267,22 @@ def _dequantize_places(_call: Any, args: list[Array]) -> Array:
 
 
 def _lookup_matmul(call: Any, args: list[Array]) -> Value:
-    product = numerics.matmul(args[0], tables.dequantize(*args[1:4]))
+    product = anchors.matmul(args[0], tables.dequantize(*args[1:4]))
     return numerics.epilogue(product, args[4:], ops.epilogue_of(call))
 
 
 def _avg_pool2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
-    pooled = numerics.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
+    pooled = anchors.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
     return numerics.epilogue(pooled, args[1:], ops.epilogue_of(call))
 
 
 def _max_pool2d(call: Any, args: list[Array]) -> Array:
-    return numerics.max_pool2d(args[0], **_only(call, "pool", "strides", "padding", "dilation"))
+    return anchors.max_pool2d(args[0], **_only(call, "pool", "strides", "padding", "dilation"))
 
 
 def _adaptive_avg_pool2d(call: Any, args: list[Array]) -> Value:
-    pooled = numerics.adaptive_avg_pool2d(args[0], ir.shape_of(call)[1:3], **_only(call, "x_zero_point"))
+    pooled = anchors.adaptive_avg_pool2d(args[0], ir.shape_of(call)[1:3], **_only(call, "x_zero_point"))
     return numerics.epilogue(pooled, args[1:], ops.epilogue_of(call))
 
 
@@ -336,7 +336,7 @@ def _attention(call: Any, args: list[Array]) -> Value:
 
 
 def _batch_matmul(call: Any, args: list[Array]) -> Value:
-    product = numerics.batch_matmul(*args[:2], **_only(call, "transposed", "x_zero_point", "y_zero_point"))
+    product = anchors.batch_matmul(*args[:2], **_only(call, "transposed", "x_zero_point", "y_zero_point"))
     return numerics.epilogue(product, args[2:], ops.epilogue_of(call))
 
 

@@ -11,7 +11,7 @@ from harness import LEVELS, Array, Case, check, floats, integers, requantize, ru
 from torch.nn import functional
 
 from tvmq import ops
-from tvmq.quantize import numerics, resampling
+from tvmq.quantize import anchors, resampling
 
 SIZES = [((1, 7, 5, 3), (3, 2)), ((2, 4, 9, 17), (4, 5)), ((1, 3, 3, 33), (5, 7)), ((1, 1, 6, 8), (2, 1))]
 
@@ -58,7 +58,7 @@ def test_float_pools_are_the_oracle() -> None:
 def test_pools_are_those_of_pytorch(shape: tuple[int, ...], size: tuple[int, int]) -> None:
     x = floats(shape)
     want = functional.adaptive_avg_pool2d(torch.from_numpy(x).permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    np.testing.assert_allclose(numerics.adaptive_avg_pool2d(x, size), want.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(anchors.adaptive_avg_pool2d(x, size), want.numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", resampling.MODES)

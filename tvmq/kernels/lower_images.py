@@ -10,14 +10,14 @@ from tvmq import ir, ops
 from tvmq.kernels.adaptive_pool import AdaptivePool
 from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
 from tvmq.kernels.resize import Resize
-from tvmq.quantize import numerics, resampling
+from tvmq.quantize import anchors, numerics, resampling
 
 
 def adaptive_pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.adaptive_avg_pool2d`."""
     x, *operands = call.args
     a, shape, dtype = ops.attributes(call), ir.shape_of(call), dtype_of(x)
-    rows, columns = (numerics.adaptive_windows(*sizes) for sizes in zip(ir.shape_of(x)[1:3], shape[1:3], strict=True))
+    rows, columns = (anchors.adaptive_windows(*sizes) for sizes in zip(ir.shape_of(x)[1:3], shape[1:3], strict=True))
     counts = np.outer([stop - start for start, stop in rows], [stop - start for start, stop in columns])
     spec = AdaptivePool(
         ir.shape_of(x),  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOATS, Expr, Flat, Place
-from tvmq.quantize import numerics
+from tvmq.quantize import anchors, numerics
 
 Array = npt.NDArray[Any]
 
@@ -132,5 +132,5 @@ def reciprocal_counts(
     """float32(1 / count) of each output pixel, flat: how many elements its average is over."""
     ones = np.ones((1, *image, 1))
     geometry = {"strides": strides, "padding": padding, "dilation": (1, 1)}
-    windows = numerics.windows(ones, window, pad_value=1.0 if count_include_pad else 0.0, **geometry)
+    windows = anchors.windows(ones, window, pad_value=1.0 if count_include_pad else 0.0, **geometry)
     return np.asarray(numerics.reciprocal(windows.sum(axis=(3, 4)))).ravel()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import functions
-from tvmq.quantize import numerics
+from tvmq.quantize import anchors
 
 Array = npt.NDArray[Any]
 F32 = np.float32
@@ -27,10 +27,10 @@ def attention(query: Array, key: Array, value: Array, *, scale: float, zero_poin
     m = functions.NumPyMath()
     q, k, v = (np.swapaxes(x, 1, 2) for x in (query, key, value))
     z_q, z_k, z_v = zero_points
-    scores = numerics.batch_matmul(q, k, transposed=True, x_zero_point=z_q, y_zero_point=z_k)
+    scores = anchors.batch_matmul(q, k, transposed=True, x_zero_point=z_q, y_zero_point=z_k)
     below = (scores - scores.max(axis=-1, keepdims=True)).astype(F32)
     powers = functions.power_of_two(m, m.mul(below, F32(scale * functions.LOG2_E)))
     whole = np.rint(m.mul(powers, F32(LARGEST))).astype(np.int32)
-    total = numerics.batch_matmul(whole, v, y_zero_point=z_v).astype(F32)
+    total = anchors.batch_matmul(whole, v, y_zero_point=z_v).astype(F32)
     inverse = m.div(F32(1.0), whole.sum(axis=-1, keepdims=True, dtype=np.int32).astype(F32))
     return np.ascontiguousarray(np.swapaxes(m.mul(total, inverse), 1, 2))

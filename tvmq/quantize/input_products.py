@@ -11,7 +11,7 @@ import tvm
 
 from tvmq import interpret, ir
 from tvmq.graph.fusion import Chain
-from tvmq.quantize import numerics
+from tvmq.quantize import anchors
 
 Array = npt.NDArray[Any]
 # Rows of one inference that are multiplied: neighbouring pixels say much the same.
@@ -53,5 +53,5 @@ def _rows(x: Array, chain: Chain) -> Array:
     a = chain.call.attrs
     geometry = {name: [int(v) for v in getattr(a, name)] for name in ("strides", "padding", "dilation")}
     taps = ir.shape_of(chain.call.args[1])[1:3]
-    image = numerics.windows(x, taps, pad_value=0.0, **geometry)
+    image = anchors.windows(x, taps, pad_value=0.0, **geometry)
     return image.reshape(-1, taps[0] * taps[1] * x.shape[-1])
