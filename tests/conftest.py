@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.deploy.emulate import EmulatedBoard, prepare
 from tvmq.graph.batches import keep_batches
 from tvmq.graph.layout import drop_transposes, to_nhwc
@@ -27,6 +27,7 @@ from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
 from tvmq.importer.load import import_model
 from tvmq.model import Model, Signature, TensorSpec
+from tvmq.oracle import interpret
 from tvmq.pipeline import compile_model, wants_integers
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.calibrate import calibrate

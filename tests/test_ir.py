@@ -5,7 +5,8 @@ import pytest
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
+from tvmq.oracle import interpret
 
 op = relax.op
 SHAPE = (2, 3)

@@ -16,8 +16,9 @@ import torch
 from uneven import uneven_mobilenetv2
 
 import tvmq
-from tvmq import interpret, pipeline
+from tvmq import pipeline
 from tvmq.importer.load import import_model
+from tvmq.oracle import interpret
 from tvmq.recipe import Recipe
 
 BATCH, FEW = 64, 16

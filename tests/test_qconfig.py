@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from tvmq import interpret, qconfig
+from tvmq import qconfig
 from tvmq.errors import RecipeError
+from tvmq.oracle import interpret
 from tvmq.quantize.realize import realize
 from tvmq.quantize.simulate import simulated
 from tvmq.recipe import Observer, PowerOfTwo, Precision, Recipe

@@ -15,11 +15,12 @@ import pytest
 import torch
 from cifar import BATCH
 
-from tvmq import interpret, pipeline
+from tvmq import pipeline
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.deploy.executor import Executor, load
 from tvmq.importer.load import import_model
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.quantize.realize import realize
 from tvmq.recipe import Recipe
 from tvmq.target import load_target

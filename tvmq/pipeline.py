@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.deploy import build
 from tvmq.errors import CalibrationError, RecipeError
 from tvmq.files import atomic_write_text, require_folder
@@ -38,6 +38,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.rates import rates_of
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.quantize import levels
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tvm
 
-from tvmq import interpret
 from tvmq.deploy import build
 from tvmq.deploy.build import agrees, runs_here
 from tvmq.deploy.bundle import read
 from tvmq.deploy.exact import is_exact_graph, rounds_inexact
 from tvmq.errors import CheckFailed, OutputError
+from tvmq.oracle import interpret
 from tvmq.target import load_target
 
 F32 = np.float32

@@ -7,8 +7,8 @@ import pytest
 import tvm
 from tvm import relax
 
-from tvmq import interpret
 from tvmq.graph.batches import keep_batches
+from tvmq.oracle import interpret
 
 op = relax.op
 SHAPES = ((2, 3, 4, 5), (2, 3, 5, 6))

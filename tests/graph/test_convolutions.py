@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.importer.load import import_model
+from tvmq.oracle import interpret
 from tvmq.pipeline import channels_last
 
 CASES = {

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.load import import_model
 from tvmq.model import Model
+from tvmq.oracle import interpret
 
 op = relax.op
 

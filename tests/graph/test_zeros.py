@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 import tvmq
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.pipeline import channels_last
 from tvmq.sparse.prune import Pruning, prune
 

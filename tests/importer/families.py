@@ -25,11 +25,11 @@ import torch
 import transformers
 
 import tvmq
-from tvmq import interpret
 from tvmq.errors import TvmqError
 from tvmq.files import atomic_write_text
 from tvmq.importer import hf
 from tvmq.importer.check import deviation
+from tvmq.oracle import interpret
 
 MOST_ERROR, LEAST_COSINE = 1e-3, 0.97
 SAMPLES = 4

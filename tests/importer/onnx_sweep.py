@@ -25,13 +25,13 @@ import onnx
 import torch
 from onnx.backend.test.case.node import collect_testcases
 
-from tvmq import interpret
 from tvmq.errors import InputError
 from tvmq.importer import onnx_model
 from tvmq.importer.check import deviation
 from tvmq.importer.load import import_model
 from tvmq.importer.onnx_file import OLDEST_OPSET
 from tvmq.importer.onnx_inputs import DTYPES, NARROW_NUMBERS, stored_as
+from tvmq.oracle import interpret
 
 PASSES, REFUSED, WRONG, CRASHED = "passes", "refused", "wrong", "crashed"
 TOLERANCE = 1e-3

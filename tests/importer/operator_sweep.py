@@ -29,10 +29,10 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
-from tvmq import interpret
 from tvmq.errors import ModelError
 from tvmq.importer import load
 from tvmq.importer.check import deviation
+from tvmq.oracle import interpret
 
 SAMPLES = 3
 TOLERANCE = 1e-4

@@ -7,9 +7,10 @@ import tvm
 from torch import nn
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.importer.canonical import canonicalize, commute_constants, drop_no_ops, fold_batch_norm, fold_constants
 from tvmq.importer.torch_export import export, translate
+from tvmq.oracle import interpret
 
 op = relax.op
 

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional
 from tvm.relax.frontend.torch import from_exported_program
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import ModelError
 from tvmq.importer import converters, decompositions
 from tvmq.importer.check import deviation
 from tvmq.importer.load import import_model
+from tvmq.oracle import interpret
 
 Function = Callable[..., torch.Tensor]
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import ImportMismatchError, InputError, ModelError, SignatureError, UnsupportedOpError
 from tvmq.importer import source as import_source
 from tvmq.importer.load import import_model
 from tvmq.model import TensorSpec
+from tvmq.oracle import interpret
 
 
 class Net(nn.Module):

@@ -13,10 +13,11 @@ import mutations
 import onnx_sweep
 from onnx import TensorProto, helper, numpy_helper
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import ImportMismatchError, InputError, ModelError, UnsupportedOpError
 from tvmq.importer import onnx_arithmetic, onnx_file
 from tvmq.importer.load import import_model
+from tvmq.oracle import interpret
 
 RNG = np.random.default_rng(0)
 IMAGE = [1, 3, 8, 8]

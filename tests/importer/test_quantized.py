@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.importer.load import import_model
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.pipeline import quantize
 from tvmq.quantize.realize import realize
 from tvmq.recipe import Recipe

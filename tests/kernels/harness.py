@@ -20,7 +20,7 @@ import tvm
 from foreign import Machine
 from tvm import relax, rpc
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
 from tvmq.cpuinfo import host_features
 from tvmq.deploy.build import FLOAT_TOLERANCE, runs_here
 from tvmq.deploy.crosslink import linker
@@ -32,6 +32,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build, schedule
 from tvmq.kernels.task import Task
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.recipe import Sparse
 from tvmq.target import Target, load_target

@@ -22,9 +22,10 @@ from harness import (
     target_of,
 )
 
-from tvmq import interpret, ops
+from tvmq import ops
 from tvmq.deploy.build import agrees
 from tvmq.kernels.lower import lower
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 
 LEVELS = ("sse2", "avx2", "host")

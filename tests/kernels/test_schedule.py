@@ -10,8 +10,8 @@ import tvm
 from harness import floats, runnable, target_of
 from tvm import relax
 
-from tvmq import interpret
 from tvmq.kernels.schedule import build, schedule
+from tvmq.oracle import interpret
 
 
 def module_of(emit: Callable, *inputs: np.ndarray) -> tvm.IRModule:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from harness import Case, check, conv, floats, module_of, run, runnable, target_of
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
 from tvmq.kernels import gemm, lower_winograd, winograd
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lower_winograd import TOLERANCE, choose, error
 from tvmq.kernels.micro import float_micro
 from tvmq.kernels.winograd import Blocking, Shape
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 
 LEVELS = ("sse2", "avx", "avx2", "avx512-vnni")

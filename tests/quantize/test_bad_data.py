@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from tvmq import interpret, pipeline
+from tvmq import pipeline
 from tvmq.errors import CalibrationError
 from tvmq.importer.load import import_model
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.recipe import Algorithm, Observer, Recipe, Rule
 
 

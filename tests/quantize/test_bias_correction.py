@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from tvmq import interpret, ir, pipeline
+from tvmq import ir, pipeline
 from tvmq.errors import CalibrationError, RecipeError
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.recipe import Algorithm, Recipe
 

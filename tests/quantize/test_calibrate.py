@@ -5,9 +5,10 @@ import tvm
 from torch import nn
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import CalibrationError
 from tvmq.model import Signature, TensorSpec
+from tvmq.oracle import interpret
 from tvmq.quantize.calibrate import calibrate
 from tvmq.quantize.numerics import choose_qparams
 from tvmq.recipe import Recipe

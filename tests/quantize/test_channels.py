@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tvmq import interpret, ir
+from tvmq import ir
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import equalize

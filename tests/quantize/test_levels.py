@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvmq import interpret
 from tvmq.errors import RecipeError
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.decisions import simulated_levels
 from tvmq.quantize.levels import evenly, levelled, rounded

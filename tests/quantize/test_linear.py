@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.recipe import Precision, Recipe, Rule
 

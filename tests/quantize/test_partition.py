@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from samples import calibration_of
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.deploy.executor import load
+from tvmq.oracle import interpret
 from tvmq.pipeline import compile_model
 from tvmq.quantize.partition import quantize_outputs, take_integers
 from tvmq.quantize.realize import realize

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
 from tvmq.deploy.executor import load
 from tvmq.graph import fusion
 from tvmq.importer.load import import_model
+from tvmq.oracle import interpret
 from tvmq.pipeline import compile_model
 from tvmq.quantize import numerics
 from tvmq.quantize.decisions import source_decisions

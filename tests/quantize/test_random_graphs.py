@@ -8,9 +8,10 @@ import pytest
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.graph.fusion import find_chains
 from tvmq.model import Signature, TensorSpec
+from tvmq.oracle import interpret
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.calibrate import calibrate
 from tvmq.quantize.numerics import sqnr_db

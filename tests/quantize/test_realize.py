@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.realize import realize
 from tvmq.recipe import Recipe, Rule

@@ -8,10 +8,11 @@ import torch
 from samples import calibration_of
 from torch import nn
 
-from tvmq import interpret, ir, pipeline
+from tvmq import ir, pipeline
 from tvmq.errors import CalibrationError, RecipeError
 from tvmq.importer.load import import_model
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.refine import products_of, unused_algorithms, with_corrected_biases
 from tvmq.recipe import Algorithm, Precision, Recipe, Rule

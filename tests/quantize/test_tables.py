@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tvmq import interpret, ir
+from tvmq import ir
+from tvmq.oracle import interpret
 from tvmq.quantize import groups, numerics, rounding, tables
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.realize import realize

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import tvmq
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import InputError
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.pipeline import channels_last
 from tvmq.sparse import channels
 from tvmq.sparse.layers import layers, with_matrices

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import tvmq
-from tvmq import interpret
 from tvmq.errors import CalibrationError, InputError
 from tvmq.measure.sparsity import inspect
 from tvmq.measure.what_if import what_if
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.sparse.layers import layers, with_matrices
 from tvmq.sparse.masks import Block
 from tvmq.sparse.prune import Pruning, observe, prune

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.importer import quantized
+from tvmq.oracle import interpret
 
 Array = npt.NDArray[Any]
 _TRANSPARENT = ("dropout", "nn.dropout", "stop_lift_params")

@@ -1,7 +1,7 @@
 """Does the imported model compute what PyTorch computes? TVM's importer is silently wrong for some operators.
 
 What runs on the Relax side is what TVM would run: `interpret` computes an operator by a NumPy rule only where the rule
-and TVM's lowering agree (tests/test_interpret_rules.py), and compiles it with TVM otherwise.
+and TVM's lowering agree (tests/oracle/test_relax_operators.py), and compiles it with TVM otherwise.
 Operators where an importer's mistake shows in the lowering only, such as a negative index that reads out of bounds
 (take, strided_slice, gather), have no NumPy rule on purpose: NumPy would forgive it.
 """
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from tvmq import interpret
 from tvmq.errors import ImportMismatchError
 from tvmq.importer import program as programs
 from tvmq.importer import quantized
 from tvmq.importer.torch_export import WAYS_OUT, Translation, where_is
 from tvmq.model import Array, Signature
+from tvmq.oracle import interpret
 
 # A tensor of smaller magnitude counts as this large: the difference of two nearly equal activations near 1 carries
 # their float32 rounding noise (1e-7), and must not fail for it: the default tolerance times FLOOR is 1e-7.

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvmq import interpret
 from tvmq.errors import CalibrationError
 from tvmq.files import atomic_path
 from tvmq.measure.report import figure, table
 from tvmq.model import Model, Signature
+from tvmq.oracle import interpret
 from tvmq.pipeline import channels_last
 from tvmq.quantize.data import inferences
 from tvmq.sparse import masks

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.measure import report
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.pipeline import Quantized
 from tvmq.quantize.data import inferences
 from tvmq.quantize.table import Entry

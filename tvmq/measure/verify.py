@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.build import FLOAT_TOLERANCE, HALF_SUMS_TOLERANCE, agrees
 from tvmq.deploy.bundle import Bundle
@@ -23,6 +23,7 @@ from tvmq.deploy.steps import Step, StepRunner
 from tvmq.dynamic import Dynamic
 from tvmq.errors import OutputError
 from tvmq.kernels.lowering import packing_of
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.recipe import Precision
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.graph.fusion import AddBias, Chain
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.numerics import QParams
 

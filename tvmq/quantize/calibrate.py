@@ -10,10 +10,11 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import CalibrationError
 from tvmq.graph.fusion import find_chains
 from tvmq.model import Signature
+from tvmq.oracle import interpret
 from tvmq.quantize import observers
 from tvmq.quantize.data import inferences
 from tvmq.quantize.numerics import choose_qparams

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.graph.fusion import Chain
+from tvmq.oracle import interpret
 from tvmq.quantize import anchors
 
 Array = npt.NDArray[Any]

@@ -12,7 +12,8 @@ from typing import Any
 
 import tvm
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
+from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
+from tvmq.oracle import interpret
 from tvmq.quantize.channels import Channels, balanced, is_linear, is_scalable_norm
 
 Array = npt.NDArray[Any]

@@ -24,8 +24,9 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.importer import quantized
+from tvmq.oracle import interpret
 from tvmq.quantize import weight_only
 from tvmq.quantize.products import through_rows
 

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tvm import relax
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
+from tvmq.oracle import interpret
 from tvmq.quantize.groups import RANGE
 from tvmq.quantize.numerics import to_bfloat16, widened
 from tvmq.recipe import GROUP_SIZES

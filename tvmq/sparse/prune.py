@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import interpret, ir
+from tvmq import ir
 from tvmq.errors import CalibrationError, InputError, nearest
 from tvmq.graph.layout import drop_transposes, to_nhwc
 from tvmq.importer.canonical import fold_constants
 from tvmq.model import Model
+from tvmq.oracle import interpret
 from tvmq.quantize.data import inferences
 from tvmq.sparse import channels, masks, obs
 from tvmq.sparse.layers import Layer, layers, with_matrices

@@ -7,7 +7,7 @@ from tvm import relax
 
 from tvmq import ir
 from tvmq.graph.fusion import find_chains
-from tvmq.interpret import Program
+from tvmq.oracle.interpret import Program
 
 op = relax.op
 RNG = np.random.default_rng(0)

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import tvm
 from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import interpret, ir, ops
+from tvmq import ir, ops
 from tvmq.errors import ModelError
-from tvmq.interpret import Program
+from tvmq.oracle import by_tvm, interpret, relax_operators
+from tvmq.oracle.interpret import Program
 
 op = relax.op
 RNG = np.random.default_rng(0)
@@ -30,8 +32,8 @@ OPERATORS = {
 
 def _by_tvm(module: object, *inputs: np.ndarray) -> np.ndarray:
     executable = relax.build(module, target="llvm")
-    machine = relax.VirtualMachine(executable, interpret.tvm.cpu())
-    return machine["main"](*(interpret.tvm.runtime.tensor(x) for x in inputs))[0].numpy()
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    return machine["main"](*(tvm.runtime.tensor(x) for x in inputs))[0].numpy()
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -59,7 +61,7 @@ def test_operators_without_a_rule_are_compiled_by_tvm(build):
             return torch.cumsum(x, 1), functional.leaky_relu(parts[1]), torch.sin(x).argmax(-1), x[:, ::2]
 
     case = build(Rare(), (2, 9, 4))
-    assert any(ir.op_name(call) not in interpret._RELAX for _, call in ir.calls(case.module))
+    assert any(ir.op_name(call) not in relax_operators.RULES for _, call in ir.calls(case.module))
     for reference, got in zip(case.reference(), case.run(case.module), strict=True):
         assert got.dtype == reference.dtype
         np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)
@@ -68,7 +70,7 @@ def test_operators_without_a_rule_are_compiled_by_tvm(build):
 def test_one_compilation_serves_equal_operators(graph, monkeypatch: pytest.MonkeyPatch):
     builds = []
     original = relax.build
-    monkeypatch.setattr(interpret.relax, "build", lambda *a, **k: builds.append(1) or original(*a, **k))
+    monkeypatch.setattr(by_tvm.relax, "build", lambda *a, **k: builds.append(1) or original(*a, **k))
 
     def body(emit, x):
         a = emit(op.sin(x), "a")
@@ -87,7 +89,7 @@ def test_what_tvm_cannot_compile_is_named(graph, monkeypatch: pytest.MonkeyPatch
         raise ValueError("no such\nlowering")
 
     module = graph(lambda emit, x: emit(op.cos(x), "layer"), (3, 13))
-    monkeypatch.setattr(interpret.relax, "build", broken)
+    monkeypatch.setattr(by_tvm.relax, "build", broken)
     with pytest.raises(ModelError) as info:
         interpret.run(module, [np.zeros((3, 13), np.float32)])
     assert "relax.cos" in str(info.value) and "layer" in str(info.value) and "\n" not in str(info.value)
