@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from tvm import relax
 from tvm_ffi import structural_equal, structural_hash
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.ops import Activate, Bias, Clip, Dequantize, Multiply, Quantize, Residual, Scale
 from tvmq.oracle import interpret
 
@@ -45,7 +45,7 @@ _steps = st.one_of(
 
 def _map(steps: ops.Epilogue) -> object:
     x = relax.Var("x", relax.TensorType((2, 3), "float32"))
-    return ops.elementwise(x, (), steps, out_shape=(2, 3), out_dtype="float32")
+    return op_calls.elementwise(x, (), steps, out_shape=(2, 3), out_dtype="float32")
 
 
 @given(st.lists(_steps, max_size=6).map(tuple))
@@ -78,7 +78,7 @@ def test_modules_print_hash_and_compare_by_their_epilogue():
         x = relax.Var("x", relax.TensorType((2, 3), "float32"))
         with builder.function("main", [x]):
             with builder.dataflow():
-                clipped = ops.elementwise(x, (), (Clip(0.0, high),), out_shape=(2, 3), out_dtype="float32")
+                clipped = op_calls.elementwise(x, (), (Clip(0.0, high),), out_shape=(2, 3), out_dtype="float32")
                 out = builder.emit_output((builder.emit(clipped),))
             builder.emit_func_output(out)
         return builder.get()
@@ -96,7 +96,7 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: str = "float32") -> relax.
 
 def test_attributes_are_python_values():
     x, w = _tensor("x", (1, 5, 5, 4), "int8"), _tensor("w", (8, 3, 3, 4), "int8")
-    call = ops.conv2d(
+    call = op_calls.conv2d(
         x, w, [_tensor("b", (8,), "int32")], (Bias(),), strides=(2, 1), padding=(1, 0, 1, 0), dilation=(1, 1), groups=1,
         x_zero_point=-5, out_shape=(1, 3, 3, 8), out_dtype="int32",
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_attributes_are_python_values():
         "out_dtype": "int32",
     }
     assert ops.epilogue_of(call) == (Bias(),)
-    pool = ops.avg_pool2d(
+    pool = op_calls.avg_pool2d(
         x, (), (), pool=(2, 2), strides=(2, 2), padding=(0, 0, 0, 0), count_include_pad=True, out_shape=(1, 2, 2, 4),
         out_dtype="float32",
     )  # fmt: skip
@@ -120,7 +120,7 @@ def test_attributes_are_python_values():
 def test_result_types_are_inferred():
     x = _tensor("x", (2, 7), "uint8")
     call = relax.BlockBuilder().normalize(
-        ops.matmul(x, _tensor("w", (7, 3), "int8"), (), (), x_zero_point=9, out_shape=(2, 3), out_dtype="int32")
+        op_calls.matmul(x, _tensor("w", (7, 3), "int8"), (), (), x_zero_point=9, out_shape=(2, 3), out_dtype="int32")
     )
     assert (ir.shape_of(call), ir.dtype_of(call), ir.op_name(call)) == ((2, 3), "int32", "tvmq.matmul")
 
@@ -128,7 +128,7 @@ def test_result_types_are_inferred():
 def test_a_concat_has_an_epilogue_a_tensor():
     epilogues = ((), (Dequantize(0.5, 1), Quantize(2, -128, 127, "int8")))
     xs = [_tensor("a", (1, 2), "int8"), _tensor("b", (1, 3), "int8")]
-    call = ops.concat(xs, epilogues, axis=1, out_shape=(1, 5), out_dtype="int8")
+    call = op_calls.concat(xs, epilogues, axis=1, out_shape=(1, 5), out_dtype="int8")
     assert ops.concat_epilogues(call) == epilogues
     values = {xs[0]: np.array([[1, 2]], np.int8), xs[1]: np.array([[1, 2, 4]], np.int8)}
     # (q - 1) * 0.5 = 0, 0.5, 1.5; ties to even, plus 2.

@@ -20,7 +20,7 @@ import tvm
 from foreign import Machine
 from tvm import relax, rpc
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.cpuinfo import host_features
 from tvmq.deploy.build import FLOAT_TOLERANCE, runs_here
 from tvmq.deploy.crosslink import linker
@@ -98,7 +98,7 @@ def module_of(cases: Sequence[Case]) -> tvm.IRModule:
 def _stored(builder: Any, param: Any, x: Array) -> Any:
     if x.dtype not in numerics.HALVES.values():
         return param
-    return builder.emit(ops.elementwise(param, (), (), out_shape=x.shape, out_dtype=str(x.dtype)))
+    return builder.emit(op_calls.elementwise(param, (), (), out_shape=x.shape, out_dtype=str(x.dtype)))
 
 
 def _type(array: Array) -> Any:
@@ -263,7 +263,7 @@ def conv(
 
     def emit(x: Any, *more: Any) -> Any:
         geometry = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
-        return ops.conv2d(
+        return op_calls.conv2d(
             x,
             ir.constant(weight),
             [*operands, *more],
@@ -296,7 +296,7 @@ def matmul(
 
     def emit(x: Any, *more: Any) -> Any:
         shape = (*ir.shape_of(x)[:-1], channels)
-        return ops.matmul(
+        return op_calls.matmul(
             x,
             ir.constant(weight),
             [*operands, *more],
@@ -314,7 +314,7 @@ def rows(name: str, x: Array, steps: ops.Epilogue = (), *, keep: bool = False, d
     last = ops.QuantizeRows(keep, 128 if dtype == "uint8" else 0, dtype)
 
     def emit(x: Any) -> Any:
-        return ops.elementwise(x, (), (*steps, last), out_shape=ir.shape_of(x), out_dtype=dtype)
+        return op_calls.elementwise(x, (), (*steps, last), out_shape=ir.shape_of(x), out_dtype=dtype)
 
     return [part(f"{name}_{i}", emit, i, (x,)) for i in range(3 if keep else 2)]
 
@@ -333,13 +333,13 @@ def dynamic(
     zero_point = 128 if dtype == "uint8" else 0
 
     def emit(x: Any, *more: Any) -> Any:
-        both = ops.quantize_rows(x, zero_point=zero_point, dtype=dtype)
+        both = op_calls.quantize_rows(x, zero_point=zero_point, dtype=dtype)
         q, scales = relax.TupleGetItem(both, 0), relax.TupleGetItem(both, 1)
         operands = [ir.constant(scale), scales, ir.constant(floats((channels,), 6)), *more]
         shape = (*ir.shape_of(x)[:-1], channels)
         steps = (ops.Scale(), ops.RowScale(), ops.Bias(), *tail)
         common = {"x_zero_point": zero_point, "out_shape": shape, "out_dtype": "float32"}
-        return ops.matmul(q, ir.constant(weight), operands, steps, **common)
+        return op_calls.matmul(q, ir.constant(weight), operands, steps, **common)
 
     return Case(name, emit, (x, *extra))
 
@@ -379,9 +379,9 @@ def grouped(
         common = {"out_shape": (*shape[:-1], channels), "out_dtype": dtype}
         if table is not None:
             known = (ir.constant(q), ir.constant(scales), ir.constant(table))
-            return ops.lookup_matmul(x, *known, [*constants, *more], steps, **common)
+            return op_calls.lookup_matmul(x, *known, [*constants, *more], steps, **common)
         known = (ir.constant(q), ir.constant(scales))
-        return ops.grouped_matmul(x, *known, [*constants, *more], steps, bits=bits, **common)
+        return op_calls.grouped_matmul(x, *known, [*constants, *more], steps, bits=bits, **common)
 
     return Case(name, emit, (x, *extra))
 

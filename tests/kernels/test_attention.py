@@ -22,7 +22,7 @@ from harness import (
     target_of,
 )
 
-from tvmq import ops
+from tvmq import op_calls, ops
 from tvmq.deploy.build import agrees
 from tvmq.kernels.lower import lower
 from tvmq.oracle import interpret
@@ -38,7 +38,7 @@ def attention(
     shape = (*q.shape[:3], v.shape[3])
 
     def emit(*args: Any) -> Any:
-        return ops.attention(*args, epilogue, scale=scale, out_shape=shape, out_dtype=out)
+        return op_calls.attention(*args, epilogue, scale=scale, out_shape=shape, out_dtype=out)
 
     return Case(f"{q.shape}_{k.shape}_{v.shape}_{q.dtype}", emit, (q, k, v))
 
@@ -163,7 +163,7 @@ def on_integers(
     shape = (*shapes[0][:3], depth_out)
 
     def emit(*args: Any) -> Any:
-        return ops.attention(*args, epilogue, scale=scale, zero_points=zeros, out_shape=shape, out_dtype=out)
+        return op_calls.attention(*args, epilogue, scale=scale, zero_points=zeros, out_shape=shape, out_dtype=out)
 
     return Case(f"{queries}_{keys}_{depth}_{depth_out}_{zero_points}_{scale}_{out}", emit, inputs)
 

@@ -12,7 +12,7 @@ from harness import LEVELS, Array, Case, check, floats, integers, module_of, run
 from tvm import relax
 
 import tvmq
-from tvmq import ops
+from tvmq import op_calls, ops
 from tvmq.kernels.lower import lower
 from tvmq.quantize import numerics
 from tvmq.quantize.realize import realize
@@ -25,7 +25,7 @@ def product(x: tuple[int, ...], y: tuple[int, ...], *, transposed: bool = False)
     out = (*batch, x[-2], y[-2] if transposed else y[-1])
 
     def emit(a: Any, b: Any) -> Any:
-        return ops.batch_matmul(a, b, transposed=transposed, out_shape=out)
+        return op_calls.batch_matmul(a, b, transposed=transposed, out_shape=out)
 
     return Case(f"{x}_{y}_{transposed}", emit, (floats(x, 3), floats(y, 4)))
 
@@ -57,7 +57,7 @@ def integer(
 
     def emit(a: Any, b: Any, *more: Any) -> Any:
         common = {"x_zero_point": zx, "y_zero_point": zy, "out_shape": (*batch, x[-2], columns), "out_dtype": out}
-        return ops.batch_matmul(a, b, more, tuple(steps), transposed=transposed, **common)
+        return op_calls.batch_matmul(a, b, more, tuple(steps), transposed=transposed, **common)
 
     name = f"{x}_{y}_{transposed}_{zero_points}_{scales}_{out}"
     return Case(name, emit, (*(data or (integers(x, dtype, 3), integers(y, dtype, 4))), *extra))

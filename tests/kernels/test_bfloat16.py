@@ -8,7 +8,7 @@ from harness import Case, check, conv, floats, matmul, runnable
 from test_elementwise import a_concat
 from test_epilogue import a_map, exact
 
-from tvmq import functions, ir, ops
+from tvmq import functions, ir, op_calls, ops
 from tvmq.quantize import numerics
 
 levels = pytest.mark.parametrize("name", ["sse2", "avx2", "host"])
@@ -72,8 +72,8 @@ def test_rows_are_normalized_bit_for_bit(name: str) -> None:
         def emit(x):
             common = {"out_shape": ir.shape_of(x), "out_dtype": out}
             if kind == "softmax":
-                return ops.softmax(x, (), (), **common)
-            return ops.layer_norm(x, ir.constant(gamma), ir.constant(beta), (), (), epsilon=1e-5, **common)
+                return op_calls.softmax(x, (), (), **common)
+            return op_calls.layer_norm(x, ir.constant(gamma), ir.constant(beta), (), (), epsilon=1e-5, **common)
 
         return Case(f"{kind}_{dtype}_{out}", emit, (floats((2, 7, 33), 3, dtype),))
 
@@ -85,7 +85,7 @@ def test_rows_are_normalized_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize(("queries", "keys", "depth", "depth_out"), [(1, 1, 1, 1), (17, 33, 8, 16), (5, 40, 13, 7)])
 def test_attention_is_the_oracle(name: str, queries: int, keys: int, depth: int, depth_out: int) -> None:
     def emit(q, k, v):
-        return ops.attention(q, k, v, scale=0.3, out_shape=(2, queries, 3, depth_out), out_dtype="bfloat16")
+        return op_calls.attention(q, k, v, scale=0.3, out_shape=(2, queries, 3, depth_out), out_dtype="bfloat16")
 
     shapes = [(2, queries, 3, depth), (2, keys, 3, depth), (2, keys, 3, depth_out)]
     check([Case("attention", emit, tuple(floats(s, i, "bfloat16") for i, s in enumerate(shapes)))], runnable(name))

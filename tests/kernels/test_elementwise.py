@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import Case, check, floats, integers, runnable
 
-from tvmq import ops
+from tvmq import op_calls, ops
 from tvmq.quantize import numerics
 
 levels = pytest.mark.parametrize("name", ["sse2", "avx512-vnni"])
@@ -18,7 +18,7 @@ def a_concat(parts: list[np.ndarray], epilogues: list[ops.Epilogue], axis: int) 
     dtype = str(parts[0].dtype)
 
     def emit(*tensors):
-        return ops.concat(tensors, epilogues, axis=axis, out_shape=out, out_dtype=dtype)
+        return op_calls.concat(tensors, epilogues, axis=axis, out_shape=out, out_dtype=dtype)
 
     return Case(f"{[p.shape for p in parts]}_{axis}_{dtype}", emit, tuple(parts))
 

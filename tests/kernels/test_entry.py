@@ -10,7 +10,7 @@ import tvm
 from harness import Case, check, conv, floats, lowered_titles, module_of, runnable, target_of, weights
 from tvm import relax
 
-from tvmq import ops
+from tvmq import op_calls, ops
 from tvmq.kernels import builder
 from tvmq.kernels.entry import MOST_CHANNELS, Entry
 from tvmq.kernels.lower import lower
@@ -63,7 +63,7 @@ def stem(channels: int, dtype: str = "float32") -> Case:
     def emit(x: Any) -> Any:
         last = relax.op.permute_dims(x, [0, 2, 3, 1])
         steps = (ops.Multiply(25.0), ops.Quantize(3, *numerics.INT_RANGE[dtype], dtype)) if integer else ()
-        return inner.emit(ops.elementwise(last, (), steps, out_shape=image.shape, out_dtype=dtype) if integer else last)
+        return inner.emit(op_calls.elementwise(last, (), steps, out_shape=image.shape, out_dtype=dtype) if integer else last)
 
     return Case("stem", emit, (floats((1, channels, 9, 7)),))
 

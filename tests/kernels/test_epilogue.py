@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from harness import Case, check, floats, integers, lowered_titles, runnable
 
-from tvmq import functions, ir, ops
+from tvmq import functions, ir, op_calls, ops
 from tvmq.quantize import numerics
 
 LEVELS = ("sse2", "avx", "avx2", "avx512-vnni")
@@ -28,7 +28,7 @@ def a_map(
     dtype = out or (steps[-1].dtype if isinstance(steps[-1], ops.Quantize) else "float32")
 
     def emit(x, *more):
-        return ops.elementwise(
+        return op_calls.elementwise(
             x, [*(ir.constant(c) for c in constants), *more], steps, out_shape=ir.shape_of(x), out_dtype=dtype
         )
 

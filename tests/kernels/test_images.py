@@ -10,7 +10,7 @@ import torch
 from harness import LEVELS, Array, Case, check, floats, integers, requantize, runnable
 from torch.nn import functional
 
-from tvmq import ops
+from tvmq import op_calls, ops
 from tvmq.quantize import anchors, resampling
 
 SIZES = [((1, 7, 5, 3), (3, 2)), ((2, 4, 9, 17), (4, 5)), ((1, 3, 3, 33), (5, 7)), ((1, 1, 6, 8), (2, 1))]
@@ -22,14 +22,14 @@ def pool(x: Array, size: tuple[int, int], zero_point: int = 0, out: str = "float
     steps = (ops.Multiply(99.0), *steps) if steps else ()
 
     def emit(a: Any) -> Any:
-        return ops.adaptive_avg_pool2d(a, operands, steps, x_zero_point=zero_point, out_shape=shape, out_dtype=out)
+        return op_calls.adaptive_avg_pool2d(a, operands, steps, x_zero_point=zero_point, out_shape=shape, out_dtype=out)
 
     return Case(f"pool_{x.shape}_{size}_{x.dtype}_{out}", emit, (x,))
 
 
 def resize(x: Array, size: tuple[int, int], mode: str) -> Case:
     shape = (x.shape[0], *size, x.shape[3])
-    return Case(f"resize_{x.shape}_{size}_{mode}", lambda a: ops.resize2d(a, mode=mode, out_shape=shape), (x,))
+    return Case(f"resize_{x.shape}_{size}_{mode}", lambda a: op_calls.resize2d(a, mode=mode, out_shape=shape), (x,))
 
 
 def cases(dtype: str) -> list[Case]:

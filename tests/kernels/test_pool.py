@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from harness import Case, check, floats, integers, is_float, runnable
 
-from tvmq import ops
+from tvmq import op_calls, ops
 from tvmq.kernels.pool import reciprocal_counts
 from tvmq.quantize import numerics
 
@@ -36,7 +36,7 @@ def a_max(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, dilation
     out = extents(x, window, strides, padding, dilation)
 
     def emit(x):
-        return ops.max_pool2d(
+        return op_calls.max_pool2d(
             x, pool=window, strides=strides, padding=padding, dilation=dilation, out_shape=out, out_dtype=dtype
         )
 
@@ -55,7 +55,7 @@ def an_average(
         steps = (ops.Multiply(0.83), ops.Quantize(11, low, high, dtype))
 
     def emit(x):
-        return ops.avg_pool2d(
+        return op_calls.avg_pool2d(
             x,
             (),
             steps,

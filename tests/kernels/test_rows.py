@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import Case, check, dynamic, floats, integers, part, rows, runnable, weights
 
-from tvmq import functions, ir, ops
+from tvmq import functions, ir, op_calls, ops
 from tvmq.quantize import numerics
 
 LEVELS = ("sse2", "avx", "avx2", "avx512-pairs", "avx512-vnni", "host")
@@ -49,10 +49,10 @@ def test_rows_after_an_epilogue_and_an_anchor(name: str, keep: bool) -> None:
     def norm(x, added):
         steps = (ops.Residual(), ops.Activate("gelu"), last)
         constants = ir.constant(gamma), ir.constant(beta)
-        return ops.layer_norm(x, *constants, [added], steps, epsilon=1e-5, **shape)
+        return op_calls.layer_norm(x, *constants, [added], steps, epsilon=1e-5, **shape)
 
     def soft(x):
-        return ops.softmax(x, [], (ops.Multiply(3.3), last), **shape)
+        return op_calls.softmax(x, [], (ops.Multiply(3.3), last), **shape)
 
     cases = rows("map", integers((5, 33), "uint8"), (ops.Dequantize(0.3, 131), ops.Activate("silu")), keep=keep)
     for i in range(3 if keep else 2):
@@ -97,7 +97,7 @@ def test_a_product_is_scaled_by_channel_then_by_row() -> None:
 def test_row_scales_also_work_in_a_map() -> None:
     q = integers((2, 3, 19), "int8")
     scale = np.abs(floats((2, 3)))
-    check([Case("undo", ops.dequantize_rows, (q, scale))], runnable("host"), exact=True)
+    check([Case("undo", op_calls.dequantize_rows, (q, scale))], runnable("host"), exact=True)
 
 
 def test_every_activation_before_rows() -> None:
@@ -128,10 +128,10 @@ def check_norms_and_softmax(name: str, widths: tuple[int, ...]) -> None:
         width = ir.shape_of(x)[-1]
         constants = ir.constant(floats((width,), 3)), ir.constant(floats((width,), 4))
         common = {"out_shape": ir.shape_of(x), "out_dtype": out}
-        return ops.layer_norm(x, *constants, [], steps, epsilon=1e-5, **read, **common)
+        return op_calls.layer_norm(x, *constants, [], steps, epsilon=1e-5, **read, **common)
 
     def soft(x, steps: ops.Epilogue, out: str):
-        return ops.softmax(x, [], steps, **read, out_shape=ir.shape_of(x), out_dtype=out)
+        return op_calls.softmax(x, [], steps, **read, out_shape=ir.shape_of(x), out_dtype=out)
 
     cases = []
     for width in widths:
@@ -152,6 +152,6 @@ def test_rows_of_a_table_are_the_oracle(dtype: str) -> None:
     indices = np.array([[0, 39, 7], [40, -1, 2**31 - 1]], dtype)
 
     def emit(x):
-        return ops.embedding(x, ir.constant(table), ir.constant(scales))
+        return op_calls.embedding(x, ir.constant(table), ir.constant(scales))
 
     check([Case("rows", emit, (indices,))], runnable("host"), exact=True)

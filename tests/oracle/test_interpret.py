@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.errors import ModelError
 from tvmq.oracle import by_tvm, interpret, relax_operators
 from tvmq.oracle.interpret import Program
@@ -148,15 +148,15 @@ def test_one_expression_on_its_own():
 def test_tvmq_operators_are_computed_by_the_oracle(graph):
     def body(emit, x):
         q = emit(
-            ops.elementwise(
+            op_calls.elementwise(
                 x, (), (ops.Multiply(10.0), ops.Quantize(1, -128, 127, "int8")), out_shape=SHAPE, out_dtype="int8"
             ),
             "q",
         )
-        pooled = ops.max_pool2d(
+        pooled = op_calls.max_pool2d(
             q, pool=(2, 2), strides=(2, 2), padding=(0,) * 4, dilation=(1, 1), out_shape=(2, 2, 3, 4), out_dtype="int8"
         )
-        mean = ops.avg_pool2d(
+        mean = op_calls.avg_pool2d(
             emit(pooled, "p"), (), (ops.Multiply(0.1),), pool=(2, 3), strides=(2, 3), padding=(0,) * 4,
             count_include_pad=False, x_zero_point=1, out_shape=(2, 4), out_dtype="float32",
         )  # fmt: skip

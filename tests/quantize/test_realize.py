@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.realize import realize
@@ -110,17 +110,17 @@ def test_conv_bias_relu_becomes_one_operator(graph, storage: str, offset: int):
 
     def expected(emit, x):
         to_int = (ops.Multiply(2.0), ops.Quantize(-3 + offset, low, high, storage))
-        q = emit(ops.elementwise(x, (), to_int, out_shape=SHAPE, out_dtype=storage), "x_q")
+        q = emit(op_calls.elementwise(x, (), to_int, out_shape=SHAPE, out_dtype=storage), "x_q")
         # Bias in units of 0.5 * scale; multipliers 0.5 * scale / 2; relu is the lower limit, at the zero point.
         bias = relax.const(np.array([4, -8, 6], np.int32))
         multiplier = relax.const(np.array([0.125, 0.0625, 0.5], np.float32))
         steps = (ops.Bias(), ops.Scale(), ops.Quantize(5 + offset, 5 + offset, high, storage))
-        y = ops.conv2d(
+        y = op_calls.conv2d(
             q, relax.const(WEIGHT), [bias, multiplier], steps, strides=(1, 1), padding=(0,) * 4, dilation=(1, 1),
             groups=1, x_zero_point=-3 + offset, out_shape=(1, 4, 4, 3), out_dtype=storage,
         )  # fmt: skip
         back = (ops.Dequantize(2.0, 5 + offset),)
-        return emit(ops.elementwise(emit(y, "r"), (), back, out_shape=(1, 4, 4, 3), out_dtype="float32"), "r_dq")
+        return emit(op_calls.elementwise(emit(y, "r"), (), back, out_shape=(1, 4, 4, 3), out_dtype="float32"), "r_dq")
 
     after = realize(graph(_conv_bias_relu_qdq, SHAPE), storage)
     tvm.ir.assert_structural_equal(after, graph(expected, SHAPE))
@@ -136,7 +136,7 @@ def test_a_float_chain_becomes_one_operator(graph):
     def expected(emit, x, y):
         steps = (ops.Bias(), ops.Residual(), ops.Clip(0.0, 6.0))
         return emit(
-            ops.conv2d(
+            op_calls.conv2d(
                 x, relax.const(weight), [relax.const(BIAS), y], steps, strides=(1, 1), padding=(0,) * 4,
                 dilation=(1, 1), groups=1, out_shape=(1, 4, 4, 3), out_dtype="float32",
             ),

@@ -22,7 +22,7 @@ import torch
 import tvm
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls
 from tvmq.deploy.session import LocalSession
 from tvmq.detect import detect_host
 from tvmq.files import scratch_folder
@@ -179,7 +179,7 @@ def _ours(x: Array, weight: Array, host: Target, mode: str) -> Run:
     with builder.function("main", [var]):
         with builder.dataflow():
             constant = ir.constant(np.ascontiguousarray(weight.T))
-            call = ops.matmul(var, constant, [], (), out_shape=(len(x), len(weight)), out_dtype=out)
+            call = op_calls.matmul(var, constant, [], (), out_shape=(len(x), len(weight)), out_dtype=out)
             outputs = builder.emit_output(relax.Tuple([builder.emit(call, "y")]))
         builder.emit_func_output(outputs)
     lowered = lower(builder.get(), host, sparse=Sparse.FORCE if mode == "sparse" else Sparse.OFF)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls
 from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
 from tvmq.quantize import groups, numerics, products, rounding, tables, weights
@@ -135,7 +135,7 @@ def _linear(
             quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[bits])
         else:
             quantized = groups.quantize_groups(weight, scales, bits)
-        twin = ops.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
+        twin = op_calls.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
 
 
@@ -157,7 +157,7 @@ def _places(weight: Array, recipe: Recipe, seen: Array | None) -> Any:
         quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[4], table=table[0])
     else:
         quantized = tables.quantize(weight, scales, table)
-    return ops.dequantize_places(ir.constant(quantized), ir.constant(scales), ir.constant(table))
+    return op_calls.dequantize_places(ir.constant(quantized), ir.constant(scales), ir.constant(table))
 
 
 def _product(state: ir.Rewrite, name: str, value: Any, call: Any, plan: Plan, pairs: Pairs) -> Any:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.model import Model, Signature
 from tvmq.quantize import numerics
 from tvmq.quantize.narrow import MOVES
@@ -156,7 +156,7 @@ def _converted(x: Any, dtype: str) -> Any:
         ops.Dequantize(1.0, offset[ir.dtype_of(x)]),
         ops.Quantize(offset[dtype], *numerics.INT_RANGE[dtype], dtype),
     )
-    return ops.elementwise(x, (), steps, out_shape=ir.shape_of(x), out_dtype=dtype)
+    return op_calls.elementwise(x, (), steps, out_shape=ir.shape_of(x), out_dtype=dtype)
 
 
 def _quantize(params: QParams) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls
 from tvmq.quantize.numerics import QParams
 
 # [N, S, heads, depth] <-> [N, heads, S, depth]
@@ -66,7 +66,7 @@ def matmul(state: ir.Rewrite, call: Any, params: Sequence[QParams | None], pairs
 def attention(call: Any) -> Any:
     """The attention `call`, whose operands have their pairs."""
     shape = (*ir.shape_of(call.args[0])[:3], ir.shape_of(call.args[2])[3])
-    return ops.attention(*call.args, scale=attention_scale(call), out_shape=shape)
+    return op_calls.attention(*call.args, scale=attention_scale(call), out_shape=shape)
 
 
 def written_out(state: ir.Rewrite, name: str, call: Any, pairs: Pairs) -> Any:
@@ -99,9 +99,9 @@ def depth_of(call: Any) -> int:
 def through_rows(state: ir.Rewrite, x: Any) -> Any:
     """The twin of float32 x whose rows were quantized and dequantized."""
     name = state.names.get(x) or str(x.name)
-    results = state.emit(ops.quantize_rows(x), f"{name}_rows")
+    results = state.emit(op_calls.quantize_rows(x), f"{name}_rows")
     parts = [state.emit(relax.TupleGetItem(results, i), f"{name}_{part}") for i, part in enumerate(("q", "scale"))]
-    return state.emit(ops.dequantize_rows(*parts), f"{name}_dq")
+    return state.emit(op_calls.dequantize_rows(*parts), f"{name}_dq")
 
 
 def columns_of(state: ir.Rewrite, y: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
 from tvmq.quantize import numerics
@@ -104,7 +104,7 @@ class _Realizer:
         stored = self.stored.get(self.values[old].args[0])
         if stored is None:
             return None
-        return ops.elementwise(stored.var, (), stored.to_float, out_shape=ir.shape_of(value), out_dtype="float32")
+        return op_calls.elementwise(stored.var, (), stored.to_float, out_shape=ir.shape_of(value), out_dtype="float32")
 
     def _only_stored(self, var: Any) -> bool:
         """Whether the one reader of `var` is a quantize or a rounding, which then realizes the chain."""
@@ -122,7 +122,7 @@ class _Realizer:
             x, steps = (value.args[0], ()) if source is None else (source.var, source.to_float)
             if out.is_integer:
                 steps = (*steps, ops.Multiply(float(numerics.reciprocal(out.scale))), out.to_integer())
-            new = ops.elementwise(x, (), steps, out_shape=ir.shape_of(value), out_dtype=out.dtype)
+            new = op_calls.elementwise(x, (), steps, out_shape=ir.shape_of(value), out_dtype=out.dtype)
         else:
             name = str(producer.name)
         var = state.emit(new, name)
@@ -159,7 +159,7 @@ class _Realizer:
             return None
         if old in self.rows:
             return self.rows[old]
-        return ops.quantize_rows(call.args[0], zero_point=self.offset, dtype=self.storage)
+        return op_calls.quantize_rows(call.args[0], zero_point=self.offset, dtype=self.storage)
 
     def _float_chain(self, state: ir.Rewrite, name: str, chain: Chain) -> Any:
         """The float operator for `chain`, which quantizes its rows on the way where a reader asks for them."""
@@ -239,26 +239,26 @@ class _Realizer:
         if weight is not None and chain.kind == "conv2d":
             common |= {name: [int(v) for v in getattr(a, name)] for name in ("strides", "padding", "dilation")}
             groups = int(a.groups)
-            return ops.conv2d(operand, weight.value, operands, steps, groups=groups, x_zero_point=zero, **common)
+            return op_calls.conv2d(operand, weight.value, operands, steps, groups=groups, x_zero_point=zero, **common)
         if weight is not None and weight.groups is not None:
             scales, bits = weight.groups
             if weight.table is not None:
-                return ops.lookup_matmul(operand, weight.value, scales, weight.table, operands, steps, **common)
-            return ops.grouped_matmul(operand, weight.value, scales, operands, steps, bits=bits, **common)
+                return op_calls.lookup_matmul(operand, weight.value, scales, weight.table, operands, steps, **common)
+            return op_calls.grouped_matmul(operand, weight.value, scales, operands, steps, bits=bits, **common)
         if weight is not None:
-            return ops.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)
+            return op_calls.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)
         if chain.kind in fusion.FLOAT_ANCHORS:
             if x is not None and x.is_integer:
                 common |= {"x_scale": x.scale, "x_zero_point": zero}
             if chain.kind == "softmax":
-                return ops.softmax(operand, operands, steps, **common)
+                return op_calls.softmax(operand, operands, steps, **common)
             gamma, beta = chain.call.args[1:]
-            return ops.layer_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
+            return op_calls.layer_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
         if chain.kind == "avg_pool2d" and _is_uneven(chain.call):
-            return ops.adaptive_avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
+            return op_calls.adaptive_avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         if chain.kind == "avg_pool2d":
-            return ops.avg_pool2d(operand, operands, steps, x_zero_point=zero, **_window(chain.call), **common)
-        return ops.elementwise(operand, operands, steps, **common)
+            return op_calls.avg_pool2d(operand, operands, steps, x_zero_point=zero, **_window(chain.call), **common)
+        return op_calls.elementwise(operand, operands, steps, **common)
 
     # --- operators that move integers ---
 
@@ -270,7 +270,7 @@ class _Realizer:
             return _max_pool(call, x.var, out.dtype)
         if ir.is_call(call, "image.resize2d") and str(call.attrs.method) == "linear":
             mode = str(call.attrs.coordinate_transformation_mode)
-            return ops.resize2d(x.var, mode=mode, out_shape=ir.shape_of(call))
+            return op_calls.resize2d(x.var, mode=mode, out_shape=ir.shape_of(call))
         if ir.is_call(call, "nn.pad"):
             value = out.element(float(call.attrs.pad_value)) if out.is_integer else 0.0
             return relax.op.nn.pad(x.var, call.attrs.pad_width, "constant", value)
@@ -284,7 +284,7 @@ class _Realizer:
         epilogues = [self._rescale(source, out) for source in sources]
         tensors = [source.var for source in sources]
         axis = int(call.attrs.axis) % len(ir.shape_of(call))
-        return ops.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
+        return op_calls.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
 
     def _embedding(self, state: ir.Rewrite, call: Any) -> Any:
         """`tvmq.embedding` for a lookup in a table of int8 with a scale a row, or one; None for other lookups."""
@@ -297,7 +297,7 @@ class _Realizer:
         if not (by_row and plain) or ir.to_numpy(zeros).any() or call.attrs.axis is None:
             return None
         every = np.broadcast_to(ir.to_numpy(scales).reshape(-1), (ir.shape_of(weight)[0],))
-        return ops.embedding(state.new_of.get(indices, indices), weight, ir.constant(every))
+        return op_calls.embedding(state.new_of.get(indices, indices), weight, ir.constant(every))
 
     def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
         if x.like(out):
@@ -346,4 +346,4 @@ def _max_pool(call: Any, x: Any, dtype: str) -> Any:
         "padding": [int(v) for v in a.padding],
         "dilation": [int(v) for v in a.dilation],
     }
-    return ops.max_pool2d(x, **geometry, out_shape=ir.shape_of(call), out_dtype=dtype)
+    return op_calls.max_pool2d(x, **geometry, out_shape=ir.shape_of(call), out_dtype=dtype)

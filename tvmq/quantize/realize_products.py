@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.graph import fusion
 from tvmq.quantize import numerics, products
 from tvmq.quantize.epilogues import Stored
@@ -83,13 +83,13 @@ class Products:
         # Scales of rows of y are those of columns where it is transposed only.
         if left is None or right is None or deep or (right.rows is not None and not transposed):
             x, y = (state.new_of.get(operand, operand) for operand in (x, y))
-            return ops.batch_matmul(x, y, (), _float_steps(factor, out), transposed=transposed, **common)
+            return op_calls.batch_matmul(x, y, (), _float_steps(factor, out), transposed=transposed, **common)
         var = right.var
         if not transposed and (columns := products.columns_of(state, var)) is not None:
             var, transposed = columns, True
         steps, scales = _integer_steps(left, right, factor, out)
         common |= {"x_zero_point": left.zero_point, "y_zero_point": right.zero_point}
-        return ops.batch_matmul(left.var, var, scales, steps, transposed=transposed, **common)
+        return op_calls.batch_matmul(left.var, var, scales, steps, transposed=transposed, **common)
 
     def _integers(self, state: ir.Rewrite, var: Any) -> Stored | None:
         """The 8-bit tensor or rows behind an old variable."""
@@ -104,11 +104,11 @@ class Products:
         quantized = [source for source in sources if source is not None]
         if len(quantized) < len(sources):
             query, key, value = (state.new_of.get(arg, arg) for arg in call.args)
-            return ops.attention(query, key, value, _float_steps(1.0, out), scale=scale, **common)
+            return op_calls.attention(query, key, value, _float_steps(1.0, out), scale=scale, **common)
         q, k, v = quantized
         steps, _ = _integer_steps(v, Stored(None, v.dtype), 1.0, out)
         common |= {"scale": float(np.float64(q.scale) * k.scale * scale)}
-        return ops.attention(q.var, k.var, v.var, steps, zero_points=[x.zero_point for x in quantized], **common)
+        return op_calls.attention(q.var, k.var, v.var, steps, zero_points=[x.zero_point for x in quantized], **common)
 
     def _attention(self, state: ir.Rewrite, call: Any, out: Stored | None) -> Any:
         """`tvmq.attention` for an old call: on 16 bits where all three operands are stored so."""
@@ -120,7 +120,7 @@ class Products:
             args = [state.new_of.get(arg, arg) for arg in call.args]
         scale = products.attention_scale(call)
         out_dtype = out.dtype if out is not None else "float32"
-        return ops.attention(*args, scale=scale, out_shape=ir.shape_of(call), out_dtype=out_dtype)
+        return op_calls.attention(*args, scale=scale, out_shape=ir.shape_of(call), out_dtype=out_dtype)
 
 
 def _float_steps(factor: float, out: Stored | None) -> ops.Epilogue:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tvm
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 
@@ -34,6 +34,6 @@ def simulated(module: tvm.IRModule) -> tvm.IRModule:
             ops.Quantize(zero_point, *numerics.INT_RANGE["int8"], "int8"),
             ops.Dequantize(scale, zero_point),
         )
-        return ops.elementwise(pair.args[0], (), steps, out_shape=ir.shape_of(value), out_dtype="float32")
+        return op_calls.elementwise(pair.args[0], (), steps, out_shape=ir.shape_of(value), out_dtype="float32")
 
     return ir.rewrite(module, visit)

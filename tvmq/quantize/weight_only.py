@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import relax
 
-from tvmq import ir, ops
+from tvmq import ir, op_calls, ops
 from tvmq.oracle import interpret
 from tvmq.quantize.groups import RANGE
 from tvmq.quantize.numerics import to_bfloat16, widened
@@ -62,7 +62,7 @@ def with_columns(state: ir.Rewrite, product: Any) -> Any:
     if scales.size > 1 and scales.shape[-1] != shape[1]:
         return None
     columns = to_bfloat16(np.broadcast_to(scales.reshape(1, -1), shape))
-    twin = ops.dequantize_groups(weight.args[0], ir.constant(columns), bits=ops.attributes(weight)["bits"])
+    twin = op_calls.dequantize_groups(weight.args[0], ir.constant(columns), bits=ops.attributes(weight)["bits"])
     name = state.names[product.args[0]]
     return relax.Call(matmul.op, [matmul.args[0], state.emit(twin, f"{name}_weight")], matmul.attrs)
 
@@ -85,4 +85,4 @@ def _grouped(weight: Array, scales: Array, zeros: Array) -> Any:
     if zeros.any() or depth % count or (group not in GROUP_SIZES and count > 1):
         return None
     packed = ir.constant(np.ascontiguousarray(weight))
-    return ops.dequantize_groups(packed, ir.constant(to_bfloat16(scales)), bits=4 if narrow else 8)
+    return op_calls.dequantize_groups(packed, ir.constant(to_bfloat16(scales)), bits=4 if narrow else 8)
