@@ -10,8 +10,9 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, FLOATS, Expr, Place
+from tvmq.kernels.builder import FLOAT, FLOATS, Expr
 from tvmq.kernels.pad import for_each
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class AdaptivePool:
                 total = total if dtype == FLOAT else builder.cast(total, FLOAT, lanes)
                 mean = builder.fenced(total * builder.splat(share, lanes), lanes)
                 place = Place(at, (row * ow + column) * c + at, lanes)
-                out.store(builder.run_epilogue(mean, FLOAT, self.epilogue, operands, place), place.flat, lanes)
+                out.store(run_epilogue(mean, FLOAT, self.epilogue, operands, place), place.flat, lanes)
 
             for_each(c, self.lanes, pool)
 

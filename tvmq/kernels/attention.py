@@ -14,11 +14,13 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import functions, ops
-from tvmq.kernels import builder
-from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Place, VectorMath
+from tvmq.kernels import builder, inline_llvm
+from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.shuffles import rounded_pair, transposed, zip_llvm
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
+from tvmq.kernels.vector_math import VectorMath
 
 _LARGEST = 3.4e38
 
@@ -29,7 +31,7 @@ class Attention:
 
     micro: float32, or bfloat16 where depths are multiples of its `kr`. rows x vectors: the register tile; a block of
     queries is as wide as it. parts: parallel tasks that share the queries of a head. pair: `shuffles.pair_llvm`;
-    rounding: `builder.rounding_llvm`. epilogue: steps without operands.
+    rounding: `inline_llvm.rounding_llvm`. epilogue: steps without operands.
     """
 
     shape: tuple[int, int, int, int]
@@ -71,7 +73,7 @@ class Emitter:
             ((n, k.keys, self.heads, k.depth_out), k.dtype),
             ((n, self.queries, self.heads, k.depth_out), k.out_dtype),
         )
-        self.out = builder.rounded_by(out, k.rounding)
+        self.out = inline_llvm.rounded_by(out, k.rounding)
         for text in filter(None, (self.m.llvm, k.pair, self.out.rounding and k.rounding, zip_llvm(self.lanes))):
             f.import_llvm(text)
         blocks, full = -(-self.queries // self.width), self.queries // self.width
@@ -245,7 +247,7 @@ class Emitter:
 
         def store(value: Expr, query: Expr, d: Expr, size: int) -> None:
             place = Place(head * depth + d, first + query * pitch + d, size)
-            self.out.store(builder.run_epilogue(value, FLOAT, self.k.epilogue, (), place), place.flat, size)
+            self.out.store(run_epilogue(value, FLOAT, self.k.epilogue, (), place), place.flat, size)
 
         def square(group: Expr, queries: int) -> None:
             with builder.serial(-(-depth // lanes)) as tile:

@@ -17,10 +17,11 @@ from tvm import tirx
 
 from tvmq import ops
 from tvmq.kernels import builder, word_panels
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, Registers
+from tvmq.kernels.builder import FLOAT, Expr, Flat, Registers
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.results import Results
+from tvmq.kernels.vector_epilogue import Place
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
-"""Building TensorIR functions from Python: flat buffers, vectors of any width, and the steps of an epilogue."""
+"""Building TensorIR functions from Python: flat buffers, registers, loops, and expressions on vectors of any width."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tvm
@@ -16,16 +15,14 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvmq import functions, ops
-from tvmq.isa import Isa
-from tvmq.triple import Family
-
 Expr = Any  # tvm.tirx.PrimExpr
 FLOAT = "float32"
 BF16 = "bfloat16"
 FP16 = "float16"
 # Dtypes whose elements are float32 once they are loaded.
 FLOATS = (FLOAT, BF16, FP16)
+# The floats that the function of `Flat.rounding` takes.
+_ROUNDING_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,6 @@ class Flat:
     def store_bits(self, bits: Expr, index: Expr, lanes: int = 1) -> None:
         """Store `lanes` elements as `bits` of another buffer of this dtype gives them."""
         T.buffer_store(self.buffer, bits, [T.Ramp(index, 1, lanes) if lanes > 1 else index])
-
-
-class Readable(Protocol):
-    """What gives the operand of an epilogue step: a Flat, or one that reads in another order."""
-
-    def load(self, index: Expr, lanes: int = 1) -> Expr:
-        """The `lanes` elements that belong to `index`."""
 
 
 # TVM puts arrays of 1 KiB or more on the heap, and any of the scope "local": LLVM keeps such ones in registers only
@@ -214,58 +204,10 @@ def external(dtype: str, name: str, *args: Expr) -> Expr:
     return T.call_extern(dtype, name, *args)
 
 
-# What brings a line into the first or second cache level. LLVM's own intrinsic counts as a store to anything.
-_PREFETCH = {
-    Family.X86: ("prefetcht0 ($0)", "prefetcht1 ($0)"),
-    Family.AARCH64: ("prfm pldl1keep, [$0]", "prfm pldl2keep, [$0]"),
-}
-_PREFETCH_LLVM = """
-define void @tvmq_prefetch_{level}(ptr %p) alwaysinline {{
-  call void asm sideeffect "{instruction}", "r"(ptr %p) nounwind memory(none)
-  ret void
-}}
-"""
-
-
-def prefetch_llvm(family: Family) -> str:
-    """The LLVM module that `prefetch` calls into; "" where there is no such instruction."""
-    instructions = enumerate(_PREFETCH.get(family, ()), 1)
-    return "".join(_PREFETCH_LLVM.format(level=level, instruction=text) for level, text in instructions)
-
-
-def prefetch(flat: Flat, index: Expr, level: int) -> None:
-    """Bring the cache line of the element at `index` into a cache level, 1 or 2. Needs `prefetch_llvm`.
-
-    The element need not exist: a prefetch never faults.
-    """
-    T.evaluate(external("void", f"tvmq_prefetch_{level}", T.address_of(flat.buffer[index])))
-
-
-_ROUNDING_LANES = 16
-_ROUNDING_LLVM = """
-define <16 x i16> @tvmq_bf16_round(<16 x float> %x) alwaysinline {
-  %rounded = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %x)
-  %bits = bitcast <16 x bfloat> %rounded to <16 x i16>
-  ret <16 x i16> %bits
-}
-declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
-"""
-
-
-def rounding_llvm(isa: Isa) -> str:
-    """The LLVM module that `rounded_by` needs; "" where no instruction rounds to bfloat16."""
-    return _ROUNDING_LLVM if "avx512bf16" in isa.required_features else ""
-
-
-def rounded_by(flat: Flat, llvm: str) -> Flat:
-    """`flat` with stores that round by instruction, where there is one: denormal numbers become zeros."""
-    return dataclasses.replace(flat, rounding="tvmq_bf16_round") if llvm and flat.dtype == BF16 else flat
-
-
 def widen(bits: Expr, lanes: int) -> Expr:
     """The float32 of bfloat16 bits: their upper half."""
     wide = cast(bits, "uint32", lanes) << number(16, "uint32", lanes)
-    return T.reinterpret(_vector(FLOAT, lanes), wide)
+    return T.reinterpret(vector_dtype(FLOAT, lanes), wide)
 
 
 def narrow(value: Expr, lanes: int) -> Expr:
@@ -273,7 +215,7 @@ def narrow(value: Expr, lanes: int) -> Expr:
 
     In integers, so that every machine agrees: AVX512-BF16's own conversion makes zeros of denormal numbers.
     """
-    bits = T.Bind(T.reinterpret(_vector("uint32", lanes), value))
+    bits = T.Bind(T.reinterpret(vector_dtype("uint32", lanes), value))
     high = T.Bind(bits >> number(16, "uint32", lanes))
     # Half of the last place that is kept, less one where it is even: ties go to even. Infinity overflows into nothing.
     rounded = (bits + number(0x7FFF, "uint32", lanes) + (high & number(1, "uint32", lanes))) >> number(
@@ -285,184 +227,17 @@ def narrow(value: Expr, lanes: int) -> Expr:
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
     """`a * b + c` in float32 with one rounding on every machine."""
-    return intrinsic(_vector(FLOAT, lanes), "llvm.fma", a, b, c)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a vector of results belongs: `channel` of its first lane, `flat` index in the output, and `row`.
-
-    row: all indices but the channel, as one; for epilogues with a scale a row. Of products of two activations `row` is
-    that of the first, and `channel` all indices of a column of the second. narrow: how the machine quantizes a vector
-    of such sums in its own way.
-    """
-
-    channel: Expr
-    flat: Expr
-    lanes: int
-    row: Expr = None
-    narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = None
-
-
-def run_epilogue(value: Expr, dtype: str, steps: ops.Epilogue, operands: Sequence[Readable], place: Place) -> Expr:
-    """The steps of an epilogue on a vector of results of `dtype`; the meaning is `numerics.epilogue`."""
-    remaining = iter(operands)
-    for step in steps:
-        if isinstance(step, ops.OperandStep):
-            value, dtype = _with_operand(value, dtype, step, next(remaining), place)
-        else:
-            value, dtype = _step(value, dtype, step, place)
-    return value
-
-
-def _with_operand(value: Expr, dtype: str, step: ops.OperandStep, operand: Readable, place: Place) -> tuple[Expr, str]:
-    lanes = place.lanes
-    match step:
-        case ops.Bias():
-            return value + operand.load(place.channel, lanes), dtype
-        case ops.Scale() | ops.ColumnScale():
-            return fenced(_to_float(value, dtype, lanes) * operand.load(place.channel, lanes), lanes), FLOAT
-        case ops.RowScale():
-            factor = splat(operand.load(place.row), lanes)
-            return fenced(_to_float(value, dtype, lanes) * factor, lanes), FLOAT
-        case ops.Minus():
-            return value - operand.load(place.flat, lanes), dtype
-        case ops.Residual(scale, zero_point):
-            added = operand.load(place.flat, lanes)
-            if scale is None:
-                return value + added, dtype
-            return fma(_centred(added, zero_point, lanes), number(scale, FLOAT, lanes), value, lanes), FLOAT
-        case ops.Times(scale, zero_point):
-            factor = operand.load(place.flat, lanes)
-            if scale is not None:
-                factor = fenced(_centred(factor, zero_point, lanes) * number(scale, FLOAT, lanes), lanes)
-            return fenced(value * factor, lanes), FLOAT
-
-
-def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, str]:
-    lanes = place.lanes
-    match step:
-        case ops.Dequantize(scale, zero_point):
-            return fenced(_centred(value, zero_point, lanes) * number(scale, FLOAT, lanes), lanes), FLOAT
-        case ops.Multiply(factor):
-            return fenced(_to_float(value, dtype, lanes) * number(factor, FLOAT, lanes), lanes), FLOAT
-        case ops.Clip(low, high):
-            return _limit(value, low, high, dtype, lanes), dtype
-        case ops.Activate(name):
-            return functions.ACTIVATIONS[name](VectorMath(lanes), T.Bind(value)), FLOAT
-        case ops.Quantize() if place.narrow is not None:
-            return place.narrow(_to_float(value, dtype, lanes), step, lanes), step.dtype
-        case ops.Quantize(zero_point, qmin, qmax, stored):
-            limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)
-            return cast(_rounded(limited, zero_point, lanes), stored, lanes), stored
-        case ops.QuantizeRows():
-            raise AssertionError("kernels of whole rows take it off first")
-        case _:
-            raise AssertionError("has an operand")
-
-
-# Numbers from 2**23 to 2**24 are whole: a sum that lies there was rounded, half to even, and its last bits count.
-_WHOLE = 1.5 * 2**23
-_WHOLE_BITS = int(np.float32(_WHOLE).view(np.int32))
-
-
-def _rounded(value: Expr, zero_point: int, lanes: int) -> Expr:
-    """int32 of `nearbyint(value) + zero_point` for float32 in [-2**22, 2**22].
-
-    Not every machine rounds by an instruction: 32-bit ARM would call a function for each element.
-    """
-    bits = T.reinterpret(_vector("int32", lanes), value + number(_WHOLE, FLOAT, lanes))
-    return bits - number(_WHOLE_BITS - zero_point, "int32", lanes)
-
-
-def _to_float(value: Expr, dtype: str, lanes: int) -> Expr:
-    return value if dtype == FLOAT else cast(value, FLOAT, lanes)
-
-
-def _centred(value: Expr, zero_point: int, lanes: int) -> Expr:
-    """float32(q - zero_point)."""
-    wide = cast(value, "int32", lanes)
-    return cast(wide - number(zero_point, "int32", lanes) if zero_point else wide, FLOAT, lanes)
-
-
-def _limit(value: Expr, low: float | None, high: float | None, dtype: str, lanes: int) -> Expr:
-    """Limited from below, then from above, so that `high` wins where the two cross."""
-    if low is not None:
-        value = T.max(value, number(low, dtype, lanes))
-    return value if high is None else T.min(value, number(high, dtype, lanes))
+    return intrinsic(vector_dtype(FLOAT, lanes), "llvm.fma", a, b, c)
 
 
 def fenced(value: Expr, lanes: int) -> Expr:
     """A float32 product that LLVM must not contract with a later addition: its rounding is part of the semantics."""
-    return intrinsic(_vector(FLOAT, lanes), "llvm.arithmetic.fence", value)
+    return intrinsic(vector_dtype(FLOAT, lanes), "llvm.arithmetic.fence", value)
 
 
-def _vector(dtype: str, lanes: int) -> str:
+def vector_dtype(dtype: str, lanes: int) -> str:
+    """How TVM writes a vector of `lanes`."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
-
-
-@dataclass(frozen=True)
-class VectorMath:
-    """The operations of `functions.Math` on vectors of `lanes` float32.
-
-    Each result is bound to a name: expressions are trees, and a value read twice would be written out twice.
-    """
-
-    lanes: int
-
-    def number(self, value: float) -> Expr:
-        """A constant in every lane, rounded to float32 first."""
-        return number(float(np.float32(value)), FLOAT, self.lanes)
-
-    def mul(self, a: Expr, b: Expr) -> Expr:
-        """a * b, kept apart from later additions."""
-        return T.Bind(fenced(a * b, self.lanes))
-
-    def add(self, a: Expr, b: Expr) -> Expr:
-        """a + b."""
-        return T.Bind(a + b)
-
-    def sub(self, a: Expr, b: Expr) -> Expr:
-        """a - b."""
-        return T.Bind(a - b)
-
-    def div(self, a: Expr, b: Expr) -> Expr:
-        """a / b."""
-        return T.Bind(a / b)
-
-    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
-        """a * b + c, rounded once."""
-        return T.Bind(fma(a, b, c, self.lanes))
-
-    def rint(self, a: Expr) -> Expr:
-        """The nearest integer, ties to even."""
-        return T.Bind(T.nearbyint(a))
-
-    def minimum(self, a: Expr, b: Expr) -> Expr:
-        """The smaller."""
-        return T.Bind(T.min(a, b))
-
-    def maximum(self, a: Expr, b: Expr) -> Expr:
-        """The larger."""
-        return T.Bind(T.max(a, b))
-
-    def sqrt(self, a: Expr) -> Expr:
-        """The square root."""
-        return T.Bind(intrinsic(_vector(FLOAT, self.lanes), "llvm.sqrt", a))
-
-    def magnitude(self, a: Expr) -> Expr:
-        """|a|."""
-        return T.Bind(intrinsic(_vector(FLOAT, self.lanes), "llvm.fabs", a))
-
-    def where_less(self, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
-        """`then` where a < b, else `otherwise`."""
-        return T.Bind(T.Select(a < b, then, otherwise))
-
-    def scale(self, a: Expr, exponent: Expr) -> Expr:
-        """a * 2**exponent: the exponent's bits are added to."""
-        integer = _vector("int32", self.lanes)
-        bits = T.reinterpret(integer, a) + cast(exponent, "int32", self.lanes) * number(1 << 23, "int32", self.lanes)
-        return T.Bind(T.reinterpret(_vector(FLOAT, self.lanes), bits))
 
 
 def module(named: dict[str, Any]) -> tvm.IRModule:

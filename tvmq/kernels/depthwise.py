@@ -16,8 +16,9 @@ import numpy.typing as npt
 from tvm import tirx
 
 from tvmq import ops
-from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOATS, Expr, Place
+from tvmq.kernels import builder, inline_llvm
+from tvmq.kernels.builder import FLOATS, Expr
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 Array = npt.NDArray[Any]
 Inside = tuple[bool, ...]
@@ -76,7 +77,7 @@ class Depthwise:
     lanes: int
     columns: int
     blocks_first: bool
-    rounding: str = ""  # what `builder.rounded_by` needs
+    rounding: str = ""  # what `inline_llvm.rounded_by` needs
     # `Micro.narrow`, for integers whose lanes are a multiple of 8.
     narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = field(default=None, kw_only=True)
 
@@ -106,7 +107,7 @@ class Depthwise:
             *self.operands,
             (self.out_shape, self.out_dtype),
         )
-        out = builder.rounded_by(out, self.rounding)
+        out = inline_llvm.rounded_by(out, self.rounding)
         if out.rounding:
             f.import_llvm(self.rounding)
         rest = c % self.lanes
@@ -204,7 +205,7 @@ class Depthwise:
             flat = ((image * oh + y) * ow + column + i) * c + block * self.lanes
             at = Place(block * self.lanes, flat, lanes, None, self.narrow if lanes % 8 == 0 else None)
             steps, rest = (self.epilogue[1:], operands[1:]) if bias else (self.epilogue, operands)
-            out.store(builder.run_epilogue(acc.load(i * lanes, lanes), self.acc_dtype, steps, rest, at), flat, lanes)
+            out.store(run_epilogue(acc.load(i * lanes, lanes), self.acc_dtype, steps, rest, at), flat, lanes)
 
     def _wide(self, value: Expr, lanes: int) -> Expr:
         # By way of int16: instructions that multiply into int32 take that.

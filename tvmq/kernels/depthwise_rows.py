@@ -18,10 +18,11 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
-from tvmq.kernels import builder, interleave
-from tvmq.kernels.builder import FLOATS, Expr, Flat, Place
+from tvmq.kernels import builder, inline_llvm, interleave
+from tvmq.kernels.builder import FLOATS, Expr, Flat
 from tvmq.kernels.depthwise import Depthwise, Inside, runs
 from tvmq.kernels.interleave import Interleaved, RowDot
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 Array = npt.NDArray[Any]
 # Lanes of 32 bits that are interleaved together: 128 bits.
@@ -155,7 +156,7 @@ class RowDepthwise(Depthwise):
             *self.operands,
             (self.out_shape, self.out_dtype),
         )
-        out = builder.rounded_by(out, self.rounding)
+        out = inline_llvm.rounded_by(out, self.rounding)
         for text in (out.rounding and self.rounding, self.product.llvm):
             if text:
                 f.import_llvm(text)
@@ -323,7 +324,7 @@ class _Piece:
             at = Place(span.first + v * _SEGMENT, flat + v * _SEGMENT, lanes)
             operands = self.operands[v][1:] if self.bias else self.operands[v]
             value = self.acc.load(self._slot(i, v), lanes)
-            value = builder.run_epilogue(value, k.acc_dtype, steps[:-1] if packed else steps, operands, at)
+            value = run_epilogue(value, k.acc_dtype, steps[:-1] if packed else steps, operands, at)
             vectors.append(T.Bind(value if packed else self.buffers.out.encoded(value, lanes)))
         whole = interleave.quantize(vectors, packed, lanes) if packed else interleave.restore(vectors, lanes)
         self.buffers.out.store_bits(whole, flat, self.dot.channels(lanes))

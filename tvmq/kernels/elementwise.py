@@ -11,8 +11,9 @@ from tvm import tirx
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Place
+from tvmq.kernels.builder import Expr
 from tvmq.kernels.pad import for_each
+from tvmq.kernels.vector_epilogue import Place, Readable, run_epilogue
 
 # Elements that one parallel task takes at least: below that, waking a thread costs more than it gains.
 _GRAIN = 4096
@@ -45,7 +46,7 @@ class Map:
         def run(row: Expr, at: Expr, lanes: int) -> None:
             flat = row * channels + at
             place = Place(at, flat, lanes, row)
-            out.store(builder.run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, read, place), flat, lanes)
+            out.store(run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, read, place), flat, lanes)
 
         by_row = any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale) for step in self.epilogue)
         if by_row or any(isinstance(operand, _Repeated) for operand in read):
@@ -54,7 +55,7 @@ class Map:
         else:
             in_blocks(count, self.lanes, lambda at, lanes: run(tirx.const(0, "int32"), at, lanes))
 
-    def _spread(self, operand: builder.Flat, shape: tuple[int, ...]) -> builder.Readable:
+    def _spread(self, operand: builder.Flat, shape: tuple[int, ...]) -> Readable:
         """An operand [N, 1, ..., 1, C] as one of the result's shape; any other as it is."""
         if len(shape) < 2 or len(shape) < len(self.shape) or shape == self.shape:
             return operand
@@ -120,7 +121,7 @@ class Concat:
                     if part.dtype == out.dtype and not steps:
                         out.store_bits(part.bits(row * run + at, lanes), flat, lanes)
                         return
-                    value = builder.run_epilogue(
+                    value = run_epilogue(
                         part.load(row * run + at, lanes), part.value_dtype, steps, (), Place(at, flat, lanes)
                     )
                     out.store(value, flat, lanes)

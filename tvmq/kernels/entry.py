@@ -14,9 +14,10 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
-from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, Place
+from tvmq.kernels import builder, inline_llvm
+from tvmq.kernels.builder import Expr, Flat
 from tvmq.kernels.pad import Pad, converted, fill, for_each
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 # Images with more channels are transposed on their own: one vector a channel is held in registers.
 MOST_CHANNELS = 8
@@ -30,7 +31,7 @@ class Entry:
     steps: ops.Epilogue
     pad: Pad
     lanes: int
-    rounding: str  # what `builder.rounded_by` needs
+    rounding: str  # what `inline_llvm.rounded_by` needs
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:
@@ -44,7 +45,7 @@ class Entry:
 
     def _emit(self, f: builder.Function) -> None:
         x, out = f.arguments((self.x_shape, self.x_dtype), (self.pad.out_shape, self.pad.out_dtype))
-        out = builder.rounded_by(out, self.rounding)
+        out = inline_llvm.rounded_by(out, self.rounding)
         if out.rounding:
             f.import_llvm(self.rounding)
         _, c, h, w = self.x_shape
@@ -71,7 +72,7 @@ class Entry:
             value = _shuffle(loaded, [channel * count + pixel for pixel, channel in turns], count)
             flat = target + part * count
             place = Place(tirx.const(0, "int32"), flat, count)
-            value = builder.run_epilogue(value, x.value_dtype, self.steps, (), place)
+            value = run_epilogue(value, x.value_dtype, self.steps, (), place)
             out.store(converted(value, self.pad.x_dtype, out, self.pad.value, count), flat, count)
 
 

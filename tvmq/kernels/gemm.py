@@ -20,11 +20,12 @@ import numpy.typing as npt
 from tvm import tirx
 
 from tvmq import ops
-from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, Place, Registers
+from tvmq.kernels import builder, inline_llvm
+from tvmq.kernels.builder import Expr, Flat, Registers
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.results import Results
+from tvmq.kernels.vector_epilogue import Place
 
 Array = npt.NDArray[Any]
 
@@ -243,7 +244,7 @@ def imbalance(tasks: int, cores: int) -> float:
 class Gemm:
     """Everything that decides the code of one matrix kernel.
 
-    prefetch, rounding: what `builder.prefetch` and `builder.rounded_by` need, or "".
+    prefetch, rounding: what `inline_llvm.prefetch` and `inline_llvm.rounded_by` need, or "".
     """
 
     geometry: Geometry
@@ -280,7 +281,7 @@ class Emitter:
         self.x, self.w, *self.operands, self.out = f.arguments(
             (k.x_shape, self.m.a_dtype), self.weights(), *k.operands, (k.out_shape, k.out_dtype)
         )
-        self.out = builder.rounded_by(self.out, k.rounding)
+        self.out = inline_llvm.rounded_by(self.out, k.rounding)
         for text in filter(None, (self.m.llvm, k.prefetch, self.out.rounding and k.rounding)):
             f.import_llvm(text)
         self.f = f
@@ -434,7 +435,7 @@ class Emitter:
         turn = self.turn if flat else self.turn * across + tirx.floordiv(column, self.tile.columns)
         part = tirx.min(turn, tirx.const(lines - 1, "int32"))
         ahead = (part * (len(self.g.taps) * self.steps // spans) + tirx.floordiv(step, spans)) * line
-        builder.prefetch(self.w, (panel + 1) * self.panel_size + ahead, 2)
+        inline_llvm.prefetch(self.w, (panel + 1) * self.panel_size + ahead, 2)
 
     def _padded_operands(self) -> bool:
         """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""

@@ -23,12 +23,13 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
 from tvmq.kernels import builder, gemm
-from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Place, Registers
+from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Registers
 from tvmq.kernels.level_table import ENTRIES, LevelTable
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import for_each
 from tvmq.kernels.results import Results
 from tvmq.kernels.rowwise import row_sum
+from tvmq.kernels.vector_epilogue import Place
 
 Array = npt.NDArray[Any]
 # Inputs in a word of 4-bit weights, and what makes these positive.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, gemm
+from tvmq.kernels import gemm, inline_llvm
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.builder import BF16
 from tvmq.kernels.decision import Point
@@ -50,7 +50,7 @@ def attention(lowering: Lowering, _state: ir.Rewrite, name: str, call: Any) -> A
         vectors,
         parts,
         pair_llvm(target.isa) if m.w_dtype == BF16 and m.kr > 1 else "",
-        builder.rounding_llvm(target.isa),
+        inline_llvm.rounding_llvm(target.isa),
     )
     spec = Attention(*common)
     if dtype in numerics.INT_RANGE:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise_rows, interleave
+from tvmq.kernels import depthwise_rows, inline_llvm, interleave
 from tvmq.kernels.decision import Space
 from tvmq.kernels.depthwise import Depthwise
 from tvmq.kernels.depthwise_rows import RowDepthwise
@@ -68,7 +68,7 @@ def _spaces(
         epilogue,
         declared(operands),
     )
-    rest = (1, False, builder.rounding_llvm(target.isa))
+    rest = (1, False, inline_llvm.rounding_llvm(target.isa))
     plain = Depthwise(*common, lanes, *rest, narrow=m.narrow)  # type: ignore[arg-type]
     one_by_one = DepthwiseSpace(plain, a["padding"], m.lanes, m.registers, target.cores, l1)
     dot = interleave.row_dot(target.isa, dtype_of(x))

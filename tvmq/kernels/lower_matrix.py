@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, gemm, lower_depthwise, lower_sparse, lower_winograd, tile_blocking
+from tvmq.kernels import gemm, inline_llvm, lower_depthwise, lower_sparse, lower_winograd, tile_blocking
 from tvmq.kernels.decision import Choice, Space
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of, fold_zero_point
 from tvmq.kernels.micro import Micro
@@ -175,5 +175,5 @@ def _template(
     blocking, isa = space.blocking(choice.point), lowering.target.isa
     nr = blocking.tile.vectors * m.lanes
     packing = Packing("gemm", kernel, taps, groups, nr, m.kr)
-    imports = builder.prefetch_llvm(isa.family), builder.rounding_llvm(isa)
+    imports = inline_llvm.prefetch_llvm(isa.family), inline_llvm.rounding_llvm(isa)
     return gemm.Gemm(geometry, m, blocking, *imports, *rest), packing, f"{blocking.tile.pixels}x{nr}-{m.name}"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.errors import ModelError
-from tvmq.kernels import builder, sparse_blocking, sparse_pixel_blocking
+from tvmq.kernels import inline_llvm, sparse_blocking, sparse_pixel_blocking
 from tvmq.kernels.gemm import Gemm, Geometry
 from tvmq.kernels.lowering import Lowering
 from tvmq.kernels.micro import Micro
@@ -114,7 +114,7 @@ def template(
     `rest`: what dense kernels are told besides.
     """
     plan, rows = choice.plan, choice.rows(m)
-    word, kr, rounding = word_dtype(m), m.product.kr, builder.rounding_llvm(lowering.target.isa)
+    word, kr, rounding = word_dtype(m), m.product.kr, inline_llvm.rounding_llvm(lowering.target.isa)
     if isinstance(plan, PixelPlan):
         layout = layout_of(union(choice.mask, rows), rows, 1)
         pixels = plan.vectors * m.lanes

@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise, depthwise_rows, gemm, grouped, micro, tile_gemm, tiles, winograd
+from tvmq.kernels import builder, depthwise, depthwise_rows, gemm, grouped, inline_llvm, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, FP16, stored_dtype
 from tvmq.kernels.decision import Choice, Decisions
 from tvmq.kernels.elementwise import Map
@@ -189,7 +189,7 @@ class Lowering:
         pad = Pad(ir.shape_of(x), dtype_of(x), tuple(padding), channels, value, dtype)  # type: ignore[arg-type]
         image, steps = self._channels_first(state, x)
         if image is not None and channels == ir.shape_of(x)[3]:
-            rounding = builder.rounding_llvm(self.target.isa)
+            rounding = inline_llvm.rounding_llvm(self.target.isa)
             kernel: Any = Entry(dtype_of(image), steps, pad, self.float.lanes, rounding)
             x, title = image, f"{SHORT[dtype]}-{SHORT[kernel.x_dtype]}-image"
         elif pad.copies:

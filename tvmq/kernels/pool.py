@@ -17,7 +17,8 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOATS, Expr, Flat, Place
+from tvmq.kernels.builder import FLOATS, Expr, Flat
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 from tvmq.quantize import anchors, numerics
 
 Array = npt.NDArray[Any]
@@ -101,7 +102,7 @@ class Pool:
             count = middle[0].load(y * ow + column)
             result = self._float(result, lanes) * builder.splat(count, lanes)
             place = Place(block * self.lanes, pixel, lanes)
-            result = builder.run_epilogue(result, "float32", self.epilogue, middle[1:], place)
+            result = run_epilogue(result, "float32", self.epilogue, middle[1:], place)
         out.store(result, pixel, lanes)
 
     def _sum_dtype(self, x: Flat) -> str:

@@ -12,8 +12,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, Expr, VectorMath
+from tvmq.kernels.builder import FLOAT, Expr
 from tvmq.kernels.pad import for_each
+from tvmq.kernels.vector_math import VectorMath
 
 
 @dataclass(frozen=True)

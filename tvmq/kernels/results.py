@@ -11,7 +11,8 @@ from tvm import tirx
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, Place, Registers
+from tvmq.kernels.builder import Expr, Flat, Registers
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Results:
 
     def store(self, value: Expr, place: Place, steps: ops.Epilogue, operands: Sequence[Flat]) -> None:
         """A vector of sums, of any width, becomes the results at `place`, where all of its channels are."""
-        self.out.store(builder.run_epilogue(value, self.acc_dtype, steps, operands, place), place.flat, place.lanes)
+        self.out.store(run_epilogue(value, self.acc_dtype, steps, operands, place), place.flat, place.lanes)
 
     def finish(
         self, acc: Flat | Registers, slot: Any, place: Place, first: Expr, steps: ops.Epilogue, operands: Sequence[Flat]

@@ -16,8 +16,10 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import functions, ops
 from tvmq.functions import ROW_LANES
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Place, Readable, VectorMath
+from tvmq.kernels.builder import FLOAT, Expr, Flat
 from tvmq.kernels.pad import for_each
+from tvmq.kernels.vector_epilogue import Place, Readable, run_epilogue
+from tvmq.kernels.vector_math import VectorMath
 from tvmq.quantize.numerics import TINY_SCALE
 
 # (offset in a row, lanes) -> the values there
@@ -85,7 +87,7 @@ class _Emitter:
 
         def value(at: Expr, lanes: int) -> Expr:
             place = Place(at, start + at, lanes, row)
-            return builder.run_epilogue(values(at, lanes), dtype, self.steps, self.operands, place)
+            return run_epilogue(values(at, lanes), dtype, self.steps, self.operands, place)
 
         if self.last is not None:
             self._quantize(scratch, row, value, self.last)
@@ -112,7 +114,7 @@ class _Emitter:
         def quantize(at: Expr, lanes: int) -> None:
             units = VectorMath(lanes).mul(held.load(start + at, lanes), builder.splat(inverse, lanes))
             place = Place(at, row * self.n + at, lanes)
-            q.store(builder.run_epilogue(units, FLOAT, (to_integer,), (), place), place.flat, lanes)
+            q.store(run_epilogue(units, FLOAT, (to_integer,), (), place), place.flat, lanes)
 
         for_each(self.n, ROW_LANES, quantize)
 
@@ -149,7 +151,7 @@ class _Read:
     def load(self, index: Expr, lanes: int = 1) -> Expr:
         """The values of the `lanes` elements from `index`."""
         value = self.flat.load(index, lanes)
-        return builder.run_epilogue(value, self.flat.value_dtype, self.steps, (), Place(index, index, lanes))
+        return run_epilogue(value, self.flat.value_dtype, self.steps, (), Place(index, index, lanes))
 
 
 def softmax_row(f: builder.Function, x: Readable, start: Expr, out: Flat, target: Expr, n: int) -> None:

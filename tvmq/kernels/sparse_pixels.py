@@ -18,13 +18,14 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
-from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Place
+from tvmq.kernels import builder, inline_llvm
+from tvmq.kernels.builder import FLOAT, Expr, Flat
 from tvmq.kernels.gemm import Geometry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.results import Results
 from tvmq.kernels.shuffles import transposed, zip_llvm
 from tvmq.kernels.sparse_stream import Layout
+from tvmq.kernels.vector_epilogue import Place
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SparsePixels:
     """Everything that decides the code of one kernel; places are indices into the columns of a task.
 
     vectors: of pixels in a task. parts: of the output channels, for cores that pixels alone do not fill. rounding: what
-    `builder.rounded_by` needs, or "".
+    `inline_llvm.rounded_by` needs, or "".
     """
 
     geometry: Geometry
@@ -65,7 +66,7 @@ class _Emitter:
         x, self.w, *self.operands, out = f.arguments(
             (k.x_shape, self.m.a_dtype), ((self.layout.words,), "int32"), *k.operands, (k.out_shape, k.out_dtype)
         )
-        self.out = builder.rounded_by(out, k.rounding)
+        self.out = inline_llvm.rounded_by(out, k.rounding)
         for text in filter(None, (self.m.llvm, zip_llvm(lanes), self.out.rounding and k.rounding)):
             f.import_llvm(text)
         self.f = f

@@ -17,12 +17,13 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
-from tvmq.kernels import builder, gemm
-from tvmq.kernels.builder import Expr, Place
+from tvmq.kernels import builder, gemm, inline_llvm
+from tvmq.kernels.builder import Expr
 from tvmq.kernels.gemm import Geometry
 from tvmq.kernels.results import Results
 from tvmq.kernels.tile_blocking import Run, TileBlocking
 from tvmq.kernels.tiles import LANES, ROW_BYTES, TILES, Dot, Tiles, Unit
+from tvmq.kernels.vector_epilogue import Place
 from tvmq.triple import Family
 
 Array = npt.NDArray[Any]
@@ -93,7 +94,7 @@ class _Emitter:
         self.x, self.w, *self.operands, self.out = f.arguments(
             (k.x_shape, dot.a_dtype), ((self.size,), dot.w_dtype), *k.operands, (k.out_shape, k.out_dtype)
         )
-        f.import_llvm(builder.prefetch_llvm(Family.X86))
+        f.import_llvm(inline_llvm.prefetch_llvm(Family.X86))
         whole = self.g.channels % self.nr == 0
         self.results = Results(self.out, dot.acc_dtype, LANES, self.g.channels, whole)
         self._tasks(f)
@@ -192,7 +193,7 @@ class _Emitter:
         line = ROW_BYTES // self.dot.item
         later = T.Bind(tirx.min(w + self.b.ahead // self.dot.item, tirx.const(self.size - self.step_size, "int32")))
         for i in range(self.step_size // line):
-            builder.prefetch(self.w, later + i * line, 1)
+            inline_llvm.prefetch(self.w, later + i * line, 1)
 
     def _position(self, tile: Expr) -> tuple[Expr, Expr, Expr, Expr]:
         """(image, strip, first pixel in the strip, pixels that an earlier tile has) of a tile of pixels."""

@@ -22,9 +22,10 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
 from tvmq.kernels import builder
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Place
+from tvmq.kernels.builder import FLOAT, Expr, Flat
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.register_tile import RegisterTile
+from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 Array = npt.NDArray[Any]
 
@@ -259,7 +260,7 @@ class _Emitter:
         def store(value: Expr, y: Expr, x: Expr) -> None:
             flat = ((image * s.out_height + row + y) * s.out_width + column + x) * s.out_channels + channel
             at = Place(channel, flat, lanes)
-            result = builder.run_epilogue(value, FLOAT, self.k.epilogue, self.operands, at)
+            result = run_epilogue(value, FLOAT, self.k.epilogue, self.operands, at)
             self.out.store(result, flat, lanes)
 
         def guarded(value: Expr, y: Expr, x: Expr) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.isa import Isa
-from tvmq.kernels import builder, gemm, tile_blocking
+from tvmq.kernels import builder, gemm, inline_llvm, tile_blocking
 from tvmq.kernels.builder import FLOAT
 from tvmq.kernels.lowering import SHORT, Packing
 from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
@@ -136,7 +136,7 @@ class VectorRow:
         m, geometry = self.micro, _geometry(size)
         blocking = gemm.choose(geometry, m, 1, target.l2_kib * 1024)
         x_shape, out_shape, weight = _shapes(size)
-        prefetch = builder.prefetch_llvm(target.isa.family)
+        prefetch = inline_llvm.prefetch_llvm(target.isa.family)
         kernel = gemm.Gemm(geometry, m, blocking, prefetch, "", (), x_shape, out_shape, m.acc_dtype, ())
         nr = blocking.tile.vectors * m.lanes
         packing = Packing("gemm", weight, 1, 1, nr, m.kr)
