@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvmq import ir, ops
-from tvmq.kernels import gemm
-from tvmq.kernels.gemm import Tile
+from tvmq.kernels import gemm, gemm_blocking
+from tvmq.kernels.gemm_blocking import Tile
+from tvmq.kernels.geometry import conv_geometry
 from tvmq.kernels.micro import bf16_micro, float_micro, int8_micro
 
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33)
@@ -297,11 +298,11 @@ def test_packing_is_undone(
 )
 @settings(max_examples=100, deadline=None)
 def test_a_chosen_tile_fits_the_registers(n: int, h: int, w: int, o: int, i: int, k: int, cores: int) -> None:
-    geometry = gemm.conv_geometry((n, h + k - 1, w + k - 1, i), (o, k, k, i), (n, h, w, o), (1, 1), (1, 1), 1)
+    geometry = conv_geometry((n, h + k - 1, w + k - 1, i), (o, k, k, i), (n, h, w, o), (1, 1), (1, 1), 1)
     for name in ("sse2", "avx2", "avx512-pairs", "avx512-vnni", "raspberry-pi-4b", "raspberry-pi-5", "graviton3"):
         isa = target_of(name).isa
         for micro in (int8_micro(isa), bf16_micro(isa), float_micro(isa)):
-            blocking = gemm.choose(geometry, micro, cores, 1 << 18)
+            blocking = gemm_blocking.choose(geometry, micro, cores, 1 << 18)
             tile = blocking.tile
             assert tile.pixels >= 1
             assert micro.span.registers(tile.pixels, tile.vectors) <= micro.registers

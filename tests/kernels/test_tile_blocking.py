@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lower import kernels_of
 
-from tvmq.kernels import gemm, tile_blocking
+from tvmq.kernels import gemm_blocking, tile_blocking
 from tvmq.kernels.depthwise import Depthwise
 from tvmq.kernels.depthwise_rows import RowDepthwise
 from tvmq.kernels.gemm import Gemm
+from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.micro import int8_micro
 from tvmq.kernels.tile_gemm import TileGemm
 from tvmq.kernels.tiles import INT8, TILES
@@ -19,14 +20,14 @@ from tvmq.kernels.tiles import INT8, TILES
 L1, L2 = 48 << 10, 2 << 20
 
 
-def geometry(h: int, w: int, c: int, o: int, k: int, stride: int = 1, groups: int = 1) -> gemm.Geometry:
+def geometry(h: int, w: int, c: int, o: int, k: int, stride: int = 1, groups: int = 1) -> Geometry:
     """Of a convolution whose input has h x w pixels and a border of k // 2."""
     padded = (1, h + k - 1, w + k - 1, c)
     out = (1, (h - 1) // stride + 1, (w - 1) // stride + 1, o)
-    return gemm.conv_geometry(padded, (o, k, k, c // groups), out, (stride, stride), (1, 1), groups)
+    return conv_geometry(padded, (o, k, k, c // groups), out, (stride, stride), (1, 1), groups)
 
 
-def chosen(g: gemm.Geometry, cores: int = 4) -> tile_blocking.TileBlocking:
+def chosen(g: Geometry, cores: int = 4) -> tile_blocking.TileBlocking:
     return tile_blocking.choose(g, INT8, cores, L1, L2)[0]
 
 
@@ -68,7 +69,7 @@ def test_rows_that_are_no_whole_pixels_apart_stay_apart() -> None:
 
     def ways(width: int, strides: tuple[int, int]) -> list[bool]:
         out = (1, 8, (width - 3) // strides[1] + 1, 16)
-        g = gemm.conv_geometry((1, 10, width, 16), (16, 3, 3, 16), out, strides, (1, 1), 1)
+        g = conv_geometry((1, 10, width, 16), (16, 3, 3, 16), out, strides, (1, 1), 1)
         return [strip.flat for strip in tile_blocking.strips_of(g)]
 
     assert ways(11, (1, 2)) == [False]
@@ -96,9 +97,9 @@ def test_one_pixel_is_faster_on_vectors() -> None:
     """A classifier at batch 1 fills one row of sixteen; a layer of many pixels and channels fills tiles."""
     micro = int8_micro(target_of("amx").isa)
 
-    def pays(g: gemm.Geometry) -> bool:
+    def pays(g: Geometry) -> bool:
         _, cycles = tile_blocking.choose(g, INT8, 4, L1, L2)
-        return tile_blocking.pays(cycles, g, gemm.cost(g, micro, gemm.choose(g, micro, 4, L2).tile))
+        return tile_blocking.pays(cycles, g, gemm_blocking.cost(g, micro, gemm_blocking.choose(g, micro, 4, L2).tile))
 
     assert not pays(geometry(1, 1, 512, 1000, 1))
     assert not pays(geometry(112, 112, 16, 96, 1)), "16 of the 64 bytes of a tile's row"

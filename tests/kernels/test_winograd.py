@@ -7,7 +7,7 @@ import pytest
 from harness import Case, check, conv, floats, module_of, run, runnable, target_of
 
 from tvmq import ir, ops
-from tvmq.kernels import gemm, lower_winograd, winograd
+from tvmq.kernels import gemm_blocking, lower_winograd, winograd
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lower_winograd import TOLERANCE, choose, error
 from tvmq.kernels.micro import float_micro
@@ -128,7 +128,7 @@ def test_its_error_is_reported_and_a_recipe_can_refuse_it() -> None:
 def test_few_pixels_of_many_channels_stay_direct() -> None:
     micro = float_micro(target_of("avx512-vnni").isa)
     assert choose(Shape(1, 1, 1, 512, 1, 1, 1, 1, 512), micro, micro, 2, 1 << 20) is None
-    assert gemm.step_cost(micro, 14, 2) > 28
+    assert gemm_blocking.step_cost(micro, 14, 2) > 28
 
 
 @pytest.mark.parametrize("m", [2, 4])

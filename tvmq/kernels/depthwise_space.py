@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tvmq.kernels import gemm
+from tvmq.kernels import gemm_blocking
 from tvmq.kernels.decision import Point
 from tvmq.kernels.depthwise import Depthwise
 from tvmq.kernels.depthwise_rows import RowDepthwise, blocks
@@ -60,9 +60,9 @@ class DepthwiseSpace:
         """Issue slots on all cores."""
         spec = self.spec(point)
         n, oh, ow, c = spec.out_shape
-        row = sum(count * self._step(spec, size) for size, count in gemm.split(ow, spec.columns))
+        row = sum(count * self._step(spec, size) for size, count in gemm_blocking.split(ow, spec.columns))
         tasks = n * oh * self._blocks(spec)
-        slots = tasks * row * gemm.imbalance(tasks, self.cores)
+        slots = tasks * row * gemm_blocking.imbalance(tasks, self.cores)
         if self.is_padded(point):
             _, height, width, _ = spec.x_shape
             slots += n * height * width * -(-c // self.native) * _PAD
@@ -101,7 +101,7 @@ class DepthwiseSpace:
         """Whether rows of all channels would leave the first-level cache before the next row needs them again."""
         k = self.kernel
         _, _, width, channels = k.x_shape
-        rows = k.kernel[0] * width * channels * gemm.BYTES[k.x_dtype]
+        rows = k.kernel[0] * width * channels * gemm_blocking.BYTES[k.x_dtype]
         return k.kernel[0] > 2 * k.strides[0] and rows > _KEPT * self.l1_bytes
 
     def fits(self, columns: int, lanes: int) -> bool:
@@ -131,9 +131,9 @@ class DepthwiseSpace:
             rows = spec.product.rows
             groups = -(-kh // rows)
             # A row is loaded and unpacked twice; weights are read where they are multiplied.
-            return max(groups * rows * kw * columns, 3 * groups * rows * read) + rows * columns * gemm.FINISH + _STEP
+            return max(groups * rows * kw * columns, 3 * groups * rows * read) + rows * columns * gemm_blocking.FINISH + _STEP
         vectors = -(-spec.lanes // self.native)
-        return vectors * (max(kh * kw * columns, kh * (read + kw)) + columns * gemm.FINISH) + _STEP
+        return vectors * (max(kh * kw * columns, kh * (read + kw)) + columns * gemm_blocking.FINISH) + _STEP
 
 
 @functools.lru_cache(maxsize=256)

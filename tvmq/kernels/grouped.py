@@ -22,8 +22,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq import ops
-from tvmq.kernels import builder, gemm
+from tvmq.kernels import builder, gemm, gemm_blocking
 from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Registers
+from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.level_table import ENTRIES, LevelTable
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import for_each
@@ -292,14 +293,14 @@ def tile_of(rows: int, channels: int, micro: Micro, cores: int, l2_bytes: int, d
         while vectors > 1 and -(-channels // (vectors * micro.lanes)) < 2 * cores:
             vectors //= 2
         return rows, vectors
-    tile = gemm.choose(geometry_of(rows, depth, channels), micro, cores, l2_bytes).tile
+    tile = gemm_blocking.choose(geometry_of(rows, depth, channels), micro, cores, l2_bytes).tile
     return tile.pixels, tile.vectors
 
 
-def geometry_of(rows: int, depth: int, channels: int) -> gemm.Geometry:
+def geometry_of(rows: int, depth: int, channels: int) -> Geometry:
     """The product as a convolution of one row of pixels."""
     out = (1, 1, rows, channels)
-    return gemm.conv_geometry((1, 1, rows, depth), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
+    return conv_geometry((1, 1, rows, depth), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
 
 
 def fits(rows: int, vectors: int, micro: Micro) -> bool:

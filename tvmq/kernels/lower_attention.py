@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tvmq import ir, ops
-from tvmq.kernels import gemm, inline_llvm
+from tvmq.kernels import gemm_blocking, inline_llvm
 from tvmq.kernels.attention import Attention
 from tvmq.kernels.builder import BF16
 from tvmq.kernels.decision import Point
@@ -96,8 +96,8 @@ class AttentionSpace:
         m, depth = self.micro, self.shape[3]
         block = float(self.keys * vectors * _POWER + (depth + self.depth_out) * vectors * _FINISH)
         for extent, steps in ((self.keys, depth / m.kr), (self.depth_out, self.keys / m.kr)):
-            for size, count in gemm.split(extent, _equal(extent, rows)):
-                block += count * (steps * gemm.step_cost(m, size, vectors) + 2 * size * vectors)
+            for size, count in gemm_blocking.split(extent, _equal(extent, rows)):
+                block += count * (steps * gemm_blocking.step_cost(m, size, vectors) + 2 * size * vectors)
         share = -(-self._blocks(vectors) // parts)
         return float(-(-self._units * parts // self.cores) * share * block)
 

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import gemm, inline_llvm, lower_depthwise, lower_sparse, lower_winograd, tile_blocking
+from tvmq.kernels import gemm, gemm_blocking, inline_llvm, lower_depthwise, lower_sparse, lower_winograd, tile_blocking
 from tvmq.kernels.decision import Choice, Space
+from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of, fold_zero_point
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.spaces import GemmSpace, TileSpace
@@ -33,7 +34,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
         return lower_depthwise.conv2d(lowering, state, name, call, kernel)
     m = lowering.micro(str(kernel.dtype))
-    geometry, padding, wide = conv_geometry(m, call, kernel)
+    geometry, padding, wide = geometry_of_conv2d(m, call, kernel)
     sparse = _sparse(lowering, name, call, kernel, geometry)
     spaces = _spaces(lowering, m, geometry)
     transformed = lower_winograd.conv2d(lowering, state, name, call, spaces) if sparse is None else None
@@ -43,7 +44,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     return _gemm(lowering, state, name, call, padded, kernel, geometry, operands, sparse)
 
 
-def conv_geometry(m: Micro, call: Any, kernel: Array) -> tuple[gemm.Geometry, list[int], int]:
+def geometry_of_conv2d(m: Micro, call: Any, kernel: Array) -> tuple[Geometry, list[int], int]:
     """The geometry of a `tvmq.conv2d` for `m`, and the padding and channels of the image that it reads."""
     a, (n, height, width, channels) = ops.attributes(call), ir.shape_of(call.args[0])
     padding = list(a["padding"])
@@ -56,7 +57,7 @@ def conv_geometry(m: Micro, call: Any, kernel: Array) -> tuple[gemm.Geometry, li
         padding[2] += -(-past // (channels * (width + padding[1] + padding[3])))
     wide = channels + past if whole else channels
     shape = (n, height + padding[0] + padding[2], width + padding[1] + padding[3], wide)
-    geometry = gemm.conv_geometry(shape, kernel.shape, ir.shape_of(call), a["strides"], a["dilation"], a["groups"])
+    geometry = conv_geometry(shape, kernel.shape, ir.shape_of(call), a["strides"], a["dilation"], a["groups"])
     return geometry, padding, wide
 
 
@@ -65,7 +66,7 @@ def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     x, weight, *operands = call.args
     m = lowering.micro(ir.dtype_of(weight))
     kernel = matmul_kernel(call)
-    geometry = matmul_geometry(m, call)
+    geometry = geometry_of_matmul(m, call)
     rows, depth, wide = geometry.width, ir.shape_of(x)[-1], geometry.sx
     if wide != depth or dtype_of(x) != m.a_dtype:
         image = state.emit(relax.op.reshape(x, (1, 1, rows, depth)), f"{name}_rows")
@@ -80,15 +81,15 @@ def matmul_kernel(call: Any) -> Array:
     return np.ascontiguousarray(weight.T).reshape(weight.shape[1], 1, 1, weight.shape[0])
 
 
-def matmul_geometry(m: Micro, call: Any) -> gemm.Geometry:
+def geometry_of_matmul(m: Micro, call: Any) -> Geometry:
     """The geometry of a `tvmq.matmul` for `m`: rows are padded to whole steps."""
     depth, channels = ir.shape_of(call.args[1])
     rows, wide = math.prod(ir.shape_of(call.args[0])[:-1]), -(-depth // m.kr) * m.kr
     out = (1, 1, rows, channels)
-    return gemm.conv_geometry((1, 1, rows, wide), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
+    return conv_geometry((1, 1, rows, wide), (channels, 1, 1, depth), out, (1, 1), (1, 1), 1)
 
 
-def _spaces(lowering: Lowering, m: Micro, geometry: gemm.Geometry) -> tuple[Space, ...]:
+def _spaces(lowering: Lowering, m: Micro, geometry: Geometry) -> tuple[Space, ...]:
     """The templates of a dense product."""
     vectors = GemmSpace(geometry, m, lowering.target)
     dot = lowering.tile_dot(m)
@@ -96,7 +97,7 @@ def _spaces(lowering: Lowering, m: Micro, geometry: gemm.Geometry) -> tuple[Spac
 
 
 def _sparse(
-    lowering: Lowering, name: str, call: Any, kernel: Array, geometry: gemm.Geometry
+    lowering: Lowering, name: str, call: Any, kernel: Array, geometry: Geometry
 ) -> lower_sparse.Choice | None:
     """The sparse product of `call`, None where a dense one is the better choice."""
     if not lower_sparse.considers(lowering, kernel):
@@ -108,16 +109,16 @@ def _sparse(
     return lower_sparse.choose(lowering, name, m, kernel, geometry, dense)
 
 
-def dense_slots(lowering: Lowering, call: Any, kernel: Array, geometry: gemm.Geometry) -> float:
+def dense_slots(lowering: Lowering, call: Any, kernel: Array, geometry: Geometry) -> float:
     """What the best dense kernel of `call` with the weight `kernel` is estimated to take on all cores, in slots."""
     m, target = lowering.micro(str(kernel.dtype)), lowering.target
     l1, l2 = target.l1d_kib * 1024, target.l2_kib * 1024
-    blocking = gemm.choose(geometry, m, target.cores, l2)
-    slots = gemm.cost(geometry, m, blocking.tile) * geometry.groups
+    blocking = gemm_blocking.choose(geometry, m, target.cores, l2)
+    slots = gemm_blocking.cost(geometry, m, blocking.tile) * geometry.groups
     dot = lowering.tile_dot(m)
     if dot is not None:
         slots = min(slots, tile_blocking.choose(geometry, dot, target.cores, l1, l2)[1] * tile_blocking.SLOTS)
-    slots = max(slots / target.cores, gemm.stream(m, kernel.size))
+    slots = max(slots / target.cores, gemm_blocking.stream(m, kernel.size))
     if ir.is_call(call, "tvmq.conv2d") and kernel.dtype != np.int8:
         slots = min(slots, lower_winograd.cycles(lowering, call))
     return slots
@@ -130,7 +131,7 @@ def _gemm(
     call: Any,
     x: Any,
     kernel: Array,
-    geometry: gemm.Geometry,
+    geometry: Geometry,
     operands: list[Any],
     sparse: lower_sparse.Choice | None,
 ) -> Any:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from tvmq.errors import ModelError
 from tvmq.kernels import inline_llvm, sparse_blocking, sparse_pixel_blocking
-from tvmq.kernels.gemm import Gemm, Geometry
+from tvmq.kernels.gemm import Gemm
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.lowering import Lowering
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_panels import SparsePanels

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import ir, ops
-from tvmq.kernels import gemm, winograd
+from tvmq.kernels import gemm_blocking, winograd
 from tvmq.kernels.builder import FLOATS
 from tvmq.kernels.decision import Point, Space
+from tvmq.kernels.geometry import conv_geometry
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.task import task_of
@@ -146,9 +147,9 @@ def _estimates(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: 
     s = shape
     padded, out = (s.images, s.out_height + 2, s.out_width + 2, s.channels), (s.out_height, s.out_width)
     weight = (s.out_channels, 3, 3, s.channels)
-    geometry = gemm.conv_geometry(padded, weight, (s.images, *out, s.out_channels), (1, 1), (1, 1), 1)
-    tile = gemm.choose(geometry, direct, cores, l2_bytes).tile
-    plain = max(gemm.cost(geometry, direct, tile) / cores, gemm.stream(direct, 9 * s.channels * s.out_channels))
+    geometry = conv_geometry(padded, weight, (s.images, *out, s.out_channels), (1, 1), (1, 1), 1)
+    tile = gemm_blocking.choose(geometry, direct, cores, l2_bytes).tile
+    plain = max(gemm_blocking.cost(geometry, direct, tile) / cores, gemm_blocking.stream(direct, 9 * s.channels * s.out_channels))
     cost, blocking = min(
         ((_cost(shape, micro, blocking, cores, l2_bytes), blocking) for blocking in _blockings(shape, micro, cores)),
         key=lambda option: option[0],
@@ -181,7 +182,7 @@ def _cost(shape: Shape, micro: Micro, blocking: Blocking, cores: int, l2_bytes: 
     panels = -(-shape.out_channels // (b.vectors * lanes))
     tasks = -(-tiles // b.tiles) * b.splits
     into, out = _TRANSFORMS[b.m]
-    step = gemm.step_cost(micro, b.rows, b.vectors)
+    step = gemm_blocking.step_cost(micro, b.rows, b.vectors)
     products = b.components * b.groups * (shape.channels * step + 2 * b.rows * b.vectors)
     task = b.tiles * shape.channels / lanes * into
     task += -(-panels // b.splits) * (products + b.tiles * b.vectors * out)
@@ -189,7 +190,7 @@ def _cost(shape: Shape, micro: Micro, blocking: Blocking, cores: int, l2_bytes: 
     if scratch > l2_bytes * 0.75:
         task *= 1.5
     total = math.ceil(tasks / cores) * task
-    return max(total, gemm.stream(micro, b.components * shape.channels * shape.out_channels))
+    return max(total, gemm_blocking.stream(micro, b.components * shape.channels * shape.out_channels))
 
 
 def error(kernel: Array, m: int) -> float:

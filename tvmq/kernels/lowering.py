@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import builder, depthwise, depthwise_rows, gemm, grouped, inline_llvm, micro, tile_gemm, tiles, winograd
+from tvmq.kernels import depthwise, depthwise_rows, gemm, grouped, inline_llvm, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, FP16, stored_dtype
 from tvmq.kernels.decision import Choice, Decisions
 from tvmq.kernels.elementwise import Map

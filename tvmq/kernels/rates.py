@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tvmq.isa import Bf16
-from tvmq.kernels import gemm, interleave, micro, tile_blocking, tiles
+from tvmq.kernels import gemm_blocking, interleave, micro, tile_blocking, tiles
 from tvmq.kernels.builder import BF16
+from tvmq.kernels.geometry import conv_geometry
 from tvmq.kernels.micro import Micro
 from tvmq.quantize.auto import Rates
 from tvmq.recipe import Precision
@@ -37,9 +38,9 @@ def rates_of(target: Target) -> Rates:
 def _rate(target: Target, m: Micro) -> float:
     """Products a slot: of the vector template, or of tiles where they are faster."""
     shape = (1, 1, _EXTENT, _EXTENT)
-    geometry = gemm.conv_geometry(shape, (_EXTENT, 1, 1, _EXTENT), shape, (1, 1), (1, 1), 1)
-    blocking = gemm.choose(geometry, m, target.cores, target.l2_kib * 1024)
-    slots = gemm.cost(geometry, m, blocking.tile)
+    geometry = conv_geometry(shape, (_EXTENT, 1, 1, _EXTENT), shape, (1, 1), (1, 1), 1)
+    blocking = gemm_blocking.choose(geometry, m, target.cores, target.l2_kib * 1024)
+    slots = gemm_blocking.cost(geometry, m, blocking.tile)
     unit = tiles.unit_of(target.isa)
     for dot in unit.dots if unit is not None else ():
         if (dot.a_dtype, dot.w_dtype) == (m.a_dtype, m.w_dtype):

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tvmq.kernels import gemm, grouped, tile_blocking
+from tvmq.kernels import gemm_blocking, grouped, tile_blocking
 from tvmq.kernels.decision import Point
-from tvmq.kernels.gemm import Blocking, Geometry, Tile
+from tvmq.kernels.gemm_blocking import Blocking, Tile
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.tile_blocking import TileBlocking
 from tvmq.kernels.tiles import Dot
@@ -32,26 +33,26 @@ class GemmSpace:
     knobs: ClassVar[tuple[str, ...]] = ("rows", "columns", "vectors", "rows_per_task", "panels_first", "prefetch")
 
     def default(self) -> Point:
-        """See `gemm.choose`."""
-        return _point(gemm.choose(self.geometry, self.micro, self.target.cores, self._l2))
+        """See `gemm_blocking.choose`."""
+        return _point(gemm_blocking.choose(self.geometry, self.micro, self.target.cores, self._l2))
 
     def points(self) -> list[Point]:
         """Every tile that fits the registers; tasks from one to a hundred; either order; prefetching where it can."""
-        return [point for tile in gemm.tiles(self.geometry, self.micro) for point in self._with(tile)]
+        return [point for tile in gemm_blocking.tiles(self.geometry, self.micro) for point in self._with(tile)]
 
     def cost(self, point: Point) -> float:
         """Issue slots on all cores."""
         blocking = self.blocking(point)
-        bands, panels = gemm.parts(blocking.tile, self.geometry, self.micro)
+        bands, panels = gemm_blocking.parts(blocking.tile, self.geometry, self.micro)
         tasks = -(-bands // blocking.rows_per_task) * panels
         slots = _slots(self.geometry, self.micro, blocking.tile) * self.geometry.groups
-        return slots * gemm.imbalance(tasks, self.target.cores) / self.target.cores
+        return slots * gemm_blocking.imbalance(tasks, self.target.cores) / self.target.cores
 
     def near(self, point: Point) -> Point:
         """The tile, cut where the image is smaller; its tasks by the analytic rule."""
         tile = self.blocking(point).tile
         fit = Tile(min(tile.rows, self.geometry.height), min(tile.columns, self.geometry.width), tile.vectors)
-        return _point(gemm.blocking_of(fit, self.geometry, self.micro, self.target.cores, self._l2))
+        return _point(gemm_blocking.blocking_of(fit, self.geometry, self.micro, self.target.cores, self._l2))
 
     def blocking(self, point: Point) -> Blocking:
         """The point as the template takes it."""
@@ -59,8 +60,8 @@ class GemmSpace:
         return Blocking(Tile(rows, columns, vectors), rows_per_task, bool(panels_first), bool(prefetch))
 
     def _with(self, tile: Tile) -> Iterable[Point]:
-        default = gemm.blocking_of(tile, self.geometry, self.micro, self.target.cores, self._l2)
-        bands, panels = gemm.parts(tile, self.geometry, self.micro)
+        default = gemm_blocking.blocking_of(tile, self.geometry, self.micro, self.target.cores, self._l2)
+        bands, panels = gemm_blocking.parts(tile, self.geometry, self.micro)
         for per_task in sorted({*_shares(bands), default.rows_per_task}):
             orders = (False, True) if panels > 1 and per_task < bands else (default.panels_first,)
             for panels_first in orders:
@@ -86,7 +87,7 @@ def _shares(extent: int) -> set[int]:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _slots(geometry: Geometry, micro: Micro, tile: Tile) -> float:
-    return gemm.cost(geometry, micro, tile)
+    return gemm_blocking.cost(geometry, micro, tile)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class TileSpace:
     def default(self) -> Point | None:
         """See `tile_blocking.choose` and `pays`."""
         blocking, cycles = self._choose
-        direct = gemm.choose(self.geometry, self.micro, self.target.cores, self.target.l2_kib * 1024)
-        slots = gemm.cost(self.geometry, self.micro, direct.tile)
+        direct = gemm_blocking.choose(self.geometry, self.micro, self.target.cores, self.target.l2_kib * 1024)
+        slots = gemm_blocking.cost(self.geometry, self.micro, direct.tile)
         return _tile_point(blocking) if tile_blocking.pays(cycles, self.geometry, slots) else None
 
     def points(self) -> list[Point]:
@@ -126,7 +127,7 @@ class TileSpace:
         panels, blocks = tile_blocking.parts(self.geometry, blocking.strips, blocking.down, blocking.across)
         tasks = -(-panels // blocking.panels_per_task) * -(-blocks // blocking.blocks_per_task)
         cycles = tile_blocking.cost(self.geometry, self.dot, blocking, self.target.l1d_kib * 1024)
-        return cycles * tile_blocking.SLOTS * gemm.imbalance(tasks, self.target.cores) / self.target.cores
+        return cycles * tile_blocking.SLOTS * gemm_blocking.imbalance(tasks, self.target.cores) / self.target.cores
 
     def near(self, point: Point) -> Point:
         """The analytic default: tiles follow the size of the image."""
@@ -173,7 +174,7 @@ class GroupedSpace:
             most = -(-self.channels // self.micro.lanes)
             found = {(self.rows, n) for n in range(1, most + 1) if grouped.fits(self.rows, n, self.micro)}
         else:
-            found = {(tile.pixels, tile.vectors) for tile in gemm.tiles(self._geometry, self.micro)}
+            found = {(tile.pixels, tile.vectors) for tile in gemm_blocking.tiles(self._geometry, self.micro)}
         return sorted({*found, self.default()})
 
     def cost(self, point: Point) -> float:
@@ -183,10 +184,10 @@ class GroupedSpace:
         # Every weight is widened once: in registers, or before all tiles.
         slots = float(panels * self.depth * vectors * _WIDEN)
         if self._few:
-            slots += panels * self.depth * max(rows * vectors, gemm.LATENCY)
+            slots += panels * self.depth * max(rows * vectors, gemm_blocking.LATENCY)
         else:
-            slots += gemm.cost(self._geometry, self.micro, Tile(1, rows, vectors))
-        return slots * gemm.imbalance(panels, self.target.cores) / self.target.cores
+            slots += gemm_blocking.cost(self._geometry, self.micro, Tile(1, rows, vectors))
+        return slots * gemm_blocking.imbalance(panels, self.target.cores) / self.target.cores
 
     def near(self, point: Point) -> Point:
         """The vectors, and the rows as far as there are."""

@@ -1,7 +1,7 @@
-"""How a sparse product is blocked, and what it costs: slots as those of `gemm.cost`, from the pattern of the weight.
+"""How a sparse product is blocked, and what it costs: slots as of `gemm_blocking.cost`, by the pattern of the weight.
 
-A step of a tile is as in `gemm`, without the streaming of a whole panel; what it adds is that the rows of a tile are
-read here and there: where they do not fit the first-level cache, most entries bring lines of theirs again.
+A step of a tile is as in `gemm_blocking`, without the streaming of a whole panel; what it adds is that the rows of a
+tile are read here and there: where they do not fit the first-level cache, most entries bring lines of theirs again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tvmq.kernels import gemm
-from tvmq.kernels.gemm import Blocking, Geometry, Tile
+from tvmq.kernels import gemm_blocking
+from tvmq.kernels.gemm_blocking import Blocking, Tile
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_stream import union
 
@@ -65,8 +66,8 @@ def _plans(geometry: Geometry, micro: Micro, mask: npt.NDArray[np.bool_], machin
             slots = cost(geometry, micro, tile, int(pattern.sum()), pattern.shape, machine.l1_bytes)
             blocking, parts = _tasks(geometry, micro, tile, machine)
             # With a place of four bytes to an entry.
-            elements = int(pattern.sum()) * (vectors * micro.lanes * micro.product.kr + 4 // gemm.BYTES[micro.w_dtype])
-            yield Plan(blocking, parts, float(pattern.mean()), max(slots / machine.cores, gemm.stream(micro, elements)))
+            elements = int(pattern.sum()) * (vectors * micro.lanes * micro.product.kr + 4 // gemm_blocking.BYTES[micro.w_dtype])
+            yield Plan(blocking, parts, float(pattern.mean()), max(slots / machine.cores, gemm_blocking.stream(micro, elements)))
 
 
 def cost(
@@ -76,15 +77,15 @@ def cost(
     panels, words = panels_words
     share = entries / (panels * words)
     total = 0.0
-    for columns, across in gemm.split(geometry.width, tile.columns):
-        item = gemm.BYTES[micro.a_dtype]
+    for columns, across in gemm_blocking.split(geometry.width, tile.columns):
+        item = gemm_blocking.BYTES[micro.a_dtype]
         rows = item * len(geometry.taps) * ((columns - 1) * geometry.sx + geometry.length)
         lines = columns * min(1.0, 1 / max(share * _LINE_WORDS, 1e-9))
         missed = lines * _LINE * max(0.0, rows / l1_bytes - 1)
         products = columns * tile.vectors * micro.single.products
         loads = columns + tile.vectors
-        step = max(products, loads, gemm.LATENCY) + _ENTRY + missed
-        total += across * (entries * step + panels * (_BEGIN + columns * tile.vectors * gemm.FINISH))
+        step = max(products, loads, gemm_blocking.LATENCY) + _ENTRY + missed
+        total += across * (entries * step + panels * (_BEGIN + columns * tile.vectors * gemm_blocking.FINISH))
     return total * geometry.height * geometry.images
 
 
@@ -93,11 +94,11 @@ def _tasks(geometry: Geometry, micro: Micro, tile: Tile, machine: Machine) -> tu
     bands = geometry.height * geometry.images
     if bands == 1:
         bands = -(-geometry.width // tile.columns)
-    image = gemm.BYTES[micro.a_dtype] * (geometry.sn or geometry.width * geometry.sx) * geometry.images
+    image = gemm_blocking.BYTES[micro.a_dtype] * (geometry.sn or geometry.width * geometry.sx) * geometry.images
     blocks = min(bands, max(1, math.ceil(image / (machine.l2_bytes / 4))))
     parts = 1
     if math.ceil(bands / machine.cores) * machine.cores > 1.1 * bands:
         parts = machine.cores
     else:
         blocks = -(-max(blocks, machine.cores) // machine.cores) * machine.cores
-    return Blocking(tile, -(-bands // blocks), gemm.panels_first(tile, geometry, micro), False), parts
+    return Blocking(tile, -(-bands // blocks), gemm_blocking.panels_first(tile, geometry, micro), False), parts

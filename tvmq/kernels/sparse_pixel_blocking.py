@@ -1,4 +1,4 @@
-"""How a sparse product with pixels as lanes is blocked, and what it costs, in the slots of `gemm.cost`."""
+"""How a sparse product with pixels as lanes is blocked, and what it costs, in the slots of `gemm_blocking.cost`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tvmq.kernels import gemm
-from tvmq.kernels.gemm import Geometry
+from tvmq.kernels import gemm_blocking
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.sparse_stream import union
 
@@ -47,7 +47,7 @@ class PixelPlan:
 def fits(geometry: Geometry, micro: Micro) -> bool:
     """Whether the kernel can be used: one tap, whole words of 32 bits, and a vector of pixels."""
     one_row = len(geometry.taps) == geometry.height == geometry.images == geometry.groups == 1
-    words = gemm.BYTES[micro.a_dtype] * micro.product.kr == 4
+    words = gemm_blocking.BYTES[micro.a_dtype] * micro.product.kr == 4
     return one_row and words and geometry.width >= micro.lanes
 
 

@@ -20,7 +20,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder, inline_llvm
 from tvmq.kernels.builder import FLOAT, Expr, Flat
-from tvmq.kernels.gemm import Geometry
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.results import Results
 from tvmq.kernels.shuffles import transposed, zip_llvm

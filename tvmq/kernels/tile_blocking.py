@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tvmq.kernels.gemm import Geometry
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.tiles import LANES, ROW_BYTES, ROWS, TILES, Dot
 
 # Cycles from one product to the next, from a product to the next one into the same accumulators, from load to load,

@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder, gemm, inline_llvm
 from tvmq.kernels.builder import Expr
-from tvmq.kernels.gemm import Geometry
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.results import Results
 from tvmq.kernels.tile_blocking import Run, TileBlocking
 from tvmq.kernels.tiles import LANES, ROW_BYTES, TILES, Dot, Tiles, Unit

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.isa import Isa
-from tvmq.kernels import builder, gemm, inline_llvm, tile_blocking
+from tvmq.kernels import builder, gemm, gemm_blocking, inline_llvm, tile_blocking
 from tvmq.kernels.builder import FLOAT
+from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.lowering import SHORT, Packing
 from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
 from tvmq.kernels.spans import Pairs
@@ -134,7 +135,7 @@ class VectorRow:
     def matmul(self, size: Size, target: Target) -> Matmul:
         """See `TableRow`."""
         m, geometry = self.micro, _geometry(size)
-        blocking = gemm.choose(geometry, m, 1, target.l2_kib * 1024)
+        blocking = gemm_blocking.choose(geometry, m, 1, target.l2_kib * 1024)
         x_shape, out_shape, weight = _shapes(size)
         prefetch = inline_llvm.prefetch_llvm(target.isa.family)
         kernel = gemm.Gemm(geometry, m, blocking, prefetch, "", (), x_shape, out_shape, m.acc_dtype, ())
@@ -207,6 +208,6 @@ def _shapes(size: Size) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
     return (1, 1, rows, depth), (1, 1, rows, channels), (channels, 1, 1, depth)
 
 
-def _geometry(size: Size) -> gemm.Geometry:
+def _geometry(size: Size) -> Geometry:
     x_shape, out_shape, weight = _shapes(size)
-    return gemm.conv_geometry(x_shape, weight, out_shape, (1, 1), (1, 1), 1)
+    return conv_geometry(x_shape, weight, out_shape, (1, 1), (1, 1), 1)

@@ -18,7 +18,7 @@ from tvmq import ir, ops
 from tvmq.errors import InputError
 from tvmq.graph.fusion import find_chains
 from tvmq.kernels import lower_matrix, lower_sparse
-from tvmq.kernels.gemm import Geometry
+from tvmq.kernels.geometry import Geometry
 from tvmq.kernels.lowering import Lowering
 from tvmq.kernels.micro import Micro
 from tvmq.measure.report import figure, table
@@ -239,9 +239,9 @@ def _products(lowering: Lowering, model: Model, dtype: str) -> Iterator[tuple[st
             continue
         if kind == "conv2d":
             kernel = ir.to_numpy(call.args[1])
-            geometry = lower_matrix.conv_geometry(m, call, kernel)[0]
+            geometry = lower_matrix.geometry_of_conv2d(m, call, kernel)[0]
         else:
-            kernel, geometry = lower_matrix.matmul_kernel(call), lower_matrix.matmul_geometry(m, call)
+            kernel, geometry = lower_matrix.matmul_kernel(call), lower_matrix.geometry_of_matmul(m, call)
         # The pattern is all that counts: any dtype has its zeros and ones.
         dense = lower_matrix.dense_slots(lowering, call, np.ones(kernel.shape, dtype), geometry)
         matrix = kernel.reshape(kernel.shape[0], -1)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from tvmq.kernels import gemm
+from tvmq.kernels import gemm_blocking
 from tvmq.kernels.decision import Point, Space
 from tvmq.kernels.depthwise_space import DepthwiseSpace
 from tvmq.kernels.lower_winograd import WinogradSpace
@@ -64,10 +64,10 @@ def _shape(space: Space, point: Point) -> list[float]:
 def _gemm(space: GemmSpace, point: Point) -> list[float]:
     blocking, g, m = space.blocking(point), space.geometry, space.micro
     tile = blocking.tile
-    bands, panels = gemm.parts(tile, g, m)
+    bands, panels = gemm_blocking.parts(tile, g, m)
     tasks = -(-bands // blocking.rows_per_task) * panels
-    panel = len(g.taps) * g.length * tile.vectors * m.lanes * gemm.BYTES[m.w_dtype]
-    image = blocking.rows_per_task * tile.rows * max(g.sy, 1) * gemm.BYTES[m.a_dtype]
+    panel = len(g.taps) * g.length * tile.vectors * m.lanes * gemm_blocking.BYTES[m.w_dtype]
+    image = blocking.rows_per_task * tile.rows * max(g.sy, 1) * gemm_blocking.BYTES[m.a_dtype]
     return [
         float(tile.pixels * tile.vectors),
         tile.pixels / tile.vectors,
@@ -75,10 +75,10 @@ def _gemm(space: GemmSpace, point: Point) -> list[float]:
         -(-g.height // tile.rows) * tile.rows / g.height,
         -(-g.channels // (tile.vectors * m.lanes)) * tile.vectors * m.lanes / g.channels,
         math.log2(tasks),
-        gemm.imbalance(tasks, space.target.cores),
+        gemm_blocking.imbalance(tasks, space.target.cores),
         math.log2(panel / (space.target.l1d_kib * 1024)),
         math.log2(1 + image / (space.target.l2_kib * 1024)),
-        math.log2(gemm.step_cost(m, tile.pixels, tile.vectors)),
+        math.log2(gemm_blocking.step_cost(m, tile.pixels, tile.vectors)),
     ]
 
 
@@ -89,5 +89,5 @@ def _depthwise(space: DepthwiseSpace, point: Point) -> list[float]:
     return [
         -(-width // spec.columns) * spec.columns / width,
         math.log2(spec.code_size * spec.columns),
-        gemm.imbalance(tasks, space.cores),
+        gemm_blocking.imbalance(tasks, space.cores),
     ]
