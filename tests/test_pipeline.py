@@ -20,7 +20,8 @@ from tvmq.errors import CalibrationError, CheckFailed, OutputError, TargetError
 from tvmq.model import Model
 from tvmq.pipeline import STAGES, compile_model
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 
 INT8 = Recipe(precision="int8")
 

@@ -8,7 +8,8 @@ from tvmq.errors import RecipeError
 from tvmq.oracle import interpret
 from tvmq.quantize.realize import realize
 from tvmq.quantize.simulate import simulated
-from tvmq.recipe import Observer, PowerOfTwo, Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Observer, PowerOfTwo, Precision
 
 
 def test_the_defaults_are_relays() -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tvmq.errors import RecipeError
-from tvmq.recipe import KINDS, Aggregate, Observer, Precision, Recipe, Rule
+from tvmq.recipe import Recipe, Rule
+from tvmq.recipe_values import KINDS, Aggregate, Observer, Precision
 
 
 def _one_line(call, *parts: str) -> None:

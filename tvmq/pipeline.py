@@ -53,7 +53,8 @@ from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sources import with_own_rows
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import WITH_DATA, Observer, Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import WITH_DATA, Observer, Precision
 from tvmq.target import Target, load_target
 from tvmq.triple import Family
 from tvmq.tune import records

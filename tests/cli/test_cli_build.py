@@ -10,7 +10,7 @@ import pytest
 from tvmq.cli.build import read_recipe
 from tvmq.deploy import bundle as bundles
 from tvmq.errors import RecipeError
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 MODULE = """
 import numpy as np, torch

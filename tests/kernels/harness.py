@@ -34,7 +34,7 @@ from tvmq.kernels.schedule import build, schedule
 from tvmq.kernels.task import Task
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.recipe import Sparse
+from tvmq.recipe_values import Sparse
 from tvmq.target import Target, load_target
 
 Array = np.ndarray

@@ -34,7 +34,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.micro import bf16_micro, float_micro, int8_micro
 from tvmq.kernels.sparse_stream import SparsePacking, layout_of, split, to_words, union, word_dtype
 from tvmq.quantize import numerics
-from tvmq.recipe import Sparse
+from tvmq.recipe_values import Sparse
 from tvmq.sparse import masks
 
 RUN_LEVELS = [name for name in LEVELS if name != "amx"]

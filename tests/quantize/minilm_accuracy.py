@@ -23,7 +23,7 @@ import torch
 
 import tvmq
 from tvmq.measure.report import table
-from tvmq.recipe import DEFAULT_KINDS, KINDS, PRODUCTS
+from tvmq.recipe_values import DEFAULT_KINDS, KINDS, PRODUCTS
 
 BATCH, TOKENS = 20, 48
 TOP, QUERIES, FEW = 10, 50, 100

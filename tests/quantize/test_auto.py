@@ -18,7 +18,8 @@ from tvmq.model import Model
 from tvmq.pipeline import compile_model, quantize
 from tvmq.quantize import auto
 from tvmq.quantize.auto import Rates, estimate
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 from tvmq.target import load_target
 
 AUTO = Recipe(precision="auto")

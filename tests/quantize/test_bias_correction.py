@@ -7,7 +7,8 @@ from tvmq import ir, pipeline
 from tvmq.errors import CalibrationError, RecipeError
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.recipe import Algorithm, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Algorithm
 
 
 def _batches(model, count: int = 6):

@@ -14,7 +14,8 @@ from tvmq.deploy.executor import load
 from tvmq.importer.load import import_model
 from tvmq.pipeline import compile_model
 from tvmq.quantize import numerics
-from tvmq.recipe import KINDS, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import KINDS
 
 DEFAULT, EVERY = Recipe(precision="int8"), Recipe(precision="int8", kinds=KINDS)
 SHAPE = (2, 5, 24)

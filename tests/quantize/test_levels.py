@@ -12,7 +12,8 @@ from tvmq.quantize.decisions import simulated_levels
 from tvmq.quantize.levels import evenly, levelled, rounded
 from tvmq.quantize.refine import unused_algorithms
 from tvmq.quantize.tables import nearest, normal_levels
-from tvmq.recipe import Recipe, WeightLevels
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import WeightLevels
 
 KINDS = [kind for kind in WeightLevels if kind not in (WeightLevels.NONE, WeightLevels.VECTOR_CODEBOOK)]
 WEIGHT = np.random.default_rng(0).standard_normal((144, 5)).astype(np.float32) * np.float32([1, 1e-3, 7, 1, 1])

@@ -4,7 +4,8 @@ import pytest
 from tvmq.quantize import observers
 from tvmq.quantize.histogram import Histogram
 from tvmq.quantize.observers import Aggregated, Fixed, MinMax, Pooled
-from tvmq.recipe import Aggregate, Observer, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Aggregate, Observer
 
 F32 = np.float32
 CUTTING = ("percentile", "entropy", "mse", "octav", "aciq")

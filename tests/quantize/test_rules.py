@@ -15,7 +15,8 @@ from tvmq.model import Model
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.refine import products_of, unused_algorithms, with_corrected_biases
-from tvmq.recipe import Algorithm, Precision, Recipe, Rule
+from tvmq.recipe import Recipe, Rule
+from tvmq.recipe_values import Algorithm, Precision
 
 
 class Layers(nn.Module):

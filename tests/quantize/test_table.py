@@ -8,7 +8,7 @@ import pytest
 from tvmq.errors import CalibrationError, OutputError
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import SCHEMA, CalibrationTable, Entry
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 TABLE = CalibrationTable(
     "net",

@@ -14,7 +14,7 @@ from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
 from tvmq.errors import OutputError
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 if TYPE_CHECKING:
     from tvmq.measure.report import Report

@@ -16,7 +16,8 @@ from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
 from tvmq.cli.progress import progress
 from tvmq.errors import OutputError
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 
 if TYPE_CHECKING:
     from tvmq.quantize.sufficiency import Sufficiency

@@ -149,7 +149,8 @@ class Explain(Command):
             from tvmq import pipeline
             from tvmq.measure import chart, sensitivity
             from tvmq.quantize.table import CalibrationTable
-            from tvmq.recipe import WITH_DATA, Recipe
+            from tvmq.recipe import Recipe
+            from tvmq.recipe_values import WITH_DATA
 
             if self.plot is not None and not chart.available():
                 raise OutputError(f"cannot write {self.plot}", seen=chart.NOT_INSTALLED)

@@ -19,7 +19,7 @@ from tvmq.cli.data import read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 if TYPE_CHECKING:
     from tvmq.tune.progress import Summary

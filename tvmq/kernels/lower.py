@@ -17,7 +17,7 @@ from tvmq import ir, ops
 from tvmq.kernels import lower_attention, lower_grouped, lower_images, lower_matrix, lower_rest, tiles
 from tvmq.kernels.decision import Decisions, Records
 from tvmq.kernels.lowering import Lowered, Lowering
-from tvmq.recipe import Sparse
+from tvmq.recipe_values import Sparse
 from tvmq.target import Target
 
 

@@ -2,7 +2,7 @@
 
     dense -> sparse    where the weight's pattern of zeros is estimated to save a tenth of the time or more
 
-The modes are those of `recipe.Sparse`. Products with groups and depthwise ones stay dense: their reductions are short.
+The modes are those of `recipe_values.Sparse`. Products with groups and depthwise ones stay dense: they reduce little.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tvmq.kernels.sparse_panels import SparsePanels
 from tvmq.kernels.sparse_pixel_blocking import PixelPlan
 from tvmq.kernels.sparse_pixels import SparsePixels
 from tvmq.kernels.sparse_stream import SparsePacking, layout_of, to_words, union, word_dtype
-from tvmq.recipe import Sparse
+from tvmq.recipe_values import Sparse
 from tvmq.sparse.structure import n_of_m
 from tvmq.target import Target
 

@@ -21,7 +21,7 @@ from tvmq.kernels.micro import Micro
 from tvmq.kernels.pad import Pad
 from tvmq.kernels.sparse_stream import SparsePacking
 from tvmq.kernels.tiles import Dot
-from tvmq.recipe import Sparse
+from tvmq.recipe_values import Sparse
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]

@@ -8,7 +8,7 @@ from tvmq.kernels.builder import BF16
 from tvmq.kernels.geometry import conv_geometry
 from tvmq.kernels.micro import Micro
 from tvmq.quantize.auto import Rates
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 from tvmq.target import Target
 
 # A product that fills tiles and caches, as large layers do: 512 x 512 x 512.

@@ -17,7 +17,8 @@ from typing import Any
 from tvmq.detect import detect_host
 from tvmq.errors import CheckFailed
 from tvmq.measure.report import figure, table
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 from tvmq.target import load_target
 from tvmq.zoo import builder
 

@@ -27,7 +27,8 @@ from tvmq.measure.report import figure, percent, table
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
-from tvmq.recipe import Precision, Recipe, WeightLevels
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision, WeightLevels
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]

@@ -25,7 +25,7 @@ from tvmq.oracle import interpret
 from tvmq.pipeline import Quantized
 from tvmq.quantize.data import inferences
 from tvmq.quantize.table import Entry
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 Array = npt.NDArray[Any]
 # Quantization noise below this is beyond float32: shown as such instead of as infinite.

@@ -32,7 +32,7 @@ from tvmq.kernels.micro import float_micro, int8_micro
 from tvmq.kernels.schedule import build, schedule
 from tvmq.measure import peers
 from tvmq.measure.report import figure, table
-from tvmq.recipe import Sparse
+from tvmq.recipe_values import Sparse
 from tvmq.sparse import masks
 from tvmq.sparse.masks import SINGLE, Block
 from tvmq.target import Target

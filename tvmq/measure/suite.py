@@ -25,7 +25,8 @@ from tvmq.measure.peers import Run, Subject, peers, samples
 from tvmq.measure.per_op import measure_limits, profile
 from tvmq.measure.suite_report import OURS, Row, Suite, compare
 from tvmq.pipeline import compile_model
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 from tvmq.target import Target, load_target
 
 Array = npt.NDArray[Any]

@@ -28,7 +28,8 @@ from tvmq.measure.report import figure, table
 from tvmq.measure.suite import check_names, interleave, runnable
 from tvmq.model import Model
 from tvmq.pipeline import compile_model
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 from tvmq.target import Target
 from tvmq.tune import database
 from tvmq.tune.logs import merge

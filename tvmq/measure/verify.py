@@ -25,7 +25,7 @@ from tvmq.errors import OutputError
 from tvmq.kernels.lowering import packing_of
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 Array = npt.NDArray[Any]
 

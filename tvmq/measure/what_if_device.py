@@ -15,7 +15,8 @@ from tvmq.measure.benchmark import interleaved
 from tvmq.measure.what_if import Counted, WhatIf
 from tvmq.model import Model
 from tvmq.pipeline import compile_model
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 from tvmq.sparse import masks
 from tvmq.sparse.layers import layers, with_matrices
 from tvmq.sparse.masks import Block

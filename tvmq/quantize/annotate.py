@@ -28,7 +28,8 @@ from tvmq.graph.fusion import AddBias, Chain
 from tvmq.quantize import groups, numerics, products, rounding, tables, weights
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from tvmq import ir
 from tvmq.graph.fusion import Chain
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 # Bytes that pass a core in a slot: a 512-bit vector each two, between first and second-level cache, in and out.
 _BYTES = 16.0

@@ -20,7 +20,8 @@ from tvmq.quantize.data import inferences
 from tvmq.quantize.numerics import choose_qparams
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable, Entry
-from tvmq.recipe import Aggregate, Observer, PowerOfTwo, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Aggregate, Observer, PowerOfTwo
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int], None]

@@ -10,7 +10,8 @@ import tvm
 
 from tvmq import ir, ops
 from tvmq.graph.fusion import Chain, find_chains, has_batch_matmul_kernel, has_embedding_kernel
-from tvmq.recipe import Precision, Recipe, WeightLevels
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision, WeightLevels
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from tvmq.quantize.annotate import CHANNEL_AXIS
 from tvmq.quantize.decisions import simulated_levels
 from tvmq.quantize.input_products import input_products
 from tvmq.quantize.plan import Plan
-from tvmq.recipe import Algorithm, Recipe, WeightLevels
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Algorithm, WeightLevels
 
 Array = npt.NDArray[Any]
 

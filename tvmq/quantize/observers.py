@@ -15,7 +15,8 @@ import numpy.typing as npt
 from tvmq.quantize import ranges
 from tvmq.quantize.histogram import Histogram
 from tvmq.quantize.ranges import Range
-from tvmq.recipe import Aggregate, Observer, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Aggregate, Observer
 
 Array = npt.NDArray[Any]
 Rule = Callable[[Histogram], Range]

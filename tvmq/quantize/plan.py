@@ -24,7 +24,8 @@ from tvmq.quantize.decisions import Decision, kind_of, with_levels
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import DEFAULT_KINDS, HALVES, KINDS, LINEAR, Precision, Recipe, Rule
+from tvmq.recipe import Recipe, Rule
+from tvmq.recipe_values import DEFAULT_KINDS, HALVES, KINDS, LINEAR, Precision
 
 # Operators whose result holds elements of their input only, so that both have one range.
 PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")

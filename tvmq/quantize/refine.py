@@ -24,7 +24,8 @@ from tvmq.quantize.input_products import input_products
 from tvmq.quantize.levels import layers_with
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.smooth import smooth
-from tvmq.recipe import Algorithm, Precision, Recipe, WeightLevels
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Algorithm, Precision, WeightLevels
 
 Array = npt.NDArray[Any]
 Samples = Callable[[], Iterable[tuple[Array, ...]]]

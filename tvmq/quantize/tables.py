@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.quantize.numerics import F32, TINY_SCALE, to_bfloat16, widened
-from tvmq.recipe import WeightLevels
+from tvmq.recipe_values import WeightLevels
 
 Array = npt.NDArray[Any]
 ENTRIES = 16

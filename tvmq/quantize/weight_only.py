@@ -20,7 +20,7 @@ from tvmq import ir, op_calls, ops
 from tvmq.oracle import interpret
 from tvmq.quantize.groups import RANGE
 from tvmq.quantize.numerics import to_bfloat16, widened
-from tvmq.recipe import GROUP_SIZES
+from tvmq.recipe_values import GROUP_SIZES
 
 Array = npt.NDArray[Any]
 _WORD = 8  # inputs of 4 bits in a word

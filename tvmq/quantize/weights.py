@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.quantize import numerics, rounding
-from tvmq.recipe import Algorithm, PowerOfTwo, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Algorithm, PowerOfTwo
 
 Array = npt.NDArray[Any]
 

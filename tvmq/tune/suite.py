@@ -12,7 +12,8 @@ from tvmq.importer.load import import_model
 from tvmq.isa import Bf16
 from tvmq.measure.peers import samples
 from tvmq.measure.suite import MODELS, PRECISIONS, check_names
-from tvmq.recipe import Precision, Recipe
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 from tvmq.target import Target, load_target
 from tvmq.tune.progress import Summary
 from tvmq.tune.run import tune
