@@ -28,14 +28,14 @@ from tvmq.importer.canonical import canonicalize
 from tvmq.importer.load import import_model
 from tvmq.model import Model, Signature, TensorSpec
 from tvmq.oracle import interpret
-from tvmq.pipeline import compile_model, wants_integers
+from tvmq.pipeline import compile_model
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.calibrate import calibrate
 from tvmq.quantize.decisions import Decision
 from tvmq.quantize.plan import Plan, make_plan
 from tvmq.quantize.realize import realize
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe
+from tvmq.recipe import Recipe, wants_integers
 from tvmq.tune import logs, records
 
 INT8 = Recipe(precision="int8")

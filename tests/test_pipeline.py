@@ -19,8 +19,9 @@ from tvmq.deploy.executor import load
 from tvmq.errors import CalibrationError, CheckFailed, OutputError, TargetError
 from tvmq.model import Model
 from tvmq.pipeline import STAGES, compile_model
+from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe
+from tvmq.recipe import Recipe, wants_integers
 from tvmq.recipe_values import Precision
 
 INT8 = Recipe(precision="int8")
@@ -76,7 +77,7 @@ def test_a_float_model_needs_no_data(model: Model, tmp_path: Path) -> None:
 
 
 def test_a_finished_table_stands_for_the_data(model: Model, tmp_path: Path) -> None:
-    table = pipeline.calibrate(model, INT8, calibration_of(model))
+    table = calibrate(model, INT8, calibration_of(model))
     table.save(tmp_path / "t.json")
     compile_model(model, "host", INT8, CalibrationTable.load(tmp_path / "t.json"), tmp_path / "table.tvmq")
     compile_model(model, "host", INT8, calibration_of(model), tmp_path / "data.tvmq")
@@ -85,7 +86,7 @@ def test_a_finished_table_stands_for_the_data(model: Model, tmp_path: Path) -> N
 
 
 def test_a_table_of_another_model_is_refused(model: Model, imported: Callable[[str], Model], tmp_path: Path) -> None:
-    other = pipeline.calibrate(imported("transformer"), INT8, calibration_of(imported("transformer")))
+    other = calibrate(imported("transformer"), INT8, calibration_of(imported("transformer")))
     with pytest.raises(
         CalibrationError,
         match="calibration table: tensor .*: expected a tensor of residual; it belongs to another model",
@@ -95,7 +96,7 @@ def test_a_table_of_another_model_is_refused(model: Model, imported: Callable[[s
 
 
 def test_a_tensor_that_the_table_keeps_float(model: Model, without: Callable, tmp_path: Path) -> None:
-    table = pipeline.calibrate(model, INT8, calibration_of(model))
+    table = calibrate(model, INT8, calibration_of(model))
     name = next(
         row["name"]
         for row in compile_model(model, "host", INT8, table, tmp_path / "a.tvmq").operators
@@ -136,8 +137,8 @@ def test_each_way_of_quantizing_is_exact(model: Model, tmp_path: Path, changes: 
 
 
 def test_integers_need_data(model: Model, tmp_path: Path) -> None:
-    assert not pipeline.wants_integers(Recipe())
-    assert pipeline.wants_integers(Recipe(rules=[{"match": "x", "precision": "int8"}]))
+    assert not wants_integers(Recipe())
+    assert wants_integers(Recipe(rules=[{"match": "x", "precision": "int8"}]))
     for data, said in [
         (None, "saw none; pass calibration=batches"),
         ([], "at least one batch"),

@@ -21,6 +21,7 @@ from tvmq.deploy.executor import Executor, load
 from tvmq.importer.load import import_model
 from tvmq.model import Model
 from tvmq.oracle import interpret
+from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.realize import realize
 from tvmq.recipe import Recipe
 from tvmq.target import load_target
@@ -85,7 +86,7 @@ def accuracy(
 ) -> tuple[float, float]:
     """fp32 and int8 top-1 with `sizes` calibration and test images; 100 of these must equal the oracle."""
     calibrate_on, test_on = sizes
-    table = pipeline.calibrate(model, INT8, [*batches(cifar.training_images(cifar10, calibrate_on))])
+    table = calibrate(model, INT8, [*batches(cifar.training_images(cifar10, calibrate_on))])
     compiled = pipeline.compile_model(model, "host", INT8, table, folder / "resnet20.tvmq")
     assert all(row["precision"] == "int8" for row in compiled.operators if row["kind"] in ("conv2d", "matmul"))
     executor = load(compiled.path)
@@ -119,7 +120,7 @@ def test_a_board_gives_the_same_logits(
 ) -> None:
     single = model_of_batch(1)
     x = cifar10.normalize(cifar10.images("test", limit=4)[0])
-    table = pipeline.calibrate(single, INT8, x)
+    table = calibrate(single, INT8, x)
     paths = {name: tmp_path / f"{name}.tvmq" for name in ("host", "raspberry-pi-4b")}
     for name, path in paths.items():
         pipeline.compile_model(single, name, INT8, table, path)

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvmq.errors import BundleError, ModelError, SignatureError
+from tvmq.errors import BundleError, ModelError, RecipeError, SignatureError
 from tvmq.model import Signature, TensorSpec, as_array
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import WITH_DATA
 
 Array = npt.NDArray[Any]
 _FORM = (
@@ -177,3 +179,12 @@ def _cut_of(index: int, small: tuple[int, ...], size: int, large: tuple[int, ...
         seen=f"shapes {list(small)} and {list(large)}",
         hint="take only whole sizes, with == instead of =",
     )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise RecipeError for what would make sizes differ in more than size, or padding in more than zeros."""
+    if wanted := [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]:
+        hint = "it would give each size weights of its own: compile one size"
+        raise RecipeError(f"algorithm {wanted[0]} for several sizes", hint=hint)
+    if recipe.integer_io:
+        raise RecipeError("integer_io for several sizes", hint="inputs are padded with zeros: compile one size")

@@ -1,7 +1,7 @@
 """The table of contents: a model becomes a bundle in the stages below, in this order, each of which can be dumped.
 
-layout      channels-last image tensors                                       graph/layout.py
-calibrate   the range of each tensor, over calibration data                   quantize/calibrate.py
+layout      channels-last image tensors                                       graph/channels_last.py
+calibrate   the range of each tensor, over calibration data                   quantize/calibration.py
 plan        what becomes integer or 16-bit, and why the rest does not         quantize/plan.py
 annotate    explicit quantize and dequantize pairs, and conversions           quantize/annotate.py
 realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
@@ -15,23 +15,20 @@ bundle      one file                                                          de
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvmq import ir
 from tvmq.deploy import build
-from tvmq.errors import CalibrationError, RecipeError
-from tvmq.files import atomic_write_text, require_folder
-from tvmq.graph.batches import keep_batches
-from tvmq.graph.layout import drop_transposes, to_nhwc
-from tvmq.graph.zeros import fold_zero_products
-from tvmq.importer.canonical import fold_constants
+from tvmq.dump import Dump
+from tvmq.dynamic import check_recipe
+from tvmq.errors import RecipeError
+from tvmq.files import require_folder
+from tvmq.graph.channels_last import channels_last
 from tvmq.importer.quantized import is_quantized
 from tvmq.kernels.decision import Records
 from tvmq.kernels.lower import lower
@@ -42,19 +39,17 @@ from tvmq.oracle import interpret
 from tvmq.quantize import levels
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
-from tvmq.quantize.calibrate import calibrate as observe
-from tvmq.quantize.data import fits, inferences
+from tvmq.quantize.calibration import calibrate, prepared, read_again, samples_of, table_of_sizes
 from tvmq.quantize.decisions import Decision, float_decisions, source_decisions
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
-from tvmq.quantize.plan import Plan, make_plan
+from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
-from tvmq.quantize.refine import Samples, products_of, reshaped, unused_algorithms, with_corrected_biases
+from tvmq.quantize.refine import products_of, unused_algorithms, with_corrected_biases
 from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sources import with_own_rows
-from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe
-from tvmq.recipe_values import WITH_DATA, Observer, Precision
+from tvmq.recipe import Recipe, wanted_precisions, wants_integers
+from tvmq.recipe_values import Precision
 from tvmq.target import Target, load_target
 from tvmq.triple import Family
 from tvmq.tune import records
@@ -137,10 +132,10 @@ def compile_model(
     spec, recipe, out = load_target(target), recipe or Recipe(), require_folder(out)
     known = None if untuned else records.load(spec, logs)
     report = progress or (lambda _stage, _n: None)
-    stages = _Dump(dump)
+    stages = Dump(dump)
     if model.dynamic is not None:
-        _check_sizes(recipe)
-        calibration = _table_of_sizes(model, recipe, calibration, report)
+        check_recipe(recipe)
+        calibration = table_of_sizes(model, recipe, calibration, report)
     programs = [_program(one, spec, recipe, calibration, known, report, stages) for one in (model, *model.larger)]
     report("bundle", 0)
     written = build.write_bundle([built for built, _ in programs], out, model.dynamic)
@@ -156,7 +151,7 @@ def _program(
     calibration: Iterable[Any] | CalibrationTable | None,
     known: Records | None,
     report: Progress,
-    stages: _Dump,
+    stages: Dump,
 ) -> tuple[build.Built, Quantized]:
     """A model of one size, compiled and checked."""
     made = realized_module(model, spec, recipe, calibration, report, stages)
@@ -184,43 +179,20 @@ def _program(
     return build.Built(product, library, expected), quantized
 
 
-def _check_sizes(recipe: Recipe) -> None:
-    """Raise RecipeError for what would make sizes differ in more than size, or padding in more than zeros."""
-    if wanted := [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]:
-        hint = "it would give each size weights of its own: compile one size"
-        raise RecipeError(f"algorithm {wanted[0]} for several sizes", hint=hint)
-    if recipe.integer_io:
-        raise RecipeError("integer_io for several sizes", hint="inputs are padded with zeros: compile one size")
-
-
-def _table_of_sizes(
-    model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None, report: Progress
-) -> Iterable[Any] | CalibrationTable | None:
-    """One table for all sizes, by the program that the data fit; what was given where the recipe needs none."""
-    if calibration is None or isinstance(calibration, CalibrationTable) or is_quantized(model.module):
-        return calibration
-    if not wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}:
-        return calibration
-    batches = calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
-    fitting = [one for one in (model, *model.larger) if fits(batches, one.signature)]
-    report("calibrate", 0)
-    return calibrate((fitting or [model])[0], recipe, batches, lambda n: report("calibrate", n))
-
-
 def realized_module(
     model: Model,
     target: Target,
     recipe: Recipe,
     calibration: Iterable[Any] | CalibrationTable | None = None,
     progress: Progress | None = None,
-    stages: _Dump | None = None,
+    stages: Dump | None = None,
 ) -> Realized:
     """The stages before lowering. Raises CalibrationError, and RecipeError for what the target cannot compute."""
     if Precision.FP16 in wanted_precisions(recipe) and target.family is Family.RISCV64:
         # LLVM passes halves in float registers there, TVM's own conversions take them in others.
         expected = "another precision for RISC-V, where TVM converts float16 wrongly"
         raise RecipeError("recipe: precision fp16", expected=expected, seen=target.name, hint="bf16 works")
-    report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
+    report, stages = progress or (lambda _stage, _n: None), stages or Dump(None)
     quantized = quantize(model, recipe, calibration, report, stages, rates_of(target))
     report("realize", 0)
     qdq, conversions = quantized.qdq, None
@@ -237,21 +209,21 @@ def quantize(
     recipe: Recipe,
     calibration: Iterable[Any] | CalibrationTable | None = None,
     progress: Progress | None = None,
-    stages: _Dump | None = None,
+    stages: Dump | None = None,
     rates: Rates | None = None,
 ) -> Quantized:
     """The stages before those of a target: layout, calibrate, plan, annotate. Raises CalibrationError.
 
     rates: `kernels.rates.rates_of` a target, for recipes that ask for `auto`. Raises RecipeError without them.
     """
-    report, stages = progress or (lambda _stage, _n: None), stages or _Dump(None)
+    report, stages = progress or (lambda _stage, _n: None), stages or Dump(None)
     report("layout", 0)
     asked = tuple(algorithm.value for algorithm in recipe.all_algorithms)
     if is_quantized(source := with_own_rows(model.module)) or is_quantized(model.module):
         module = stages("layout", channels_last(source))
         return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
-    calibration = _again(calibration, recipe)
-    samples = _samples(model, calibration)
+    calibration = read_again(calibration, recipe)
+    samples = samples_of(model, calibration)
     module = stages("layout", prepared(model, recipe, calibration))
     table = None
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
@@ -272,98 +244,3 @@ def quantize(
     report("annotate", 0)
     annotated = stages("annotate", annotate(module, plan, recipe, products))
     return Quantized(module, annotated, table, plan.decisions, plan.unused, unused)
-
-
-def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> tvm.IRModule:
-    """The float module that is calibrated and planned: channels-last, and rescaled as the recipe's algorithms ask."""
-    return reshaped(channels_last(model.module), recipe, _samples(model, calibration))
-
-
-def _again(
-    calibration: Iterable[Any] | CalibrationTable | None, recipe: Recipe
-) -> Iterable[Any] | CalibrationTable | None:
-    """Calibration data that can be read several times, where an algorithm needs that. Raises CalibrationError."""
-    wanted = [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]
-    if not wanted:
-        return calibration
-    if calibration is None or isinstance(calibration, CalibrationTable):
-        seen = "none" if calibration is None else "a finished table"
-        raise CalibrationError(f"calibration data for {wanted[0]}", expected="batches", seen=seen)
-    return calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
-
-
-def _samples(model: Model, calibration: Iterable[Any] | CalibrationTable | None) -> Samples:
-    """A function that begins calibration data anew."""
-    batches: Iterable[Any] = () if calibration is None or isinstance(calibration, CalibrationTable) else calibration
-    return lambda: inferences(batches, model.signature)
-
-
-def calibrate(
-    model: Model,
-    recipe: Recipe,
-    calibration: Iterable[Any] | CalibrationTable | None,
-    progress: Callable[[int], None] | None = None,
-    module: tvm.IRModule | None = None,
-    extremes: Extremes | None = None,
-) -> CalibrationTable:
-    """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError.
-
-    extremes: learns the range of each tensor in each inference, for `quantize.sufficiency.judge`.
-    """
-    if module is None:
-        calibration = _again(calibration, recipe)
-        module = prepared(model, recipe, calibration)
-    if isinstance(calibration, CalibrationTable):
-        known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
-        unknown = sorted(set(calibration.tensors) - known)
-        if unknown:
-            hint = "it belongs to another model, or to another version of this one"
-            raise CalibrationError(
-                f"calibration table: tensor {unknown[0]!r}", expected=f"a tensor of {model.name}", hint=hint
-            )
-        return calibration
-    if calibration is None and recipe.observer is Observer.FIXED:
-        calibration = ()
-    if calibration is None:
-        hint = "pass calibration=batches, or --calibrate DATA"
-        raise CalibrationError(
-            "calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint
-        )
-    name = model.name
-    return observe(module, model.signature, calibration, recipe, name=name, progress=progress, extremes=extremes)
-
-
-def channels_last(module: tvm.IRModule) -> tvm.IRModule:
-    """Image tensors in NHWC, without the transposes that cancel or that are of constants, and products by zeros.
-
-    Products of matrices keep their leading axes.
-    """
-    return fold_constants(fold_zero_products(drop_transposes(to_nhwc(keep_batches(module)))))
-
-
-def wants_integers(recipe: Recipe) -> bool:
-    """Whether `recipe` asks for int8 with fixed scales, and so for calibration data; `auto` takes what there is."""
-    return Precision.INT8 in wanted_precisions(recipe)
-
-
-def wanted_precisions(recipe: Recipe) -> set[Precision]:
-    """Every precision that `recipe` asks for somewhere."""
-    return {recipe.precision, *(rule.precision for rule in recipe.rules if rule.precision is not None)}
-
-
-class _Dump:
-    """Writes the Relax of each stage to a folder, in order; without a folder it only passes modules on."""
-
-    def __init__(self, folder: str | Path | None) -> None:
-        self.folder = Path(folder) if folder is not None else None
-        self.count = 0
-
-    def __call__(self, stage: str, module: tvm.IRModule) -> tvm.IRModule:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self.folder / f"{self.count:02d}_{stage}.py", module.script(show_meta=False))
-            self.count += 1
-        return module
-
-
-__all__ = ["STAGES", "Compiled", "Plan", "Quantized", "calibrate", "compile_model", "quantize", "wants_integers"]

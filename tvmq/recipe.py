@@ -330,3 +330,13 @@ def _rule(rule: Rule | Mapping[str, Any]) -> Rule:
             hint = nearest(str(key), _RULE_KEYS)
             raise RecipeError("recipe: rules", expected=_RULE, seen=repr(dict(rule)), hint=hint)
     return Rule(**rule)
+
+
+def wants_integers(recipe: Recipe) -> bool:
+    """Whether `recipe` asks for int8 with fixed scales, and so for calibration data; `auto` takes what there is."""
+    return Precision.INT8 in wanted_precisions(recipe)
+
+
+def wanted_precisions(recipe: Recipe) -> set[Precision]:
+    """Every precision that `recipe` asks for somewhere."""
+    return {recipe.precision, *(rule.precision for rule in recipe.rules if rule.precision is not None)}

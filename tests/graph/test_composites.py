@@ -11,6 +11,7 @@ from torch import nn
 from tvm import relax
 
 import tvmq
+from tvmq.graph.channels_last import channels_last
 from tvmq.graph.fusion import Apply, find_chains
 
 op = relax.op
@@ -36,7 +37,7 @@ def test_pytorchs_layers(layer: nn.Module, name: str, precision: str, tmp_path: 
     model = nn.Sequential(nn.Conv2d(3, 16, 1), layer, nn.Conv2d(16, 16, 1)).eval()
     x = torch.randn(1, 3, 6, 7) * 4
     imported = tvmq.import_model(model, (x,))
-    assert functions(tvmq.pipeline.channels_last(imported.module)) == [name]
+    assert functions(channels_last(imported.module)) == [name]
     calibration = [(x.numpy(),)] if precision == "int8" else None
     compiled = tvmq.compile(imported, "host", tvmq.Recipe(precision=precision), calibration, tmp_path / "m.tvmq")
     assert [row["kind"] for row in compiled.operators if row["kind"] != "permute_dims"] == ["conv2d", "conv2d"]

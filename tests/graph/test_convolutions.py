@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tvmq import ir
+from tvmq.graph.channels_last import channels_last
 from tvmq.importer.load import import_model
 from tvmq.oracle import interpret
-from tvmq.pipeline import channels_last
 
 CASES = {
     "line": (nn.Conv1d(4, 6, 3, 2, 1, 1, 2), (2, 4, 9)),

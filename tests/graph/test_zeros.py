@@ -10,9 +10,9 @@ from torch.nn import functional
 
 import tvmq
 from tvmq import ir
+from tvmq.graph.channels_last import channels_last
 from tvmq.model import Model
 from tvmq.oracle import interpret
-from tvmq.pipeline import channels_last
 from tvmq.sparse.prune import Pruning, prune
 
 

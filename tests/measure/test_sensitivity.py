@@ -7,6 +7,7 @@ import pytest
 
 from tvmq import pipeline
 from tvmq.measure.sensitivity import CEILING_DB, analyze, draw
+from tvmq.quantize.calibration import calibrate
 from tvmq.recipe import Recipe, Rule
 
 INT8 = Recipe(precision="int8")
@@ -44,7 +45,7 @@ def test_ranges_are_those_of_the_data(found) -> None:
 def test_a_range_that_cuts_saturates_and_ranks_first(imported) -> None:
     model = imported("conv_bn_relu")
     batches = _batches(model)
-    table = pipeline.calibrate(model, INT8, batches)
+    table = calibrate(model, INT8, batches)
     entry = table.tensors["relu"]
     params = dataclasses.replace(entry.qparams, scale=entry.qparams.scale / 20)
     bad = dataclasses.replace(table, tensors={**table.tensors, "relu": dataclasses.replace(entry, qparams=params)})

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tvmq import pipeline
 from tvmq.importer.load import import_model
+from tvmq.quantize.calibration import calibrate, prepared
 from tvmq.recipe import Recipe
 from tvmq.zoo.vision import resnet18
 
@@ -39,9 +39,9 @@ def images(count: int, seed: int = 0) -> Iterator[np.ndarray]:
 def seconds_of_tvmq(model: Any) -> float:
     """Seconds an image of one turn; preparing the graph does not count."""
     data = list(images(TURN))
-    module = pipeline.prepared(model, RECIPE, None)
+    module = prepared(model, RECIPE, None)
     start = time.perf_counter()
-    pipeline.calibrate(model, RECIPE, data, module=module)
+    calibrate(model, RECIPE, data, module=module)
     return (time.perf_counter() - start) / TURN
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     network, example = resnet18()
     model = import_model(network, example)
     if options.peak:
-        pipeline.calibrate(model, RECIPE, images(options.images))
+        calibrate(model, RECIPE, images(options.images))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

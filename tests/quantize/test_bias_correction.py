@@ -5,8 +5,10 @@ import pytest
 
 from tvmq import ir, pipeline
 from tvmq.errors import CalibrationError, RecipeError
+from tvmq.graph.channels_last import channels_last
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
+from tvmq.quantize.calibration import calibrate
 from tvmq.recipe import Recipe
 from tvmq.recipe_values import Algorithm
 
@@ -18,7 +20,7 @@ def _batches(model, count: int = 6):
 
 def _mean_error(model, recipe: Recipe, batches) -> float:
     quantized = pipeline.quantize(model, recipe, batches)
-    float_module = pipeline.channels_last(model.module)
+    float_module = channels_last(model.module)
     difference = [quantized.simulate(x)[0] - interpret.run(float_module, [x])[0] for x in batches]
     return float(np.abs(np.mean(difference, axis=(0, 1, 3, 4) if difference[0].ndim == 4 else (0, 1))).max())
 
@@ -53,7 +55,7 @@ def test_every_algorithm_gives_a_sound_model(imported, algorithms: list) -> None
 
 def test_algorithms_that_look_at_data_refuse_a_table(imported) -> None:
     model = imported("residual")
-    table = pipeline.calibrate(model, Recipe(precision="int8"), _batches(model))
+    table = calibrate(model, Recipe(precision="int8"), _batches(model))
     for data, seen in ((table, "a finished table"), (None, "none")):
         with pytest.raises(CalibrationError, match=f"for gptq: expected batches, saw {seen}"):
             pipeline.quantize(model, Recipe(precision="int8", algorithms=["gptq"]), data)

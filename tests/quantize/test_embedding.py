@@ -12,9 +12,10 @@ from torch import nn
 from tvmq import ir
 from tvmq.deploy import bundle
 from tvmq.deploy.executor import load
+from tvmq.graph.channels_last import channels_last
 from tvmq.importer.load import import_model
 from tvmq.measure.verify import verify
-from tvmq.pipeline import channels_last, compile_model
+from tvmq.pipeline import compile_model
 from tvmq.quantize import numerics
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.plan import make_plan

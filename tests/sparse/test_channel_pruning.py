@@ -12,9 +12,9 @@ from torch import nn
 import tvmq
 from tvmq import ir
 from tvmq.errors import InputError
+from tvmq.graph.channels_last import channels_last
 from tvmq.model import Model
 from tvmq.oracle import interpret
-from tvmq.pipeline import channels_last
 from tvmq.sparse import channels
 from tvmq.sparse.layers import layers, with_matrices
 from tvmq.sparse.prune import Pruning, prune

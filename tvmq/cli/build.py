@@ -181,13 +181,13 @@ class Calibrate(Command):
         with progress(out.errors, "calibrate") as report:
             report("loading TVM", 0)
             import tvmq
-            from tvmq import pipeline
             from tvmq.quantize import sufficiency
+            from tvmq.quantize.calibration import calibrate
 
             report("import", 0)
             model = tvmq.import_model(self.model, converters=self.converters)
             extremes = sufficiency.Extremes()
-            table = pipeline.calibrate(model, recipe, batches, lambda n: report("inference", n), extremes=extremes)
+            table = calibrate(model, recipe, batches, lambda n: report("inference", n), extremes=extremes)
         table.save(self.out)
         found = sufficiency.judge(extremes)
         document = {

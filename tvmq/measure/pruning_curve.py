@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from tvmq.errors import CalibrationError
 from tvmq.files import atomic_path
+from tvmq.graph.channels_last import channels_last
 from tvmq.measure.report import figure, table
 from tvmq.model import Model, Signature
 from tvmq.oracle import interpret
-from tvmq.pipeline import channels_last
 from tvmq.quantize.data import inferences
 from tvmq.sparse import masks
 from tvmq.sparse.masks import SINGLE, Block

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tvmq import ir, ops
 from tvmq.errors import InputError
+from tvmq.graph.channels_last import channels_last
 from tvmq.graph.fusion import find_chains
 from tvmq.kernels import lower_matrix, lower_sparse
 from tvmq.kernels.geometry import Geometry
@@ -23,7 +24,6 @@ from tvmq.kernels.lowering import Lowering
 from tvmq.kernels.micro import Micro
 from tvmq.measure.report import figure, table
 from tvmq.model import Model
-from tvmq.pipeline import channels_last
 from tvmq.quantize.realize import realize
 from tvmq.sparse import masks
 from tvmq.sparse.masks import Block

@@ -1,0 +1,97 @@
+"""What calibration takes of a model: the module to run, data that can be read again, one table for all of its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvmq import ir
+from tvmq.errors import CalibrationError
+from tvmq.graph.channels_last import channels_last
+from tvmq.importer.quantized import is_quantized
+from tvmq.model import Model
+from tvmq.quantize.calibrate import calibrate as observe
+from tvmq.quantize.data import fits, inferences
+from tvmq.quantize.refine import Samples, reshaped
+from tvmq.quantize.sufficiency import Extremes
+from tvmq.quantize.table import CalibrationTable
+from tvmq.recipe import Recipe, wanted_precisions
+from tvmq.recipe_values import WITH_DATA, Observer, Precision
+
+Progress = Callable[[str, int], None]
+
+
+def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> tvm.IRModule:
+    """The float module that is calibrated and planned: channels-last, and rescaled as the recipe's algorithms ask."""
+    return reshaped(channels_last(model.module), recipe, samples_of(model, calibration))
+
+
+def read_again(
+    calibration: Iterable[Any] | CalibrationTable | None, recipe: Recipe
+) -> Iterable[Any] | CalibrationTable | None:
+    """Calibration data that can be read several times, where an algorithm needs that. Raises CalibrationError."""
+    wanted = [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]
+    if not wanted:
+        return calibration
+    if calibration is None or isinstance(calibration, CalibrationTable):
+        seen = "none" if calibration is None else "a finished table"
+        raise CalibrationError(f"calibration data for {wanted[0]}", expected="batches", seen=seen)
+    return calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
+
+
+def samples_of(model: Model, calibration: Iterable[Any] | CalibrationTable | None) -> Samples:
+    """A function that begins calibration data anew."""
+    batches: Iterable[Any] = () if calibration is None or isinstance(calibration, CalibrationTable) else calibration
+    return lambda: inferences(batches, model.signature)
+
+
+def calibrate(
+    model: Model,
+    recipe: Recipe,
+    calibration: Iterable[Any] | CalibrationTable | None,
+    progress: Callable[[int], None] | None = None,
+    module: tvm.IRModule | None = None,
+    extremes: Extremes | None = None,
+) -> CalibrationTable:
+    """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError.
+
+    extremes: learns the range of each tensor in each inference, for `quantize.sufficiency.judge`.
+    """
+    if module is None:
+        calibration = read_again(calibration, recipe)
+        module = prepared(model, recipe, calibration)
+    if isinstance(calibration, CalibrationTable):
+        known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
+        unknown = sorted(set(calibration.tensors) - known)
+        if unknown:
+            hint = "it belongs to another model, or to another version of this one"
+            raise CalibrationError(
+                f"calibration table: tensor {unknown[0]!r}", expected=f"a tensor of {model.name}", hint=hint
+            )
+        return calibration
+    if calibration is None and recipe.observer is Observer.FIXED:
+        calibration = ()
+    if calibration is None:
+        hint = "pass calibration=batches, or --calibrate DATA"
+        raise CalibrationError(
+            "calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint
+        )
+    name = model.name
+    return observe(module, model.signature, calibration, recipe, name=name, progress=progress, extremes=extremes)
+
+
+def table_of_sizes(
+    model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None, report: Progress
+) -> Iterable[Any] | CalibrationTable | None:
+    """One table for all sizes, by the program that the data fit; what was given where the recipe needs none."""
+    if calibration is None or isinstance(calibration, CalibrationTable) or is_quantized(model.module):
+        return calibration
+    if not wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}:
+        return calibration
+    batches = calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
+    fitting = [one for one in (model, *model.larger) if fits(batches, one.signature)]
+    report("calibrate", 0)
+    return calibrate((fitting or [model])[0], recipe, batches, lambda n: report("calibrate", n))
