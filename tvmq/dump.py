@@ -17,6 +17,7 @@ class Dump:
         self.count = 0
 
     def __call__(self, stage: str, module: tvm.IRModule) -> tvm.IRModule:
+        """`module`, which is written down as `stage`."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.folder / f"{self.count:02d}_{stage}.py", module.script(show_meta=False))

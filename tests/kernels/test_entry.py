@@ -63,7 +63,9 @@ def stem(channels: int, dtype: str = "float32") -> Case:
     def emit(x: Any) -> Any:
         last = relax.op.permute_dims(x, [0, 2, 3, 1])
         steps = (ops.Multiply(25.0), ops.Quantize(3, *numerics.INT_RANGE[dtype], dtype)) if integer else ()
-        return inner.emit(op_calls.elementwise(last, (), steps, out_shape=image.shape, out_dtype=dtype) if integer else last)
+        return inner.emit(
+            op_calls.elementwise(last, (), steps, out_shape=image.shape, out_dtype=dtype) if integer else last
+        )
 
     return Case("stem", emit, (floats((1, channels, 9, 7)),))
 

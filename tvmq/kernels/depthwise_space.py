@@ -131,7 +131,11 @@ class DepthwiseSpace:
             rows = spec.product.rows
             groups = -(-kh // rows)
             # A row is loaded and unpacked twice; weights are read where they are multiplied.
-            return max(groups * rows * kw * columns, 3 * groups * rows * read) + rows * columns * gemm_blocking.FINISH + _STEP
+            return (
+                max(groups * rows * kw * columns, 3 * groups * rows * read)
+                + rows * columns * gemm_blocking.FINISH
+                + _STEP
+            )
         vectors = -(-spec.lanes // self.native)
         return vectors * (max(kh * kw * columns, kh * (read + kw)) + columns * gemm_blocking.FINISH) + _STEP
 

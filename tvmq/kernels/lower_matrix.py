@@ -96,9 +96,7 @@ def _spaces(lowering: Lowering, m: Micro, geometry: Geometry) -> tuple[Space, ..
     return (vectors,) if dot is None else (TileSpace(geometry, dot, m, lowering.target), vectors)
 
 
-def _sparse(
-    lowering: Lowering, name: str, call: Any, kernel: Array, geometry: Geometry
-) -> lower_sparse.Choice | None:
+def _sparse(lowering: Lowering, name: str, call: Any, kernel: Array, geometry: Geometry) -> lower_sparse.Choice | None:
     """The sparse product of `call`, None where a dense one is the better choice."""
     if not lower_sparse.considers(lowering, kernel):
         return None

@@ -149,7 +149,10 @@ def _estimates(shape: Shape, micro: Micro, direct: Micro, cores: int, l2_bytes: 
     weight = (s.out_channels, 3, 3, s.channels)
     geometry = conv_geometry(padded, weight, (s.images, *out, s.out_channels), (1, 1), (1, 1), 1)
     tile = gemm_blocking.choose(geometry, direct, cores, l2_bytes).tile
-    plain = max(gemm_blocking.cost(geometry, direct, tile) / cores, gemm_blocking.stream(direct, 9 * s.channels * s.out_channels))
+    plain = max(
+        gemm_blocking.cost(geometry, direct, tile) / cores,
+        gemm_blocking.stream(direct, 9 * s.channels * s.out_channels),
+    )
     cost, blocking = min(
         ((_cost(shape, micro, blocking, cores, l2_bytes), blocking) for blocking in _blockings(shape, micro, cores)),
         key=lambda option: option[0],

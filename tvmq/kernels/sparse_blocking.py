@@ -66,8 +66,15 @@ def _plans(geometry: Geometry, micro: Micro, mask: npt.NDArray[np.bool_], machin
             slots = cost(geometry, micro, tile, int(pattern.sum()), pattern.shape, machine.l1_bytes)
             blocking, parts = _tasks(geometry, micro, tile, machine)
             # With a place of four bytes to an entry.
-            elements = int(pattern.sum()) * (vectors * micro.lanes * micro.product.kr + 4 // gemm_blocking.BYTES[micro.w_dtype])
-            yield Plan(blocking, parts, float(pattern.mean()), max(slots / machine.cores, gemm_blocking.stream(micro, elements)))
+            elements = int(pattern.sum()) * (
+                vectors * micro.lanes * micro.product.kr + 4 // gemm_blocking.BYTES[micro.w_dtype]
+            )
+            yield Plan(
+                blocking,
+                parts,
+                float(pattern.mean()),
+                max(slots / machine.cores, gemm_blocking.stream(micro, elements)),
+            )
 
 
 def cost(
