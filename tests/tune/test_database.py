@@ -153,6 +153,7 @@ def test_without_a_final_one_the_default_must_be_beaten_clearly(tuned):
     assert verdict([default, slightly]) is default
     assert verdict([default, slightly, clearly]) is clearly
     assert verdict([slightly]) is None
+    assert verdict([default, trial(tuned, 0, DEFAULT, (4e-3,)), slightly]) is default
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from harness import conv, integers, module_of, target_of, weights
 from tvmq.kernels.decision import decision_of, legal
 from tvmq.kernels.lower import lower
 from tvmq.tune.budget import Budget, Spending
-from tvmq.tune.database import FINAL, SEARCHED, Writer, read
+from tvmq.tune.database import DEFAULT, FINAL, SEARCHED, Writer, read
 from tvmq.tune.equipment import others_of
 from tvmq.tune.records import LogRecords
 from tvmq.tune.tasks import tasks_of
@@ -83,8 +83,8 @@ def test_the_verdict_at_another_size_is_the_first_that_is_tried(resnet50, target
     ((decision, source), *_) = LogRecords(target, [read(learned, target)]).decisions(near.task)
     _, point = legal(decision, source, near.spaces)
     trials = run(tmp_path, [near], target, Budget(trials=4), learned)
-    assert trials[1].decision.point == point
-    assert [trial.role for trial in trials[:4]] == ["default", SEARCHED, SEARCHED, SEARCHED]
+    assert trials[2].decision.point == point
+    assert [trial.role for trial in trials[:4]] == [DEFAULT, DEFAULT, SEARCHED, SEARCHED]
 
 
 def test_a_task_of_both_networks_is_known(resnet18, resnet50, target, learned):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from harness import target_of
 
 from tvmq.errors import InputError, TuningError
 from tvmq.tune.budget import Budget, Outlook, Spending, seconds_of
-from tvmq.tune.database import DEFAULT, FINAL, Writer, read, verdict
-from tvmq.tune.tuner import Tuner
+from tvmq.tune.database import DEFAULT, FINAL, SEARCHED, Writer, read, verdict
+from tvmq.tune.tuner import Tuner, scatter
 
 TARGET = "avx512-vnni"
 
@@ -86,6 +87,47 @@ def test_a_lucky_figure_does_not_win(tmp_path, target):
     assert {row["decision"] for row in summary.tasks} == {str(default) for default in defaults.values()}
 
 
+def disturbed(until: int, factor: float):
+    """Times of `bowl`, every other one of the first `until` longer by `factor`: something else ran meanwhile."""
+    count = itertools.count()
+
+    def seconds(task, decision):
+        number = next(count)
+        return bowl(task, decision) * (factor if number < until and number % 2 == 0 else 1.0)
+
+    return seconds
+
+
+def test_a_bad_moment_at_the_start_spoils_nothing(tmp_path, target):
+    """The default is timed again beside the first candidates, and compared by what is seen at the end."""
+    calm, _, _ = tune(tmp_path / "calm", target, Budget())
+    # Both defaults, and the six figures that tell the noise.
+    summary, events, _ = tune(tmp_path / "disturbed", target, Budget(), disturbed(8, 3.0))
+    first = next(event for event in events if event["event"] == "batch")
+    assert first["default_ms"] == next(row["default_ms"] for row in calm.tasks if row["task"] == first["task"])
+    assert (summary.default_ms, summary.tuned_ms) == (calm.default_ms, calm.tuned_ms)
+
+
+@pytest.mark.parametrize(
+    ("figures", "least"), [([1.0], 0.005), ([3.0, 1.0, 1.001, 4.0], 0.005), ([2.0, 1.5, 3.0], 1 / 3)]
+)
+def test_the_least_figure_is_believed_as_far_as_the_next_one(figures, least):
+    assert scatter(figures) == pytest.approx(least)
+
+
+def test_what_scatters_as_much_as_it_gains_does_not_win(tmp_path, target):
+    """A candidate that is a tenth faster once in five rounds is not faster."""
+    defaults = {tuned.task: tuned.default for tuned in two_tasks(target)}
+    counts: Counter = Counter()
+
+    def seconds(task, decision):
+        counts[task, decision] += 1
+        return 1.0 if decision == defaults[task] or counts[task, decision] % 5 else 0.9
+
+    summary, _, _ = tune(tmp_path, target, Budget(trials=40), seconds)
+    assert {row["decision"] for row in summary.tasks} == {str(default) for default in defaults.values()}
+
+
 def test_runs_are_equal_for_a_seed(tmp_path, target):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         tune(tmp_path / name, target, Budget(trials=60), seed=seed)
@@ -111,8 +153,8 @@ def test_it_resumes_from_what_was_measured(tmp_path, target):
     tune(tmp_path / "part", target, Budget(trials=30))
     resumed, events, _ = tune(tmp_path / "part", target, Budget())
     assert events[0] == {"event": "start", "tasks": 2, "known": 2}
-    assert resumed.trials < whole.trials
-    trials = [(t.task, t.decision) for t in read(tmp_path / "part", target).trials if t.role != FINAL]
+    assert resumed.tuned_ms == whole.tuned_ms
+    trials = [(t.task, t.decision) for t in read(tmp_path / "part", target).trials if t.role == SEARCHED]
     assert len(set(trials)) == len(trials)
     again, _, _ = tune(tmp_path / "part", target, Budget())
     assert again.trials <= 16

@@ -27,8 +27,8 @@ def draw(bench: TuningBench, path: Path) -> None:
     for panel in panels[len(bench.rows) :]:
         panel.set_axis_off()
     drawing.suptitle(
-        f"Best latency so far, {bench.threads} threads, {bench.processor}.\nStars: whole models at the end, in turns; "
-        "stock's line begins when each of its tasks has a trial.",
+        f"Best latency so far, {bench.threads} threads, {bench.processor}.\nStars: whole models at the end, in turns.\n"
+        "Stock's line begins when each of its tasks has a trial.",
         fontsize=9,
     )
     with atomic_path(path) as temporary:

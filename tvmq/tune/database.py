@@ -126,8 +126,8 @@ def verdict(trials: Iterable[Trial]) -> Trial | None:
     finals = [trial for trial in known if trial.role == FINAL]
     if finals:
         return finals[-1]
-    default = next((trial for trial in reversed(known) if trial.role == DEFAULT and trial.seconds), None)
-    if default is None:
+    default = min((t for t in known if t.role == DEFAULT), key=lambda trial: trial.best, default=None)
+    if default is None or not default.seconds:
         return None
     best = min(known, key=lambda trial: trial.best)
     return best if best.best < _UNCONFIRMED * default.best else default

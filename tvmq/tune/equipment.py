@@ -108,7 +108,7 @@ def _measured(logs: Sequence[Log], tasks: set[Task], target: Target) -> Iterator
     seen = set(tasks)
     for log in logs:
         for task, trials in log.by_task(target.cores).items():
-            default = next((trial.best for trial in trials if trial.role == DEFAULT and trial.seconds), None)
+            default = min((trial.best for trial in trials if trial.role == DEFAULT and trial.seconds), default=None)
             if task in seen or default is None:
                 continue
             seen.add(task)

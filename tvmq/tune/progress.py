@@ -46,7 +46,7 @@ class Progress:
             return
         self.trials += 1
         if trial.role == DEFAULT and trial.seconds:
-            self.default = trial.best
+            self.default = min(trial.best, self.default or trial.best)
         if trial.seconds:
             self.seconds[trial.decision] = trial.best
         if self.default is not None:

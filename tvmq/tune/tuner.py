@@ -6,7 +6,6 @@ starts builder processes anew for each, and knows no end but a number of trials.
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -35,6 +34,15 @@ _FINALISTS, _ROUNDS = 3, 5
 _SAMPLES, _LEAST_NOISE = 6, 0.005
 # Seconds that comparing the candidates of a task takes, and the most of a budget that is kept for it.
 _COMPARING, _RESERVED = 1.0, 0.2
+
+
+def scatter(figures: Sequence[float]) -> float:
+    """How far the least of some figures is to be believed: the next one's distance from it, as a share of it.
+
+    Least figures are compared, since what disturbs a machine only ever adds to them.
+    """
+    least, *others = sorted(figures)
+    return max(_LEAST_NOISE, others[0] / least - 1 if others else 0.0)
 
 
 class Builder(Protocol):
@@ -117,7 +125,7 @@ class Tuner:
         for task in waiting:
             if self.spending.spent or self.stopped():
                 return self._why()
-            self._measure(task, [task.tuned.default], DEFAULT)
+            self._measure_default(task)
         timed = [task for task in self.tasks if task.default is not None]
         if not timed:
             return "no default could be timed"
@@ -134,7 +142,7 @@ class Tuner:
         results = [result for _, result in self.runner.time([built.folder] * _SAMPLES)]
         figures = [min(result.seconds) for result in results if result.seconds]
         if figures:
-            self.noise = max(_LEAST_NOISE, statistics.median(figures) / min(figures) - 1)
+            self.noise = scatter(figures)
         self.event({"event": "noise", "noise": self.noise})
 
     # --- the search ---
@@ -148,8 +156,11 @@ class Tuner:
             before = task.candidates.best
             seeds = self._seeds(task)
             left = self.spending.left(BATCH)
-            decisions = [*seeds, *propose(task.candidates, self.model, left, self.rng, seeds)][:left]
-            self._measure(task, decisions, SEARCHED)
+            decisions = [*seeds, *propose(task.candidates, self.model, left, self.rng, seeds)]
+            if not task.outlook.batches:
+                self._measure_default(task)
+                left = self.spending.left(left)
+            self._measure(task, decisions[:left], SEARCHED)
             task.searched = True
             task.outlook.batch(before, task.candidates.best, self.noise)
             self._learn()
@@ -182,6 +193,10 @@ class Tuner:
         if not gains:
             return 0.0, None
         return sum(gain for gain, _ in gains), max(gains, key=lambda item: item[0])[1]
+
+    def _measure_default(self, task: Progress) -> None:
+        """Time a task's default: first of all, and beside its first candidates, should that have been a bad moment."""
+        self._measure(task, [task.tuned.default], DEFAULT)
 
     def _measure(self, task: Progress, decisions: Sequence[Decision], role: str) -> None:
         """Build and time candidates; each is in the log before the next is begun."""
@@ -235,7 +250,7 @@ class Tuner:
     # --- verdicts ---
 
     def _verdicts(self) -> None:
-        """Compare the best candidates of each task with its default, in turns, which stays unless it is beaten.
+        """Compare the best candidates of each task with its default, in turns, which stays unless it is beaten clearly.
 
         Those that gained most come first: what the time does not allow is left to `database.verdict`.
         """
@@ -258,7 +273,7 @@ class Tuner:
         if self.stopped() or not times.get(default):
             return
         winner = min((d for d in times if times[d]), key=lambda d: min(times[d]))
-        if min(times[winner]) >= min(times[default]) * (1 - self.noise):
+        if min(times[winner]) >= min(times[default]) * (1 - max(scatter(times[default]), scatter(times[winner]))):
             winner = default
         task.default = min(times[default])
         task.verdict = Trial(task.tuned.task, winner, FINAL, tuple(times[winner]), self.target.cores)
