@@ -103,7 +103,10 @@ def test_outputs_that_do_not_grow_with_the_inputs(small: tuple, large: tuple) ->
 
 
 def test_plain_data_and_back() -> None:
-    assert Dynamic.from_dict(TOKENS.to_dict(), "here") == TOKENS
+    for wanted in (TOKENS, Dynamic.parse("ids:1=16;ids:0,mask:0=1,2")):
+        assert Dynamic.from_dict(wanted.to_dict(), "here") == wanted
+    of_before = {key: value for key, value in TOKENS.to_dict().items() if key != "fixed"}
+    assert Dynamic.from_dict(of_before, "here") == TOKENS
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,7 @@ def test_plain_data_and_back() -> None:
         {"axes": []},
         {"axes": [["ids"]]},
         {"axes": [["ids", -1]]},
+        {"fixed": [["ids"]]},
         {"cuts": [{"axis": 0}]},
         {"cuts": [{"axis": -1, "each": 1}]},
         {"exact": None, "sizes": None},

@@ -124,9 +124,7 @@ class Dynamic:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        found = dataclasses.asdict(self)
-        del found["fixed"]  # the signature says it
-        return found
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Dynamic:
@@ -134,7 +132,9 @@ class Dynamic:
         try:
             axes = tuple((str(name), int(axis)) for name, axis in data["axes"])
             cuts = tuple(None if cut is None else Cut(int(cut["axis"]), int(cut["each"])) for cut in data["cuts"])
-            found = cls(axes, tuple(int(size) for size in data["sizes"]), bool(data["exact"]), cuts)
+            # Bundles of before have none.
+            fixed = tuple((str(name), int(axis), int(size)) for name, axis, size in data.get("fixed", ()))
+            found = cls(axes, tuple(int(size) for size in data["sizes"]), bool(data["exact"]), cuts, fixed)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{where}: dynamic sizes", expected="axes, sizes and cuts", seen=repr(error)) from error
         rising = all(a < b for a, b in zip((0, *found.sizes), found.sizes, strict=False))

@@ -25,7 +25,6 @@ import tvm
 
 from tvmq.deploy import build
 from tvmq.dump import Dump
-from tvmq.dynamic import check_recipe
 from tvmq.errors import RecipeError
 from tvmq.files import require_folder
 from tvmq.graph.channels_last import channels_last
@@ -39,7 +38,7 @@ from tvmq.oracle import interpret
 from tvmq.quantize import levels
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
-from tvmq.quantize.calibration import calibrate, prepared, read_again, samples_of, table_of_sizes
+from tvmq.quantize.calibration import calibrate, for_all_sizes, prepared, read_again, samples_of
 from tvmq.quantize.decisions import Decision, float_decisions, source_decisions
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.plan import make_plan
@@ -133,9 +132,7 @@ def compile_model(
     known = None if untuned else records.load(spec, logs)
     report = progress or (lambda _stage, _n: None)
     stages = Dump(dump)
-    if model.dynamic is not None:
-        check_recipe(recipe)
-        calibration = table_of_sizes(model, recipe, calibration, report)
+    calibration = for_all_sizes(model, recipe, calibration, report)
     programs = [_program(one, spec, recipe, calibration, known, report, stages) for one in (model, *model.larger)]
     report("bundle", 0)
     written = build.write_bundle([built for built, _ in programs], out, model.dynamic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tvmq.model import Model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Recipe
 
+Native = Callable[..., subprocess.CompletedProcess[str]]
 X = np.random.default_rng(0).standard_normal((8, 3, 8, 8)).astype(np.float32)
 
 
@@ -110,12 +112,8 @@ def test_on_a_board(paths: dict[str, Path], native_runner: Path) -> None:
             for n in (1, 3, 4):
                 np.testing.assert_array_equal(there(X[:n])[0], here(X[:n])[0])
         assert verify(paths["int8"], f"{serving.url}?secret=none").ok
-
-
-def test_the_native_runner_takes_one_size(paths: dict[str, Path], native_runner: Path) -> None:
-    done = subprocess.run([native_runner, "run", paths["int8"]], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "expected a program for one size of inputs, saw several; compile it without --dynamic" in done.stderr
+        found = bundle_bench.run([paths["fp32"]], f"{serving.url}?secret=none", repeat=1, min_repeat_ms=1)
+        assert len(found.bundles) == 3 and all(one.min_ms > 0 for one in found.latencies)
 
 
 def test_each_size_is_verified(paths: dict[str, Path]) -> None:
@@ -181,3 +179,96 @@ def test_a_manifest_that_is_not_of_its_members(
 ) -> None:
     with pytest.raises(BundleError, match=said):
         read(_rewritten(paths["int8"], tmp_path / "m.tvmq", change))
+
+
+# --- the native runner's own commands -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native(native_runner: Path) -> Native:
+    return lambda *words: subprocess.run(
+        [str(native_runner), *map(str, words)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def _given(folder: Path, **arrays: np.ndarray) -> list[str]:
+    """The words that pass inputs."""
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return [word for name in arrays for word in ("--input", f"{name}={folder / name}.npy")]
+
+
+def test_the_native_runner_takes_every_size(paths: dict[str, Path], native: Native, tmp_path: Path) -> None:
+    here = load(paths["int8"])
+    for n in (1, 3, 4):
+        done = native("run", paths["int8"], *_given(tmp_path, x=X[:n]), "--output", tmp_path / "out")
+        assert (done.returncode, done.stderr) == (0, "")
+        for spec, want in zip(here.signature.outputs, here(X[:n]), strict=True):
+            found = np.load(tmp_path / "out" / f"{spec.name}.npy")
+            assert found.dtype == want.dtype
+            np.testing.assert_array_equal(found, want)
+    assert native("run", paths["int8"]).stdout.count(" as expected\n") == 2
+
+
+def test_the_native_runner_measures_each_size(paths: dict[str, Path], native: Native, tmp_path: Path) -> None:
+    words = ("bench", paths["fp32"], "--repeat", 2)
+    assert re.findall(r"^size (\d): [\d.]+ ms median", native(*words).stdout, re.MULTILINE) == ["1", "2", "4"]
+    done = native(*words, *_given(tmp_path, x=X[:3]))
+    assert re.findall(r"^size (\d): ", done.stdout, re.MULTILINE) == ["4"]
+
+
+def test_sizes_that_the_native_runner_refuses(paths: dict[str, Path], native: Native, tmp_path: Path) -> None:
+    for array, said in (
+        (X[:5], "input x: expected 1 to 4 along axis 0, saw 5; compile with the sizes that you need: --dynamic"),
+        (X[:0], "expected 1 to 4 along axis 0, saw 0"),
+        (X[:3, :2], "expected 'shape': (3, 3, 8, 8), saw"),
+        (np.array(1.0, np.float32), "expected an axis 0"),
+    ):
+        done = native("run", paths["int8"], *_given(tmp_path, x=array))
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_the_native_runner_pads_inner_axes(native: Native, tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.relu(x) + y, torch.cat([x, y], -1).sum(0)
+
+    example = {"x": torch.ones(2, 4, 3), "y": torch.ones(2, 4, 3)}
+    path = tmp_path / "m.tvmq"
+    compile_model(import_model(Sum(), example, dynamic="x:1,y:1=4,8"), out=path)
+    x = np.random.default_rng(1).standard_normal((2, 5, 3)).astype(np.float32)
+    done = native("run", path, *_given(tmp_path, x=x, y=x + 1), "--output", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    here = load(path)
+    for spec, want in zip(here.signature.outputs, here(x, x + 1), strict=True):
+        assert want.shape[-2] == 5
+        np.testing.assert_array_equal(np.load(tmp_path / f"{spec.name}.npy"), want)
+    for words, said in (
+        (_given(tmp_path, x=x), "--input: expected y too: its size varies with that of the others"),
+        (_given(tmp_path, x=x, y=x[:, :4]), "input y: expected 5 along axis 1, as others have, saw 4"),
+    ):
+        done = native("run", path, *words)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("dynamic"),
+        lambda m: m["dynamic"].update(sizes=[1, 2]),
+        lambda m: m["dynamic"].update(sizes=[1, 4, 2]),
+        lambda m: m["dynamic"].update(sizes="many"),
+        lambda m: m["dynamic"].update(programs=[{}]),
+        lambda m: m["dynamic"].update(axes=[["y", 0]]),
+        lambda m: m["dynamic"].update(axes=[["x", 4]]),
+        lambda m: m["dynamic"].update(cuts=[]),
+        lambda m: m["dynamic"].update(cuts=[{"axis": 0, "each": 9}, None]),
+    ],
+    ids=range(9),
+)
+def test_manifests_that_the_native_runner_refuses(
+    paths: dict[str, Path], native: Native, tmp_path: Path, change: Callable[[dict], None]
+) -> None:
+    done = native("run", _rewritten(paths["int8"], tmp_path / "m.tvmq", change))
+    assert done.returncode == 2
+    assert done.stderr.startswith("tvmq-runner: ") and done.stderr.count("\n") == 1

@@ -25,13 +25,14 @@ from tvmq.kernels.lower import lower
 from tvmq.model import Model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Recipe
-from tvmq.target import load_target
+from tvmq.target import Target, load_target
 from tvmq.tune import database, records, whole
 from tvmq.tune.progress import Summary
 from tvmq.tune.run import realized_of, tasks_in
+from tvmq.tune.tasks import TuneTask
 from tvmq.tune.tuner import Tuner
 
-INT8 = Recipe(precision="int8")
+INT8, FLOAT = Recipe(precision="int8"), Recipe()
 
 
 @pytest.fixture
@@ -41,6 +42,11 @@ def model(imported: Callable[[str], Model]) -> Model:
 
 def sources(path: Path) -> dict[str, str]:
     return {row["kind"]: row["tuning"] for row in read_bundle(path).manifest["operators"]}
+
+
+def tasks(model: object, target: Target, recipe: Recipe = FLOAT, data: object = None) -> list[TuneTask]:
+    programs = realized_of(model, target, recipe, data)
+    return tasks_in({size: lower(one, target) for size, one in programs.items()})
 
 
 def test_tuned_and_compiled(model, tmp_path):
@@ -58,8 +64,8 @@ def test_tuned_and_compiled(model, tmp_path):
         np.testing.assert_array_equal(one, other)
     # A bundle has the same tasks as the model that it was made of.
     target = load_target("host")
-    of_model = tasks_in(lower(realized_of(model, target, INT8, calibration_of(model)), target))
-    of_bundle = tasks_in(lower(realized_of(tmp_path / "plain.tvmq", target, INT8), target))
+    of_model = tasks(model, target, INT8, calibration_of(model))
+    of_bundle = tasks(tmp_path / "plain.tvmq", target, INT8)
     assert [(t.task, t.count) for t in of_model] == [(t.task, t.count) for t in of_bundle]
 
 
@@ -115,7 +121,7 @@ def test_own_records_of_another_machine_are_passed_over(model, tmp_path):
 
 def test_compiling_tells_of_damaged_records(model, tmp_path):
     logs, target = tmp_path / "logs", load_target("host")
-    (tuned, *_) = tasks_in(lower(realized_of(model, target, Recipe()), target))
+    (tuned, *_) = tasks(model, target)
     with database.Writer(logs, target) as writer:
         writer.add(database.Trial(tuned.task, tuned.default, database.DEFAULT, (1e-3,), target.cores), tuned.spaces)
     with (logs / database.RECORDS).open("ab") as file:
@@ -137,7 +143,33 @@ def test_a_target_that_this_machine_cannot_time(model):
 def test_a_model_without_anything_to_tune():
     model = import_model(nn.ReLU(), (torch.zeros(1, 4),))
     with pytest.raises(TuningError, match="expected convolutions or products with weights, saw none"):
-        tasks_in(lower(realized_of(model, load_target("host"), Recipe()), load_target("host")))
+        tasks(model, load_target("host"))
+
+
+# --- several sizes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sizes() -> Model:
+    return import_model(nn.Sequential(nn.Linear(32, 32), nn.ReLU()).eval(), torch.ones(1, 32), dynamic="input:0=1,8")
+
+
+def test_each_size_is_tuned(sizes, tmp_path):
+    data = [np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)]
+    summary = tune(sizes, "host", INT8, data, trials=6, budget=None, logs=tmp_path / "logs")
+    assert sorted(name.rpartition(" at ")[2] for row in summary.tasks for name in row["operators"]) == ["1", "8"]
+    done = compile_model(sizes, "host", INT8, data, tmp_path / "m.tvmq", logs=tmp_path / "logs")
+    for program in read_bundle(done.path).programs():
+        assert {row["tuning"] for row in program.manifest["operators"] if row["kind"] == "matmul"} == {"tuned"}
+    target = load_target("host")
+    assert [t.names for t in tasks(done.path, target)] == [t.names for t in tasks(sizes, target, INT8, data)]
+
+
+def test_latencies_of_sizes_are_added_up(sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tuner, "run", others_win)
+    monkeypatch.setattr(whole, "latencies", lambda *_: (1e-3, 2e-3))
+    summary = tune(sizes, "host", trials=1, budget=None, logs=tmp_path)
+    assert (summary.untuned_model_ms, summary.tuned_model_ms) == (2.0, 2.0)
 
 
 # --- the whole model ------------------------------------------------------------------------------------------------
@@ -171,14 +203,14 @@ def test_defaults_stay_where_the_whole_model_is_slower(seconds, stays, model, tm
     assert ("defaults stay" in summary.ended) == stays
     # What was timed is what compiling takes, unless the defaults stay.
     assert {choice.source for choice in measured[0].values()} == {TUNED}
-    again = tasks_in(lower(realized_of(model, target, Recipe()), target))
+    again = tasks(model, target)
     found = records.load(target, tmp_path)
     assert all((next(iter(found.decisions(t.task)))[0] == t.default) == stays for t in again)
 
 
 def test_a_whole_model_is_timed(model):
     target = load_target("host")
-    one, other = whole.latencies(realized_of(model, target, Recipe()), target, Recipe(), [None, None])
+    one, other = whole.latencies(realized_of(model, target, Recipe())[0], target, Recipe(), [None, None])
     assert 0 < one < 1 and 0 < other < 1
 
 
@@ -205,7 +237,4 @@ def test_ctrl_c_leaves_the_whole_model_out(looks, model, tmp_path, monkeypatch):
     assert summary.ended == "interrupted before the whole model was timed"
     assert summary.tuned_model_ms is None
     found = records.load(target, tmp_path)
-    assert all(
-        next(iter(found.decisions(t.task)))[0] != t.default
-        for t in tasks_in(lower(realized_of(model, target, Recipe()), target))
-    )
+    assert all(next(iter(found.decisions(t.task)))[0] != t.default for t in tasks(model, target))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.command import Command, add_converters, add_model
+from tvmq.cli.command import Command, add_converters, add_dynamic, add_model
 from tvmq.cli.data import read_batches, read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
@@ -79,12 +79,7 @@ class Compile(Command):
         parser.add_argument(
             "--no-check", dest="check", action="store_false", help="do not compare the imported model with PyTorch"
         )
-        parser.add_argument(
-            "--dynamic",
-            metavar="INPUT:AXIS=N,N,...",
-            help="a program for each size of an axis, as x:0=1,2,4,8: inputs between them are padded, outputs cut; "
-            "ids:1,mask:1=64,128: axes that vary together; x:1==64,128: no other sizes; ';ids:0=1': one size",
-        )
+        add_dynamic(parser)
         add_converters(parser)
         parser.add_argument("-v", "--verbose", action="store_true", help="also print who converted which operators")
 
@@ -154,12 +149,14 @@ class Calibrate(Command):
     examples: ClassVar[tuple[str, ...]] = (
         "tvmq calibrate model.pt2 --calibrate data.npz -o table.json",
         "tvmq calibrate model.pt2 --calibrate mypackage.data:batches --recipe recipe.toml -o table.json",
+        "tvmq calibrate bert.pt2 --dynamic ids:1,mask:1=64,128 --calibrate data.npz -o table.json",
     )
 
     model: str
     calibrate: str
     recipe: str | None = None
     out: str
+    dynamic: str | None = None
     converters: str | None = None
 
     @classmethod
@@ -171,6 +168,7 @@ class Calibrate(Command):
         )
         parser.add_argument("--recipe", metavar="R.toml", help="the observer, and how scales are chosen")
         parser.add_argument("-o", "--out", required=True, metavar="TABLE.json", help="the table")
+        add_dynamic(parser)
         add_converters(parser)
 
     def run(self, out: Output) -> int:
@@ -183,9 +181,14 @@ class Calibrate(Command):
             import tvmq
             from tvmq.quantize import sufficiency
             from tvmq.quantize.calibration import calibrate
+            from tvmq.quantize.data import of_fitting_size
 
             report("import", 0)
-            model = tvmq.import_model(self.model, converters=self.converters)
+            model = tvmq.import_model(self.model, converters=self.converters, dynamic=self.dynamic)
+            if model.larger:
+                # One table serves all sizes: that of the size which the data have.
+                batches = list(batches)
+                model = of_fitting_size(model, batches)
             extremes = sufficiency.Extremes()
             table = calibrate(model, recipe, batches, lambda n: report("inference", n), extremes=extremes)
         table.save(self.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,13 +10,14 @@ from tvmq.cli import render
 from tvmq.cli.command import DEVICE_HELP, Command, add_device
 from tvmq.cli.data import read_batches
 from tvmq.cli.output import Output
-from tvmq.cli.parser import Parser
+from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
 from tvmq.errors import CalibrationError, OutputError
 
 if TYPE_CHECKING:
     from tvmq.deploy.bundle import Bundle
     from tvmq.deploy.executor import OpTime
+    from tvmq.dynamic import Dynamic
     from tvmq.measure.sensitivity import AccuracyReport
 
 
@@ -74,6 +76,7 @@ class Explain(Command):
     examples: ClassVar[tuple[str, ...]] = (
         "tvmq explain model.tvmq",
         "tvmq explain model.tvmq --profile",
+        "tvmq explain model.tvmq --size 8 --profile",
         "tvmq explain model.tvmq --accuracy model.pt2 --data data.npz --plot accuracy.png",
     )
 
@@ -85,6 +88,7 @@ class Explain(Command):
     data: str | None = None
     samples: int = 32
     plot: str | None = None
+    size: int | None = None
     verbose: bool = False
 
     @classmethod
@@ -101,6 +105,12 @@ class Explain(Command):
             "--samples", type=int, default=32, metavar="N", help="for --accuracy: inferences (default 32)"
         )
         parser.add_argument("--plot", metavar="FILE.png", help="for --accuracy: also draw a chart")
+        parser.add_argument(
+            "--size",
+            type=int,
+            metavar="N",
+            help="of several: the program (default: the smallest; for --accuracy: the one that the data fit)",
+        )
         parser.add_argument("-v", "--verbose", action="store_true", help="also print who converted which operators")
         parser.add_argument("--profile", action="store_true", help="time each operator on the device")
         add_device(parser)
@@ -110,9 +120,10 @@ class Explain(Command):
         from tvmq.deploy import bundle as bundles
 
         bundle = bundles.read(self.bundle)
-        times, mark = self._profile(bundle, out) if self.profile else (None, "")
-        rows = operator_rows(bundle.manifest["operators"], times)
-        size = bundle.manifest["activation_bytes"]
+        shown = program_of(bundle, self.size)
+        times, mark = self._profile(shown, out) if self.profile else (None, "")
+        rows = operator_rows(shown.manifest["operators"], times)
+        size = shown.manifest["activation_bytes"]
         document = {
             "bundle": self.bundle,
             "target": bundle.manifest["target"]["name"],
@@ -122,6 +133,8 @@ class Explain(Command):
             "dynamic": None if bundle.dynamic is None else bundle.dynamic.to_dict(),
         }
         text: list[Any] = [render.operators(rows, timed=self.profile, mark=mark), f"activations: {size:,} bytes"]
+        if bundle.dynamic is not None:
+            text.append(f"the operators above are those of size {self.size or bundle.dynamic.sizes[0]}")
         text += sizes_text(bundle)
         if self.verbose:
             text += render.converters(bundle.converters)
@@ -131,14 +144,15 @@ class Explain(Command):
             document["emulated"] = bool(mark)
             text.append(f"{total:.4f} ms{mark} in {len(times)} kernel calls, each timed alone")
         if self.accuracy is not None:
-            found = self._accuracy(bundle, out)
-            document["accuracy"] = found.to_dict()
+            found, at = self._accuracy(bundle, out)
+            document["accuracy"] = {**found.to_dict(), "size": at}
+            text += [f"accuracy at size {at}"] if at else []
             text += accuracy_text(found)
         out.result(document, *text)
         return 0
 
-    def _accuracy(self, bundle: Bundle, out: Output) -> AccuracyReport:
-        """Import the model again, quantize it as the bundle says, and compare. Raises InputError."""
+    def _accuracy(self, bundle: Bundle, out: Output) -> tuple[AccuracyReport, int | None]:
+        """Import the model again, quantize it as the bundle says, and compare; the size at which. Raises InputError."""
         assert self.accuracy is not None
         if self.data is None:
             raise CalibrationError("explain --accuracy", expected="--data DATA", seen="none")
@@ -154,10 +168,11 @@ class Explain(Command):
 
             if self.plot is not None and not chart.available():
                 raise OutputError(f"cannot write {self.plot}", seen=chart.NOT_INSTALLED)
-            report("import", 0)
-            model = tvmq.import_model(self.accuracy)
-            recipe = Recipe.from_dict(bundle.manifest["recipe"])
             batches = list(batches)
+            report("import", 0)
+            size = self.size or size_of_data(bundle, batches)
+            model = tvmq.import_model(self.accuracy, dynamic=only(bundle, size))
+            recipe = Recipe.from_dict(bundle.manifest["recipe"])
             calibration: Any = None
             if set(recipe.all_algorithms) & set(WITH_DATA):
                 calibration = batches  # these algorithms need data, and a bundle has none
@@ -169,7 +184,7 @@ class Explain(Command):
             found = sensitivity.analyze(model, quantized, batches, samples=self.samples)
             if self.plot is not None:
                 sensitivity.draw(found, self.plot)
-            return found
+            return found, size
 
     def _profile(self, bundle: Bundle, out: Output) -> tuple[list[OpTime], str]:
         """The times, and what follows each where they mean nothing."""
@@ -183,18 +198,45 @@ class Explain(Command):
                 return executor.profile(), mark
 
 
+def program_of(bundle: Bundle, size: int | None) -> Bundle:
+    """The program of a size, None: the smallest, or the only one. Raises UsageError for a size that has none."""
+    programs = dict(zip(bundle.dynamic.sizes if bundle.dynamic else (None,), bundle.programs(), strict=True))
+    found = programs.get(next(iter(programs)) if size is None else size)
+    if found is None:
+        known = "a bundle of several sizes" if bundle.dynamic is None else f"one of {bundle.dynamic}"
+        raise UsageError("--size", expected=known, seen=size)
+    return found
+
+
+def size_of_data(bundle: Bundle, batches: list[Any]) -> int | None:
+    """Of a bundle of several sizes the smallest that the data fit, or the smallest; None where it has none."""
+    from tvmq.quantize.data import fits
+
+    if bundle.dynamic is None:
+        return None
+    named = zip(bundle.dynamic.sizes, bundle.programs(), strict=True)
+    return next((size for size, one in named if fits(batches, one.signature)), bundle.dynamic.sizes[0])
+
+
+def only(bundle: Bundle, size: int | None) -> Dynamic | None:
+    """The sizes of a bundle without those but one: its model is imported as it was, and nothing is padded."""
+    if bundle.dynamic is None or size is None:
+        return None
+    return dataclasses.replace(bundle.dynamic, sizes=(size,), exact=True, cuts=())
+
+
 def sizes_text(bundle: Bundle) -> list[str]:
     """What is said of a bundle of several sizes: which, what happens between them, and where kernels differ."""
     if bundle.dynamic is None:
         return []
     between = "others are refused" if bundle.dynamic.exact else "others are padded to the next, and their outputs cut"
-    lines = [f"a program for each of {bundle.dynamic}: {between}; the operators above are those of the smallest"]
+    lines = [f"a program for each of {bundle.dynamic}: {between}"]
     first, *others = bundle.programs()
     kernels = {row["name"]: row["kernel"] for row in first.manifest["operators"]}
     for size, program in zip(bundle.dynamic.sizes[1:], others, strict=True):
         rows = program.manifest["operators"]
         changed = sum(kernels.get(row["name"]) != row["kernel"] for row in rows)
-        lines.append(f"size {size}: {changed} of {len(rows)} operators have other kernels")
+        lines.append(f"size {size}: {changed} of {len(rows)} operators have other kernels than the smallest")
     return lines
 
 

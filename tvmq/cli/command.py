@@ -69,3 +69,13 @@ def add_device(parser: Parser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="0 (default): every core here, the target's on a board"
     )
+
+
+def add_dynamic(parser: Parser) -> None:
+    """--dynamic."""
+    parser.add_argument(
+        "--dynamic",
+        metavar="INPUT:AXIS=N,N,...",
+        help="a program for each size of an axis, as x:0=1,2,4,8: inputs between them are padded, outputs cut; "
+        "ids:1,mask:1=64,128: axes that vary together; x:1==64,128: no other sizes; ';ids:0=1': one size",
+    )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tvmq.cli import render
 from tvmq.cli.build import read_recipe
-from tvmq.cli.command import DEVICE_HELP, Command, add_converters
+from tvmq.cli.command import DEVICE_HELP, Command, add_converters, add_dynamic
 from tvmq.cli.data import read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
@@ -39,6 +39,7 @@ class Tune(Command):
         "tvmq tune model.pt2 --budget 10m",
         "tvmq tune model.pt2 --precision int8 --calibrate data.npz --trials 200 -o tuning_logs/host",
         "tvmq tune model.tvmq --budget 5m",
+        "tvmq tune model.onnx --dynamic x:0=1,8 --budget 10m",
         "tvmq tune model.pt2 -t raspberry-pi-4b --device tracker://192.168.1.2:9190/pi4 --budget 1h",
         "tvmq tune model.pt2 --cluster auto --budget 10m",
         "tvmq tune --suite -t x86-64-avx2 --budget 5m -o tuning_logs/x86-64-avx2",
@@ -64,6 +65,7 @@ class Tune(Command):
     flush: bool = False
     seed: int = 0
     fresh: bool = False
+    dynamic: str | None = None
     converters: str | None = None
 
     @classmethod
@@ -104,6 +106,7 @@ class Tune(Command):
         )
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")
         parser.add_argument("--fresh", action="store_true", help="learn from no other log, build every candidate anew")
+        add_dynamic(parser)
         add_converters(parser)
 
     def run(self, out: Output) -> int:
@@ -114,6 +117,8 @@ class Tune(Command):
             raise UsageError("--models and --precisions", expected="only with --suite")
         if self.devices and self.cluster is None:
             raise UsageError("--devices", expected="only with --cluster")
+        if self.dynamic is not None and (self.suite or str(self.model).endswith(".tvmq")):
+            raise UsageError("--dynamic", expected="only with a MODEL that is no bundle, which has its sizes")
         if self.cluster is not None and self.device != "host":
             raise UsageError("--device", expected="--devices with --cluster")
         check_budget(self._budget, self.trials, self.stop_at)
@@ -147,7 +152,7 @@ class Tune(Command):
 
             report("import", 0)
             bundled = name.endswith(".tvmq")
-            model = name if bundled else tvmq.import_model(name, converters=self.converters)
+            model = name if bundled else tvmq.import_model(name, converters=self.converters, dynamic=self.dynamic)
         with _shown(out.errors, self.json) as event:
             summary = tvmq.tune(model, self.target, recipe, calibration, event=event, **self._options())
         out.result(asdict(summary), *_text(summary))

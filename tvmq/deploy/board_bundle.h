@@ -86,6 +86,8 @@ static const char* text(TVMFFIAny value) {
 typedef struct {
   const char *name, *dtype;
   char descr[8], shape[256];
+  int64_t dims[8];
+  int rank;
   size_t count, item_size;
   TVMFFIAny tensor;
   uint8_t* data;
@@ -102,6 +104,13 @@ static void describe_dtype(array* a) {
   snprintf(a->descr, sizeof a->descr, "%c%c%zu", a->item_size == 1 ? '|' : '<', letter, a->item_size);
 }
 
+/* A shape as NumPy writes it: "(1, 2)". */
+static void write_shape(char shape[256], const int64_t* dims, int rank) {
+  size_t used = (size_t)snprintf(shape, 256, "(");
+  for (int i = 0; i < rank; i++) used += (size_t)snprintf(shape + used, 256 - used, "%s%lld", i ? ", " : "", (long long)dims[i]);
+  snprintf(shape + used, 256 - used, rank == 1 ? ",)" : ")");
+}
+
 /* An array as the manifest describes it: name, dtype, shape; its tensor is allocated. */
 static array make_array(TVMFFIAny entry) {
   array a = {.name = text(item(entry, "name")), .dtype = text(item(entry, "dtype")), .count = 1};
@@ -109,14 +118,14 @@ static array make_array(TVMFFIAny entry) {
   TVMFFIAny dims[8], shape = item(entry, "shape");
   int64_t rank = length_of(shape);
   if (rank > 8) fail("the manifest: %s has %d dimensions", a.name, (int)rank);
-  size_t used = (size_t)snprintf(a.shape, sizeof a.shape, "(");
+  a.rank = (int)rank;
   for (int64_t i = 0; i < rank; i++) {
     dims[i] = element(shape, i);
     if (dims[i].type_index != kTVMFFIInt || dims[i].v_int64 < 0 || dims[i].v_int64 > INT32_MAX) fail("%s: its shape", a.name);
     if (__builtin_mul_overflow(a.count, (size_t)dims[i].v_int64, &a.count) || a.count > SIZE_MAX / 16) fail("%s: its shape", a.name);
-    used += (size_t)snprintf(a.shape + used, sizeof a.shape - used, "%s%lld", i ? ", " : "", (long long)dims[i].v_int64);
+    a.dims[i] = dims[i].v_int64;
   }
-  snprintf(a.shape + used, sizeof a.shape - used, rank == 1 ? ",)" : ")");
+  write_shape(a.shape, a.dims, a.rank);
   TVMFFIByteArray name = {a.dtype, strlen(a.dtype)};
   TVMFFIAny arguments[4] = {call_global("ffi.Shape", (int)rank, dims, a.name),
                             {.type_index = kTVMFFIDataType},
@@ -154,23 +163,32 @@ static void fill_parameter(array* a, TVMFFIAny entry, bytes block) {
 
 /* ---- Bundles ---- */
 
+/* own: what the manifest has for the program of one of several sizes, folder: where its members are; none and "" for that
+ * of the smallest, and for the only one. */
 typedef struct {
   const char* path;
-  bytes file, golden;
-  TVMFFIAny manifest;
+  bytes file, golden, parameters;
+  TVMFFIAny manifest, own;
+  char folder[16];
   array inputs[MOST_TENSORS], outputs[MOST_TENSORS];
   int input_count, output_count;
 } bundle;
 
+/* "lib.so", or "4/lib.so" of those that each size has. */
 static int is_known(const uint8_t* name, size_t length) {
-  static const char* const known[] = {"manifest.json", "lib.so",      "params.bin",
-                                      "golden.npz",    "oracle.json", "calibration.json"};
-  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+  static const char* const known[] = {"lib.so", "golden.npz", "oracle.json", "manifest.json", "params.bin", "calibration.json"};
+  size_t digits = 0, count = sizeof known / sizeof *known;
+  while (digits < length && digits < 10 && name[digits] >= '0' && name[digits] <= '9') digits++;
+  if (digits > 0 && digits < 10 && digits < length && name[0] != '0' && name[digits] == '/')
+    name += digits + 1, length -= digits + 1, count = 3;
+  for (size_t i = 0; i < count; i++)
     if (strlen(known[i]) == length && memcmp(known[i], name, length) == 0) return 1;
   return 0;
 }
 
-static bytes member(const bundle* b, const char* name) {
+static bytes member(const bundle* b, const char* folder, const char* base) {
+  char name[32];
+  snprintf(name, sizeof name, "%s%s", folder, base);
   TVMFFIAny entry = item(item(b->manifest, "members"), name);
   size_t size = number(entry, "size");
   bytes data = zip_member(b->file, name, size, b->path);
@@ -179,6 +197,11 @@ static bytes member(const bundle* b, const char* name) {
   if (data.size != size || strcmp(sum, text(item(entry, "sha256"))) != 0)
     fail("bundle %s: %s: expected another sha256; it was changed after it was made: copy or compile it again", b->path, name);
   return data;
+}
+
+/* What the manifest says of the program in hand. */
+static TVMFFIAny entry_of(const bundle* b, const char* key) {
+  return item(b->own.type_index != kTVMFFINone && has(b->own, key) ? b->own : b->manifest, key);
 }
 
 static void check_processor(const bundle* b) {
@@ -214,12 +237,8 @@ static void open_bundle(bundle* b, const char* path) {
   b->path = path;
   b->file = read_file(path);
   const uint8_t* record;
-  for (size_t place = 0; (record = next_record(b->file, &place, path)) != NULL;) {
-    size_t length = little(record + 28, 2);
-    if (record[46] >= '1' && record[46] <= '9' && memchr(record + 46, '/', length) != NULL)
-      fail("bundle %s: expected a program for one size of inputs, saw several; compile it without --dynamic", path);
-    if (!is_known(record + 46, length)) fail("bundle %s: an unknown member; do not use this file", path);
-  }
+  for (size_t place = 0; (record = next_record(b->file, &place, path)) != NULL;)
+    if (!is_known(record + 46, little(record + 28, 2))) fail("bundle %s: an unknown member; do not use this file", path);
   bytes json = zip_member(b->file, "manifest.json", MANIFEST_LIMIT, path);
   TVMFFIByteArray said = {(const char*)json.data, json.size};
   TVMFFIAny source = {0};
@@ -227,10 +246,18 @@ static void open_bundle(bundle* b, const char* path) {
   b->manifest = call_global("ffi.json.Parse", 1, &source, "manifest.json");
   if (number(b->manifest, "schema") != SCHEMA) fail("bundle %s: expected schema %d", path, SCHEMA);
   check_processor(b);
-  TVMFFIAny signature = item(b->manifest, "signature");
+}
+
+/* Take a program in hand: `own` and `folder` of one of several sizes, none and "" of the smallest or only one. */
+static void take_program(bundle* b, TVMFFIAny own, const char* folder) {
+  for (int i = 0; i < b->input_count; i++) TVMFFIObjectDecRef(b->inputs[i].tensor.v_obj);
+  for (int i = 0; i < b->output_count; i++) TVMFFIObjectDecRef(b->outputs[i].tensor.v_obj);
+  b->own = own;
+  snprintf(b->folder, sizeof b->folder, "%s", folder);
+  TVMFFIAny signature = entry_of(b, "signature");
   b->input_count = describe(item(signature, "inputs"), b->inputs);
   b->output_count = describe(item(signature, "outputs"), b->outputs);
-  b->golden = member(b, "golden.npz");
+  b->golden = member(b, folder, "golden.npz");
 }
 
 /* The values of the example tensor "input0", in place of what was asked for, or to compare with. */
@@ -248,7 +275,7 @@ static TVMFFIAny load(const bundle* b) {
   snprintf(folder, sizeof folder, "%s/tvmq-runner-XXXXXX", base ? base : "/tmp");
   if (mkdtemp(folder) == NULL) fail("cannot make the folder %s: set TMPDIR to another", folder);
   snprintf(path, sizeof path, "%s/lib.so", folder);
-  write_file(path, member(b, "lib.so"), (bytes){0});
+  write_file(path, member(b, b->folder, "lib.so"), (bytes){0});
   TVMFFIAny name = raw(path), library = {0};
   TVMFFIByteArray loader = {"ffi.ModuleLoadFromFile", 22};
   TVMFFIObjectHandle function = NULL;

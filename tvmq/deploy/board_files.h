@@ -295,21 +295,43 @@ static bytes zip_member(bytes zip, const char* name, size_t limit, const char* w
 
 /* ---- .npy arrays ---- */
 
-/* The values in a .npy; it must hold `size` bytes of the dtype `descr` ("<f4") and the shape "(1, 2)". */
-static bytes npy_values(bytes file, const char* descr, const char* shape, size_t size, const char* where) {
+enum { NPY_HEADER = 65536 };
+
+/* The header of a .npy as text, and where its values begin. */
+static size_t npy_header(bytes file, char header[NPY_HEADER], const char* where) {
   int version = file.size >= 12 && memcmp(file.data, "\x93NUMPY", 6) == 0 ? file.data[6] : 0;
   size_t start = version == 1 ? 10 : 12, length = version == 0 ? 0 : little(file.data + 8, version == 1 ? 2 : 4);
-  if (version == 0 || version > 3 || length > file.size - start || length > 65535) fail("%s: no .npy file", where);
-  char header[65536], wanted[3][512];
+  if (version == 0 || version > 3 || length > file.size - start || length >= NPY_HEADER) fail("%s: no .npy file", where);
   memcpy(header, file.data + start, length);
   header[length] = '\0';
+  return start + length;
+}
+
+/* The extent of a .npy along `axis`; -1 where it has no such axis. */
+static int64_t npy_extent(bytes file, int64_t axis, const char* where) {
+  static const char key[] = "'shape': (";
+  char header[NPY_HEADER], *end;
+  npy_header(file, header, where);
+  const char* place = strstr(header, key);
+  for (place = place == NULL ? "" : place + sizeof key - 1;; axis--, place = end + 1) {
+    long long extent = strtoll(place, &end, 10);
+    if (end == place || extent < 0) return -1;
+    if (axis == 0) return extent;
+    if (*end != ',') return -1;
+  }
+}
+
+/* The values in a .npy; it must hold `size` bytes of the dtype `descr` ("<f4") and the shape "(1, 2)". */
+static bytes npy_values(bytes file, const char* descr, const char* shape, size_t size, const char* where) {
+  char header[NPY_HEADER], wanted[3][512];
+  size_t start = npy_header(file, header, where);
   snprintf(wanted[0], sizeof wanted[0], "'descr': '%s'", descr);
   snprintf(wanted[1], sizeof wanted[1], "'fortran_order': False");
   snprintf(wanted[2], sizeof wanted[2], "'shape': %s", shape);
   for (int i = 0; i < 3; i++)
     if (strstr(header, wanted[i]) == NULL) fail("%s: expected %s, saw %.*s", where, wanted[i], (int)strcspn(header, "}\n"), header);
-  if (file.size - start - length != size) fail("%s: expected %zu bytes of values", where, size);
-  return (bytes){file.data + start + length, size};
+  if (file.size - start != size) fail("%s: expected %zu bytes of values", where, size);
+  return (bytes){file.data + start, size};
 }
 
 static void write_npy(const char* path, const char* descr, const char* shape, bytes values) {

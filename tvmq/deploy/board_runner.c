@@ -6,7 +6,8 @@
  *     tvmq-runner serve --secret FILE|none|- [--host ADDRESS] [--port N] [--tracker HOST:PORT --key KEY]
  *                       [--until-stdin-closes] [--emulated]
  *
- * Without --input the bundle's example inputs are run, and the outputs compared with the bundle's. The server lets those in
+ * Without --input the bundle's example inputs are run, and the outputs compared with the bundle's. Of a bundle of several
+ * sizes that is the smallest program, and `bench` measures each; inputs run in that of the next size. The server lets those in
  * who know the secret in FILE (-: the first line of stdin; none: everybody), on the loopback interface and any free port
  * unless told otherwise, and offers the board at TVM's tracker where there is one. Exit codes: 0 done, 1 the outputs differ
  * from those of an exact bundle, 2 bad input.
@@ -17,9 +18,12 @@
 
 #include "board_bundle.h"
 #include "board_serve.h"
+#include "board_sizes.h"
 
+/* files: what `inputs` names, each read once. */
 typedef struct {
   const char *path, *output, *inputs[MOST_TENSORS];
+  bytes files[MOST_TENSORS];
   int input_count, repeat, threads;
 } request;
 
@@ -31,29 +35,66 @@ typedef struct {
 
 static TVMFFIAny run_once(const program* p) { return call(p->main, p->count, p->arguments, "the run"); }
 
-/* Returns whether all inputs are the bundle's examples. */
-static int fill_inputs(bundle* b, const request* r) {
+/* Which --input names a tensor; -1 where none does. */
+static int given_for(const request* r, const char* name) {
+  for (int i = 0; i < r->input_count; i++) {
+    size_t length = strcspn(r->inputs[i], "=");
+    if (strlen(name) == length && strncmp(name, r->inputs[i], length) == 0) return i;
+  }
+  return -1;
+}
+
+static const char* path_of(const request* r, int index) { return strchr(r->inputs[index], '=') + 1; }
+
+/* What the inputs have along the axes that vary; 0 where none of those is given. */
+static int64_t given_size(const dynamic* d, const request* r) {
+  int64_t size = -1;
+  int missing = -1;
+  for (int i = 0; i < d->axis_count; i++) {
+    int index = given_for(r, d->axes[i].name);
+    if (index < 0) {
+      missing = i;
+      continue;
+    }
+    int64_t seen = npy_extent(r->files[index], d->axes[i].axis, path_of(r, index));
+    if (seen < 0) fail("%s: expected an axis %d", path_of(r, index), d->axes[i].axis);
+    if (size >= 0 && seen != size)
+      fail("input %s: expected %lld along axis %d, as others have, saw %lld", d->axes[i].name, (long long)size, d->axes[i].axis, (long long)seen);
+    size = seen;
+  }
+  if (size < 0) return 0;
+  if (missing >= 0) fail("--input: expected %s too: its size varies with that of the others", d->axes[missing].name);
+  program_for(d, size);
+  return size;
+}
+
+/* The inputs of the program in hand: those given, of `size` along the axes that vary where it is not 0, else the examples. */
+static void fill_inputs(bundle* b, const dynamic* d, const request* r, int64_t size) {
   int given = 0;
   for (int i = 0; i < b->input_count; i++) {
     array* a = &b->inputs[i];
-    bytes values = {0};
-    for (int k = 0; k < r->input_count; k++) {
-      size_t length = strcspn(r->inputs[k], "=");
-      if (strlen(a->name) != length || strncmp(a->name, r->inputs[k], length) != 0) continue;
-      const char* path = r->inputs[k] + length + 1;
-      values = npy_values(read_file(path), a->descr, a->shape, a->count * a->item_size, path);
-      given++;
+    int index = given_for(r, a->name);
+    if (index < 0) {
+      memcpy(a->data, golden(b, "input", i, a).data, a->count * a->item_size);
+      continue;
     }
-    if (values.data == NULL) values = golden(b, "input", i, a);
-    memcpy(a->data, values.data, values.size);
+    int64_t dims[8];
+    char shape[256];
+    given_dims(d, a, size, dims);
+    write_shape(shape, dims, a->rank);
+    size_t count = 1;
+    for (int k = 0; k < a->rank; k++) count *= (size_t)dims[k];
+    bytes values = npy_values(r->files[index], a->descr, shape, count * a->item_size, path_of(r, index));
+    memset(a->data, 0, a->count * a->item_size);
+    copy_common(a->data, a->dims, values.data, dims, a->rank, a->item_size);
+    given++;
   }
   if (given != r->input_count) fail("--input: expected each of the bundle's inputs at most once, the first is %s", b->inputs[0].name);
-  return given == 0;
 }
 
 static program prepare(bundle* b) {
-  bytes block = member(b, "params.bin");
-  TVMFFIAny entries = item(b->manifest, "parameters");
+  if (b->parameters.data == NULL) b->parameters = member(b, "", "params.bin");
+  TVMFFIAny entries = entry_of(b, "parameters");
   int64_t count = length_of(entries);
   program p = {.count = b->input_count + (int)count};
   p.arguments = allocate((size_t)p.count * sizeof *p.arguments);
@@ -61,11 +102,17 @@ static program prepare(bundle* b) {
   for (int64_t i = 0; i < count; i++) {
     TVMFFIAny entry = element(entries, i);
     array parameter = make_array(entry);
-    fill_parameter(&parameter, entry, block);
+    fill_parameter(&parameter, entry, b->parameters);
     p.arguments[b->input_count + i] = parameter.tensor;
   }
   p.main = method(load(b), "main");
   return p;
+}
+
+/* Let go of the parameters: the next program has its own. */
+static void drop_parameters(const bundle* b, const program* p) {
+  for (int i = b->input_count; i < p->count; i++) TVMFFIObjectDecRef(p->arguments[i].v_obj);
+  free(p->arguments);
 }
 
 static TVMFFIAny output_of(const bundle* b, TVMFFIAny result, int index) {
@@ -77,25 +124,39 @@ static TVMFFIAny output_of(const bundle* b, TVMFFIAny result, int index) {
   return found;
 }
 
-static int run(bundle* b, const request* r, int examples) {
+/* What inputs of `size` give of an output, its shape as text in `shape`. */
+static bytes values_of(const bundle* b, const dynamic* d, TVMFFIAny result, int index, int64_t size, char shape[256]) {
+  const array* a = &b->outputs[index];
+  const DLTensor* tensor = (DLTensor*)((char*)output_of(b, result, index).v_obj + sizeof(TVMFFIObject));
+  const uint8_t* values = (uint8_t*)tensor->data + tensor->byte_offset;
+  int64_t dims[8];
+  cut_dims(d, a, index, size, dims);
+  write_shape(shape, dims, a->rank);
+  size_t count = 1;
+  for (int i = 0; i < a->rank; i++) count *= (size_t)dims[i];
+  uint8_t* cut = allocate(count * a->item_size);
+  copy_common(cut, dims, values, a->dims, a->rank, a->item_size);
+  return (bytes){cut, count * a->item_size};
+}
+
+static int run(bundle* b, const dynamic* d, const request* r, int64_t size) {
   program p = prepare(b);
   TVMFFIAny result = run_once(&p);
-  int differing = 0;
+  int differing = 0, examples = r->input_count == 0;
   if (r->output != NULL && mkdir(r->output, 0777) != 0 && access(r->output, W_OK) != 0) fail("cannot write %s", r->output);
   for (int i = 0; i < b->output_count; i++) {
     const array* a = &b->outputs[i];
-    DLTensor* tensor = (DLTensor*)((char*)output_of(b, result, i).v_obj + sizeof(TVMFFIObject));
-    bytes values = {(uint8_t*)tensor->data + tensor->byte_offset, a->count * a->item_size};
+    char path[2048], shape[256];
+    bytes values = values_of(b, d, result, i, size, shape);
     /* The name is the bundle's, and the file is to be in this folder. */
     if (strchr(a->name, '/') != NULL || a->name[0] == '.' || strlen(a->name) > 200) fail("output %d: its name", i);
-    char path[2048];
     snprintf(path, sizeof path, "%s/%s.npy", r->output ? r->output : "", a->name);
-    if (r->output != NULL) write_npy(path, a->descr, a->shape, values);
+    if (r->output != NULL) write_npy(path, a->descr, shape, values);
     int equal = examples && memcmp(values.data, golden(b, "output", i, a).data, values.size) == 0;
     differing += examples && !equal;
-    printf("%s %s %s%s\n", a->name, a->dtype, a->shape, !examples ? "" : equal ? " as expected" : " differs from the example");
+    printf("%s %s %s%s\n", a->name, a->dtype, shape, !examples ? "" : equal ? " as expected" : " differs from the example");
   }
-  TVMFFIAny exact = item(b->manifest, "exact");
+  TVMFFIAny exact = entry_of(b, "exact");
   return differing && exact.type_index == kTVMFFIBool && exact.v_int64 ? 1 : 0;
 }
 
@@ -114,11 +175,10 @@ static void release(TVMFFIAny result) {
   if (result.type_index >= kTVMFFIStaticObjectBegin) TVMFFIObjectDecRef(result.v_obj);
 }
 
-static int bench(bundle* b, const request* r) {
+static void measure(bundle* b, const request* r, const char* what) {
   enum { WARM_UP = 3 };
   program p = prepare(b);
   double* times = allocate((size_t)r->repeat * sizeof *times);
-  print_condition("before");
   for (int i = 0; i < WARM_UP + r->repeat; i++) {
     double start = milliseconds();
     TVMFFIAny result = run_once(&p);
@@ -126,8 +186,24 @@ static int bench(bundle* b, const request* r) {
     release(result);
   }
   qsort(times, (size_t)r->repeat, sizeof *times, by_size);
-  printf("%.3f ms median, %.3f p90, %.3f min (%d repeats, %d threads)\n", times[r->repeat / 2],
+  printf("%s%.3f ms median, %.3f p90, %.3f min (%d repeats, %d threads)\n", what, times[r->repeat / 2],
          times[(r->repeat - 1) * 9 / 10], times[0], r->repeat, r->threads);
+  free(times);
+  drop_parameters(b, &p);
+}
+
+/* The program in hand, or each of several sizes where no input says which. */
+static int bench(bundle* b, const dynamic* d, const request* r, int64_t size) {
+  print_condition("before");
+  if (d->count == 0) measure(b, r, "");
+  for (int i = 0; i < d->count; i++) {
+    if (size > 0 && i != program_for(d, size)) continue;
+    char what[32];
+    snprintf(what, sizeof what, "size %d: ", (int)d->sizes[i]);
+    take_size(b, d, i);
+    fill_inputs(b, d, r, size > 0 ? size : d->sizes[i]);
+    measure(b, r, what);
+  }
   print_condition("after");
   return 0;
 }
@@ -207,9 +283,17 @@ int main(int argc, char** argv) {
     fail("usage: tvmq-runner run|bench BUNDLE [--input NAME=FILE.npy]... [--output FOLDER] [--repeat N] [--threads N], or serve --secret FILE");
   request r = parse(argc, argv);
   set_threads(r.threads, 1);
+  for (int i = 0; i < r.input_count; i++) r.files[i] = read_file(path_of(&r, i));
   static bundle b;
   open_bundle(&b, r.path);
-  int examples = fill_inputs(&b, &r), code = benching ? bench(&b, &r) : run(&b, &r, examples);
+  dynamic d = sizes_of(&b);
+  int64_t size = d.count > 0 ? given_size(&d, &r) : 0;
+  int index = size > 0 ? program_for(&d, size) : 0;
+  take_size(&b, &d, index);
+  /* Examples are as large as their program. */
+  int64_t own = size > 0 || d.count == 0 ? size : d.sizes[index];
+  fill_inputs(&b, &d, &r, own);
+  int code = benching ? bench(&b, &d, &r, size) : run(&b, &d, &r, own);
   fflush(NULL);
   /* Not exit: destructors of TVM's thread pool and of loaded libraries have no order to run in. */
   _exit(code);

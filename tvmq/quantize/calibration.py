@@ -9,12 +9,13 @@ import numpy as np
 import tvm
 
 from tvmq import ir
+from tvmq.dynamic import check_recipe
 from tvmq.errors import CalibrationError
 from tvmq.graph.channels_last import channels_last
 from tvmq.importer.quantized import is_quantized
 from tvmq.model import Model
 from tvmq.quantize.calibrate import calibrate as observe
-from tvmq.quantize.data import fits, inferences
+from tvmq.quantize.data import inferences, of_fitting_size
 from tvmq.quantize.refine import Samples, reshaped
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
@@ -83,15 +84,20 @@ def calibrate(
     return observe(module, model.signature, calibration, recipe, name=name, progress=progress, extremes=extremes)
 
 
-def table_of_sizes(
+def for_all_sizes(
     model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None, report: Progress
 ) -> Iterable[Any] | CalibrationTable | None:
-    """One table for all sizes, by the program that the data fit; what was given where the recipe needs none."""
+    """What all sizes of a model are quantized with: one table, of the program that the data fit, if the recipe asks.
+
+    What was given for a model of one size. Raises RecipeError, CalibrationError.
+    """
+    if model.dynamic is None:
+        return calibration
+    check_recipe(recipe)
     if calibration is None or isinstance(calibration, CalibrationTable) or is_quantized(model.module):
         return calibration
     if not wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}:
         return calibration
     batches = calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
-    fitting = [one for one in (model, *model.larger) if fits(batches, one.signature)]
     report("calibrate", 0)
-    return calibrate((fitting or [model])[0], recipe, batches, lambda n: report("calibrate", n))
+    return calibrate(of_fitting_size(model, batches), recipe, batches, lambda n: report("calibrate", n))

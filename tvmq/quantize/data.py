@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.errors import CalibrationError
-from tvmq.model import Signature, TensorSpec, as_array
+from tvmq.model import Model, Signature, TensorSpec, as_array
 
 Array = npt.NDArray[Any]
 
@@ -66,6 +66,11 @@ def fits(batches: Iterable[Any], signature: Signature) -> bool:
         return next(inferences(batches, signature), None) is not None
     except CalibrationError:
         return False
+
+
+def of_fitting_size(model: Model, batches: Iterable[Any]) -> Model:
+    """Of a model of several sizes the smallest that some batches, read again, fit; itself where none does."""
+    return next((one for one in (model, *model.larger) if fits(batches, one.signature)), model)
 
 
 def _where(index: int, name: str) -> str:

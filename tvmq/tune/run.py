@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import tvm
 from tvmq import pipeline
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.bundle import Bundle
+from tvmq.dynamic import Dynamic
 from tvmq.errors import TuningError
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lowering import Lowered
 from tvmq.measure.verify import realized_module
 from tvmq.model import Model
+from tvmq.quantize.calibration import for_all_sizes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
 from tvmq.target import Target, load_target
@@ -64,7 +66,8 @@ def tune(
     and build every candidate anew. event: called with plain data as things happen. At the end the whole model is timed
     too, untuned and tuned, where this machine is the device; where it is slower tuned, the defaults stay. Ctrl-C ends
     it after the trial in flight, or without the whole model's time.
-    Raises TargetError, TuningError, DeviceError, CalibrationError, OutputError.
+    The tasks of a model of several sizes are those of each, and its times sums over one inference of each size.
+    Raises TargetError, TuningError, DeviceError, CalibrationError, RecipeError, OutputError.
     """
     seconds = seconds_of(budget) if isinstance(budget, str) else budget
     spec = _with_threads(load_target(target), threads)
@@ -77,9 +80,13 @@ def tune(
     runner = None if cluster is not None else runner_of(request)
     recipe = recipe or Recipe()
     realized = realized_of(model, spec, recipe, calibration, progress)
-    lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse)
-    tasks = tasks_in(lowered)
-    request = dataclasses.replace(request, model_bytes=sum(value.nbytes for value in lowered.parameters.values()))
+    programs = {
+        size: lower(one, spec, winograd=recipe.winograd, sparse=recipe.sparse) for size, one in realized.items()
+    }
+    tasks = tasks_in(programs)
+    # Sizes share their weights.
+    weights = max(sum(value.nbytes for value in one.parameters.values()) for one in programs.values())
+    request = dataclasses.replace(request, model_bytes=weights)
     folder = Path(logs) if logs is not None else records.user_folder() / spec.name
     with asked_to_stop() as stopped, Writer(folder, spec) as writer:
         if cluster is not None:
@@ -88,20 +95,23 @@ def tune(
         with searching(tasks, request, writer, runner, event, stopped) as tuner:
             summary = tuner.run()
             if device == "host" and tuner.changed and not summary.interrupted:
-                return _compared(tuner, summary, realized, recipe)
+                return _compared(tuner, summary, list(realized.values()), recipe)
             return summary
 
 
-def _compared(tuner: Tuner, summary: Summary, realized: tvm.IRModule, recipe: Recipe) -> Summary:
-    """The summary with the whole model's latency; the defaults stay where it is slower tuned.
+def _compared(tuner: Tuner, summary: Summary, realized: Sequence[tvm.IRModule], recipe: Recipe) -> Summary:
+    """The summary with the whole model's latency, of all sizes together; the defaults stay where it is slower tuned.
 
     Where the user stops it, kernels that won alone are taken, and the next run makes the comparison.
     """
     known = records.LogRecords(tuner.target, [tuner.writer.log])
-    found = whole_model.latencies(realized, tuner.target, recipe, [None, known], tuner.stopped)
-    if found is None:
-        return dataclasses.replace(summary, ended="interrupted before the whole model was timed", interrupted=True)
-    before, after = found
+    before = after = 0.0
+    for one in realized:
+        found = whole_model.latencies(one, tuner.target, recipe, [None, known], tuner.stopped)
+        if found is None:
+            ended = "interrupted before the whole model was timed"
+            return dataclasses.replace(summary, ended=ended, interrupted=True)
+        before, after = before + found[0], after + found[1]
     if after > before:
         tuner.revert()
         after = before
@@ -116,16 +126,32 @@ def realized_of(
     recipe: Recipe,
     calibration: Iterable[Any] | CalibrationTable | None = None,
     progress: Callable[[str, int], None] | None = None,
-) -> tvm.IRModule:
-    """Exactly the module that `compile` would lower."""
+) -> dict[int, tvm.IRModule]:
+    """Size -> exactly the module that `compile` would lower; the size of a model without sizes is 0."""
     if isinstance(model, Model):
-        return pipeline.realized_module(model, target, recipe, calibration, progress).module
-    return _of_bundle(model if isinstance(model, Bundle) else bundles.read(model), target)
+        report = progress or (lambda _stage, _n: None)
+        calibration = for_all_sizes(model, recipe, calibration, report)
+        made = (pipeline.realized_module(one, target, recipe, calibration, report) for one in (model, *model.larger))
+        return dict(zip(_sizes(model.dynamic), (one.module for one in made), strict=True))
+    bundle = model if isinstance(model, Bundle) else bundles.read(model)
+    return dict(zip(_sizes(bundle.dynamic), (_of_bundle(one, target) for one in bundle.programs()), strict=True))
 
 
-def tasks_in(lowered: Lowered) -> list[TuneTask]:
-    """The tasks of a lowered module. Raises TuningError where there are none."""
-    tasks = tasks_of(lowered.choices)
+def _sizes(dynamic: Dynamic | None) -> tuple[int, ...]:
+    return (0,) if dynamic is None else dynamic.sizes
+
+
+def tasks_in(programs: Mapping[int, Lowered]) -> list[TuneTask]:
+    """The tasks of a model, lowered at each of its sizes, whose operators are then named NAME at SIZE.
+
+    Raises TuningError where there are none.
+    """
+    choices = {
+        f"{name} at {size}" if size else name: choice
+        for size, lowered in programs.items()
+        for name, choice in lowered.choices.items()
+    }
+    tasks = tasks_of(choices)
     if not tasks:
         raise TuningError("tuning", expected="convolutions or products with weights", seen="none in this model")
     return tasks
