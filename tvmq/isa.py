@@ -49,8 +49,9 @@ class Isa:
 
     `vector_bits` is the widest fixed vector that code should be written for: 32 where there is no vector unit; SVE
     counts as the 128 bits of NEON. `vector_registers` counts registers of that width. `fma`: float32 fused multiply-add
-    in vectors. `fp16`: half-precision arithmetic, not only conversion. `required_features`: LLVM features, sorted, that
-    code for this target may use and that a machine must have to load it.
+    in vectors. `fp16`: half-precision arithmetic, not only conversion. `paired_loads`: whether two vectors are as well
+    loaded by one instruction as by two; processors that run in order wait for it. `required_features`: LLVM features,
+    sorted, that code for this target may use and that a machine must have to load it.
     """
 
     family: Family
@@ -60,6 +61,7 @@ class Isa:
     int8_dot: Int8Dot
     bf16: Bf16
     fp16: bool
+    paired_loads: bool
     required_features: tuple[str, ...]
 
     @property
@@ -83,6 +85,7 @@ class Isa:
             "int8_dot": self.int8_dot.value,
             "bf16": self.bf16.value,
             "fp16": self.fp16,
+            "paired_loads": self.paired_loads,
             "activation_dtype": self.activation_dtype,
             "required_features": list(self.required_features),
         }
@@ -105,6 +108,7 @@ def isa_of_features(family: Family, features: Set[str]) -> Isa:
         int8_dot=_first(_INT8_DOTS[family], features, Int8Dot.NONE),
         bf16=_first(_BF16S[family], features, Bf16.NONE),
         fp16=_FP16[family] in features,
+        paired_loads=family is Family.AARCH64 and "slow-paired-128" not in features,
         required_features=tuple(sorted(features & cpuinfo.detectable(family))),
     )
 

@@ -10,6 +10,11 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from tvmq.triple import Family, parse_triple
+
+# Tuning flags that LLVM 22 gives to none of its processors (AArch64Features.td).
+_FLAGS = {Family.AARCH64: frozenset({"slow-paired-128"})}
+
 
 @functools.cache
 def cpu_names(triple: str) -> frozenset[str]:
@@ -24,9 +29,10 @@ def known_features(triple: str) -> frozenset[str]:
     """Every feature that some processor of the triple's architecture has, tuning flags included.
 
     LLVM does not list its features by themselves, and prints on stderr when it is given an unknown one: so the union
-    over its processors is what counts as known (measured: 20 ms for x86-64).
+    over its processors is what counts as known (measured: 20 ms for x86-64), and flags that no processor has by itself.
     """
-    return frozenset().union(*(cpu_features(triple, cpu) for cpu in cpu_names(triple)))
+    family = parse_triple(triple).family
+    return _FLAGS.get(family, frozenset()).union(*(cpu_features(triple, cpu) for cpu in cpu_names(triple)))
 
 
 @functools.cache

@@ -117,6 +117,7 @@ def compile_model(
     logs: str | Path | None = None,
     untuned: bool = False,
     dump: str | Path | None = None,
+    objects: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile `model` for `target` into the bundle `out`.
@@ -124,7 +125,8 @@ def compile_model(
     `calibration`: batches (arrays, tuples or dicts by input name) or a finished table; needed where the recipe asks
     for int8 (with scales fixed beforehand). `dump`: a folder that receives the Relax of every stage. `progress(stage,
     n)` is called as stages begin, and with n = 1, 2, ... for each calibration inference. `logs`: a folder of tuning
-    records for the target; None means the user's own and the shipped ones. `untuned`: without any.
+    records for the target; None means the user's own and the shipped ones. `untuned`: without any. `objects`: a folder
+    that receives the library's object files, for those who link themselves; of several sizes, a folder in it each.
     A model of several sizes becomes one bundle with a program a size, all quantized with the scales of one table.
     Raises TargetError, RecipeError, CalibrationError, OutputError, TuningError.
     """
@@ -133,7 +135,14 @@ def compile_model(
     report = progress or (lambda _stage, _n: None)
     stages = Dump(dump)
     calibration = for_all_sizes(model, recipe, calibration, report)
-    programs = [_program(one, spec, recipe, calibration, known, report, stages) for one in (model, *model.larger)]
+    sizes = model.dynamic.sizes if model.dynamic is not None else ()
+    folders = [
+        None if objects is None else Path(objects, *map(str, sizes[i : i + 1])) for i in range(1 + len(model.larger))
+    ]
+    programs = [
+        _program(one, spec, recipe, calibration, known, report, stages, folder)
+        for one, folder in zip((model, *model.larger), folders, strict=True)
+    ]
     report("bundle", 0)
     written = build.write_bundle([built for built, _ in programs], out, model.dynamic)
     quantized = programs[0][1]
@@ -149,6 +158,7 @@ def _program(
     known: Records | None,
     report: Progress,
     stages: Dump,
+    objects: Path | None,
 ) -> tuple[build.Built, Quantized]:
     """A model of one size, compiled and checked."""
     made = realized_module(model, spec, recipe, calibration, report, stages)
@@ -168,6 +178,7 @@ def _program(
         realized,
         dataclasses.replace(lowered, module=scheduled),
         conversions,
+        objects,
     )
     library = build.compile_library(product)
     report("check", 0)

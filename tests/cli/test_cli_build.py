@@ -45,13 +45,16 @@ def here(tmp_path, monkeypatch):
 
 def test_the_bundle_of_a_file(files, tvmq, tmp_path):
     out = tmp_path / "small.tvmq"
-    outcome = tvmq("compile", files.model, "-o", out, "--json", "--dump", tmp_path / "stages")
+    outcome = tvmq(
+        "compile", files.model, "-o", out, "--json", "--dump", tmp_path / "stages", "--objects", tmp_path / "objects"
+    )
     assert (outcome.code, outcome.err) == (0, "")
     document = outcome.document
     assert document["bundle"] == str(out)
     assert document["bytes"] == out.stat().st_size
     assert {row["precision"] for row in document["operators"]} == {"fp32"}
     assert (tmp_path / "stages" / "00_layout.py").exists()
+    assert any((tmp_path / "objects").glob("*.o"))
 
 
 def test_your_own_converters(here, tvmq, tmp_path):

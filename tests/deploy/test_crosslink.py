@@ -142,3 +142,21 @@ def test_the_fcompile_has_what_tvm_reads() -> None:
     assert fcompile.output_format == "so"  # type: ignore[attr-defined]
     assert fcompile.get_target_triple() == "aarch64-linux-gnu"  # type: ignore[attr-defined]
     assert llvm_triple("x86_64-linux-musl") == "x86_64-linux-musl"
+
+
+def test_objects_are_kept_where_they_are_wanted(tmp_path: Path) -> None:
+    """What they are linked into by somebody else runs as what was linked here."""
+    folder, again = tmp_path / "new" / "objects", tmp_path / "again.so"
+    exp_module({"kind": "llvm"}).export_library(str(tmp_path / "exp.so"), fcompile=linker(HOST, folder))
+    link_shared(sorted(folder.glob("*.o")), again, HOST)
+    y = tvm.runtime.empty((7,), "float32")
+    tvm.runtime.load_module(str(again))["exp"](tvm.runtime.tensor(np.zeros(7, "float32")), y)
+    assert y.numpy().tolist() == [1.0] * 7
+
+
+def test_objects_that_cannot_be_kept_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*/file/objects"):
+        exp_module({"kind": "llvm"}).export_library(
+            str(tmp_path / "exp.so"), fcompile=linker(HOST, tmp_path / "file" / "objects")
+        )

@@ -51,7 +51,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(onnx_counts, "count", theirs)
     monkeypatch.setattr(count_bench, "onnx_file", lambda subject: "float")
     monkeypatch.setattr(count_bench, "onnx_static_file", lambda subject, activations: activations)
-    monkeypatch.setattr(count_bench, "bundle_of", lambda subject, precision, target: Path(f"{precision}-{target.name}"))
+    monkeypatch.setattr(
+        count_bench, "bundle_of", lambda subject, precision, target, untuned: Path(f"{precision}-{target.name}")
+    )
     return seen
 
 

@@ -11,8 +11,7 @@ import pytest
 from tvmq.errors import DeviceError
 from tvmq.measure import pipelines
 from tvmq.measure.instructions import VectorRow, table_rows
-from tvmq.measure.pipelines import GOALS, PROCESSORS, Pipelines, Row, inner_loop, products
-from tvmq.target import Target
+from tvmq.measure.pipelines import GOALS, PROCESSORS, Pipelines, Row, inner_loop, products, target_of
 
 ASSEMBLY = """\
 kernel:
@@ -40,10 +39,6 @@ kernel:
 	cbnz	x1, .LBB0_2
 	ret
 """.splitlines()
-
-
-def target_of(processor: str) -> Target:
-    return Target("pipeline", "a processor", pipelines.TRIPLE, processor, 1, 32, 512)
 
 
 def test_the_inner_loop_is_the_one_with_the_most_products() -> None:
@@ -153,6 +148,6 @@ def test_without_llvm_mca_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.skipif(not any(map(shutil.which, pipelines._COMMANDS)), reason="no llvm-mca")
 def test_no_loop_is_faster_than_its_instruction() -> None:
     found = pipelines.run(["cortex-a72"])
-    assert {"f32", "s8", "bf16"} <= {row.kernel.partition("-")[0] for row in found.rows}
+    assert {"f32", "s8", "bf16", "f16"} <= {row.kernel.partition("-")[0] for row in found.rows}
     for row in found.rows:
         assert 0.2 < row.share < 1.02

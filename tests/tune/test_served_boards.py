@@ -23,7 +23,7 @@ from tvmq.deploy.crosslink import linker
 from tvmq.deploy.executor import load
 from tvmq.deploy.session import connect
 from tvmq.deploy.tracker import Tracker
-from tvmq.errors import DeviceError
+from tvmq.errors import DeviceError, TuningError
 from tvmq.kernels import builder
 from tvmq.target import load_target
 from tvmq.tune import candidate
@@ -59,6 +59,13 @@ def registered(farm: Farm, key: str, *words: str, count: int = 1, serve: Serve =
     serving = serve("--tracker", f"127.0.0.1:{farm.tracker.port}", "--key", key, *words)
     wait_until(lambda: Tracker("127.0.0.1", farm.tracker.port, 9.0).keys().count(key) == count)
     return serving
+
+
+def test_an_emulated_board_is_not_tuned_on(serve: Serve) -> None:
+    if serve is Serving:
+        pytest.skip("a board with Python is never emulated")
+    with serve("--emulated") as serving, pytest.raises(TuningError, match="no emulation: such times mean nothing"):
+        boards(serving.url, Timing(1))
 
 
 def test_a_board_of_a_tracker_asks_for_its_secret_too(

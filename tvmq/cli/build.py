@@ -45,6 +45,7 @@ class Compile(Command):
     logs: str | None = None
     untuned: bool = False
     dump: str | None = None
+    objects: str | None = None
     check: bool = True
     dynamic: str | None = None
     converters: str | None = None
@@ -76,6 +77,7 @@ class Compile(Command):
         )
         parser.add_argument("--untuned", action="store_true", help="use no tuning records")
         parser.add_argument("--dump", metavar="DIR", help="write the Relax of each stage there")
+        parser.add_argument("--objects", metavar="DIR", help="also write the object files there, to link them yourself")
         parser.add_argument(
             "--no-check", dest="check", action="store_false", help="do not compare the imported model with PyTorch"
         )
@@ -106,6 +108,7 @@ class Compile(Command):
                 logs=self.logs,
                 untuned=self.untuned,
                 dump=self.dump,
+                objects=self.objects,
                 progress=report,
             )
         precisions = Counter(row["precision"] for row in done.operators)

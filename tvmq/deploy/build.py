@@ -56,6 +56,7 @@ class Product:
     """Everything that a bundle is made of, before it is compiled. `lowered.module` is scheduled.
 
     conversions: between floats and int8 inputs and outputs; None for a bundle that takes and gives what the model does.
+    objects: a folder that receives the object files of the library, None for none.
     """
 
     model: Model
@@ -66,6 +67,7 @@ class Product:
     realized: tvm.IRModule
     lowered: Lowered
     conversions: Conversions | None = None
+    objects: Path | None = None
 
     @functools.cached_property
     def steps(self) -> list[Step]:
@@ -93,7 +95,7 @@ def compile_library(product: Product) -> bytes:
     executable = build(with_entry_points(product.lowered.module), product.target)
     with scratch_folder() as folder:
         path = folder / bundle.LIBRARY
-        executable.export_library(str(path), fcompile=linker(product.target.zig_triple))
+        executable.export_library(str(path), fcompile=linker(product.target.zig_triple, product.objects))
         return path.read_bytes()
 
 

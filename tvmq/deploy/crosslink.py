@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,17 +38,33 @@ def link_shared(objects: Sequence[str | Path], output: str | Path, zig_triple: s
     zig_cc(zig_triple, [*SHARED_FLAGS, *map(str, objects), "-lm"], output)
 
 
-def linker(zig_triple: str) -> Callable[..., None]:
-    """An `fcompile` for TVM: `module.export_library(path, fcompile=linker("aarch64-linux-gnu.2.28"))`."""
+def linker(zig_triple: str, keep: Path | None = None) -> Callable[..., None]:
+    """An `fcompile` for TVM: `module.export_library(path, fcompile=linker("aarch64-linux-gnu.2.28"))`.
+
+    keep: a folder that receives the object files.
+    """
 
     def fcompile(output: str, objects: Sequence[str], options: Sequence[str] = ()) -> None:
         # TVM passes include paths in `options` where a module has C source; zig compiles that too.
         link_shared([*options, *objects], output, zig_triple)
+        if keep is not None:
+            _keep([Path(path) for path in objects if path.endswith(".o")], keep)
 
     # TVM reads these: the library's file name ending, and the triple of packed constants where no module names one.
     fcompile.output_format = "so"  # type: ignore[attr-defined]
     fcompile.get_target_triple = lambda: llvm_triple(zig_triple)  # type: ignore[attr-defined]
     return fcompile
+
+
+def _keep(objects: Sequence[Path], folder: Path) -> None:
+    """Copy files into a folder, which is made where it is missing. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}", seen=error.strerror or str(error)) from error
+    for path in objects:
+        with atomic_path(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def llvm_triple(zig_triple: str) -> str:

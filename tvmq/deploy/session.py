@@ -201,7 +201,7 @@ class RemoteSession:
 
         Each is held to one; the first, which TVM leaves free among these, finds the one that is left.
         """
-        cores = [] if self._has("tvmq.board.count") else conditions.fastest(self._files())
+        cores = [] if self.emulated else conditions.fastest(self._files())
         if count and len(cores) >= count:
             names = self.call(lambda: self.remote.get_function("ffi.Array")(*map(str, cores[:count])))
             # Mode -2 gives each thread a processor of the list; the pool is as large as the list from the start.
@@ -209,11 +209,16 @@ class RemoteSession:
 
     def condition(self) -> Condition:
         """The board's own; a server of TVM's does not tell. Raises DeviceError where the board is lost."""
-        # Only an emulated board offers to count instructions; it would tell of this machine.
-        if self._has("tvmq.board.count"):
+        # An emulated board would tell of this machine.
+        if self.emulated:
             return Condition(known=False, emulated=True)
         files = self._files()
         return conditions.parse(files) if files else Condition(known=False)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the board is emulated: only such a board offers to count instructions."""
+        return self._has("tvmq.board.count")
 
     def _files(self) -> dict[str, str]:
         """What tells the board's condition; empty where it does not tell."""

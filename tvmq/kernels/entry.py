@@ -7,6 +7,7 @@ A vector of each channel is loaded; what is stored are vectors of their elements
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class Entry:
     pad: Pad
     lanes: int
     rounding: str  # what `inline_llvm.rounded_by` needs
+    # `Micro.narrow`, where vectors of pixels are quantized channel by channel; lanes are a multiple of 8 then.
+    narrow: Callable[[Expr, ops.Quantize, int], Expr] | None = None
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:
@@ -67,6 +70,12 @@ class Entry:
         """`count` pixels of a row: the elements of c vectors in turns are c vectors again."""
         _, c, h, w = self.x_shape
         loaded = [T.Bind(x.load(source + channel * (h * w), count)) for channel in range(c)]
+        if self.narrow is not None and count % 8 == 0:
+            place = Place(tirx.const(0, "int32"), target, count, None, self.narrow)
+            planes = [T.Bind(run_epilogue(plane, x.value_dtype, self.steps, (), place)) for plane in loaded]
+            order = [channel * count + pixel for pixel in range(count) for channel in range(c)]
+            out.store_bits(_shuffle(planes, order, c * count), target, c * count)
+            return
         for part in range(c):
             turns = [divmod(part * count + i, c) for i in range(count)]
             value = _shuffle(loaded, [channel * count + pixel for pixel, channel in turns], count)

@@ -210,11 +210,18 @@ class Emitter:
         m, span = self.m, self.m.span
         with self._taps() as (tap, offset):
             first = (panel * len(self.g.taps) + tap) * self.steps
+            prefetches = (
+                bool(self.k.prefetch) and self.k.blocking.prefetch and tile.rows * tile.vectors >= PREFETCHING_SLOTS
+            )
+            offsets = [y * self.g.sy + x * self.g.sx for y, x in pixels]
+            ahead = self._ahead(panel, column, tap * self.steps) if prefetches else None
+            if tile.run(self.x, base + offset, offsets, self.w, first * (self.nr * m.kr), self.steps, ahead):
+                return
 
             def multiply(step: Expr, count: int) -> None:
-                if self.k.prefetch and self.k.blocking.prefetch and tile.rows * tile.vectors >= PREFETCHING_SLOTS:
-                    self._prefetch(panel, column, tap * self.steps + step)
-                rows = [base + offset + step * m.kr + (y * self.g.sy + x * self.g.sx) for y, x in pixels]
+                if prefetches:
+                    inline_llvm.prefetch(self.w, self._ahead(panel, column, tap * self.steps + step), 2)
+                rows = [base + offset + step * m.kr + row for row in offsets]
                 tile.multiply(self.x, rows, self.w, (first + step) * (self.nr * m.kr), count)
 
             whole = self.steps // span.steps
@@ -232,8 +239,8 @@ class Emitter:
         )
         return next(n for n in (4, 2, 1) if self.tile.vectors >= n) if narrows else 1
 
-    def _prefetch(self, panel: Expr, column: Expr, step: Expr) -> None:
-        """Bring a line of the next panel near: over the first tiles of a panel, all of them."""
+    def _ahead(self, panel: Expr, column: Expr, step: Expr) -> Expr:
+        """Where a line of the next panel is to bring near: over the first tiles of a panel, all of them."""
         line = 64 // BYTES[self.m.w_dtype]
         spans = self.m.span.steps
         lines = -(-self.nr * self.m.kr * spans // line)
@@ -242,7 +249,7 @@ class Emitter:
         turn = self.turn if flat else self.turn * across + tirx.floordiv(column, self.tile.columns)
         part = tirx.min(turn, tirx.const(lines - 1, "int32"))
         ahead = (part * (len(self.g.taps) * self.steps // spans) + tirx.floordiv(step, spans)) * line
-        inline_llvm.prefetch(self.w, (panel + 1) * self.panel_size + ahead, 2)
+        return (panel + 1) * self.panel_size + ahead
 
     def _padded_operands(self) -> bool:
         """Whether a full vector of a channel operand can be read at every panel: no panel is cut short."""

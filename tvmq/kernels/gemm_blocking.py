@@ -75,12 +75,16 @@ def tiles(geometry: Geometry, micro: Micro) -> list[Tile]:
     vectors_needed = -(-geometry.channels // micro.lanes)
     found = []
     for vectors in range(1, min(8, vectors_needed) + 1):
-        most = max(
-            (n for n in range(1, micro.registers) if micro.span.registers(n, vectors) <= micro.registers), default=0
-        )
+        most = most_pixels(micro, vectors)
         for rows in range(1, min(4, geometry.height) + 1):
             found += [Tile(rows, columns, vectors) for columns in range(1, min(most // rows, geometry.width) + 1)]
     return found
+
+
+def most_pixels(micro: Micro, vectors: int) -> int:
+    """Of a tile with so many vectors of channels, for which the registers suffice."""
+    fitting = (n for n in range(1, micro.registers) if micro.span.registers(n, vectors) <= micro.registers)
+    return max(fitting, default=0)
 
 
 # A product's latency in issue slots, and the work to finish a vector of results, in the same unit.
@@ -91,6 +95,8 @@ _LOAD = 1.3
 # of 14 pixels by 2 vectors reach the peak and tiles of 6 by 4, with fewer loads, 70 to 93 % of it.
 _STREAM = 1.5
 FINISH = 6
+# What the end of an epilogue takes longer where its vectors are not whole, and NEON cannot narrow several into one.
+_CUT = 2
 # Bytes of weights a slot that all cores together get from memory, for each lane of a vector: 32 GB/s on Zen 4.
 _BYTES_PER_LANE = 0.5
 # What a load costs NEON spans, which have few: their cores issue two to four instructions a cycle, in order or not.
@@ -103,13 +109,16 @@ PREFETCHING_SLOTS = 12
 def cost(geometry: Geometry, micro: Micro, tile: Tile) -> float:
     """What one group of a convolution takes with `tile` on one core, in issue slots of a product."""
     panels = -(-geometry.channels // (tile.vectors * micro.lanes))
+    finish = FINISH
+    if micro.narrow is not None and geometry.channels % (tile.vectors * micro.lanes):
+        finish *= _CUT
     steps = len(geometry.taps) * geometry.padded_length(micro.kr) // micro.kr
     total = 0.0
     for rows, down in split(geometry.height, tile.rows):
         for columns, across in split(geometry.width, tile.columns):
             pixels = rows * columns
             step = step_cost(micro, pixels, tile.vectors)
-            total += down * across * (steps * step + pixels * tile.vectors * FINISH)
+            total += down * across * (steps * step + pixels * tile.vectors * finish)
     return total * panels * geometry.images
 
 

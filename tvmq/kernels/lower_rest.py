@@ -51,7 +51,7 @@ def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
         ops.epilogue_of(call),
         declared(operands),
         zero_point,
-        lowering.float.lanes,
+        _pool_lanes(lowering, dtype),
     )
     title = f"{SHORT[a['out_dtype']]}-{kind}pool2d-{window[0]}x{window[1]}"
     lowering.names[name] = title
@@ -60,6 +60,12 @@ def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     return (
         result if out == ir.shape_of(call) else relax.op.reshape(state.emit(result, f"{name}_image"), ir.shape_of(call))
     )
+
+
+def _pool_lanes(lowering: Lowering, dtype: str) -> int:
+    """Channels at a time: of 8 bits as many as a register of 128 bits holds, at least."""
+    lanes = lowering.float.lanes
+    return max(lanes, 16) if dtype in numerics.INT_RANGE else lanes
 
 
 def elementwise(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:

@@ -79,7 +79,7 @@ def space(lowering: Lowering, call: Any) -> WinogradSpace | None:
     shape = _shape_of(call, lowering.float.lanes)
     if shape is None or not lowering.winograd:
         return None
-    return WinogradSpace(shape, lowering.float, lowering.micro(ir.dtype_of(call.args[1])), lowering.target)
+    return WinogradSpace(shape, lowering.float.of_runs(), lowering.micro(ir.dtype_of(call.args[1])), lowering.target)
 
 
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, direct: Sequence[Space]) -> Any:
@@ -93,7 +93,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, direct: 
     choice = lowering.decisions.choose(name, task_of(call), (free, *direct))
     if choice.space is not free:
         return None
-    m, shape, blocking = lowering.float, free.shape, free.blocking(choice.point)
+    m, shape, blocking = free.micro, free.shape, free.blocking(choice.point)
     x, weight, *operands = call.args
     kernel = ir.to_numpy(weight)
     off = error(kernel, blocking.m)
@@ -132,7 +132,7 @@ def cycles(lowering: Lowering, call: Any) -> float:
     if shape is None or not lowering.winograd:
         return math.inf
     direct = lowering.micro(ir.dtype_of(call.args[1]))
-    plain, cost, _ = _estimates(shape, lowering.float, direct, target.cores, target.l2_kib * 1024)
+    plain, cost, _ = _estimates(shape, lowering.float.of_runs(), direct, target.cores, target.l2_kib * 1024)
     return cost if cost < _WORTH * plain else math.inf
 
 
@@ -164,7 +164,7 @@ def _blockings(shape: Shape, micro: Micro, cores: int) -> list[Blocking]:
     found = []
     for m, vectors in itertools.product((2, 4), range(1, min(6, shape.out_channels // micro.lanes) + 1)):
         tiles = shape.images * -(-shape.out_height // m) * -(-shape.out_width // m)
-        most = min((micro.registers - vectors - 1) // vectors, tiles)
+        most = min(gemm_blocking.most_pixels(micro, vectors), tiles)
         panels = -(-shape.out_channels // (vectors * micro.lanes))
         for rows in range(max(1, most // 2), most + 1):
             groups = {1, 2, 3, 4, -(-tiles // rows)}

@@ -35,6 +35,9 @@ SHORT = {
     "int32": "s32",
 }
 
+# Pixels that an image is quantized by where NEON narrows them: whole registers of 8 bits.
+_NARROWED = 16
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -190,7 +193,11 @@ class Lowering:
         image, steps = self._channels_first(state, x)
         if image is not None and channels == ir.shape_of(x)[3]:
             rounding = inline_llvm.rounding_llvm(self.target.isa)
-            kernel: Any = Entry(dtype_of(image), steps, pad, self.float.lanes, rounding)
+            narrow = (
+                self.int8.narrow if steps and isinstance(steps[-1], ops.Quantize) and dtype == pad.x_dtype else None
+            )
+            lanes = self.float.lanes if narrow is None else _NARROWED
+            kernel: Any = Entry(dtype_of(image), steps, pad, lanes, rounding, narrow)
             x, title = image, f"{SHORT[dtype]}-{SHORT[kernel.x_dtype]}-image"
         elif pad.copies:
             kernel, title = pad, f"{SHORT[pad.x_dtype]}-{SHORT[dtype]}-pad"

@@ -23,6 +23,7 @@ from tvmq import ops
 from tvmq.isa import Bf16, Int8Dot, Isa
 from tvmq.kernels import neon, neon32
 from tvmq.kernels.builder import BF16, FLOAT, FP16, Expr, Flat, cast, external, intrinsic, number, splat
+from tvmq.kernels.lane_loop import LaneProduct
 from tvmq.kernels.spans import Broadcast, Halves, Lanes, Pairs, Squares, Step, lane
 from tvmq.triple import Family
 
@@ -82,6 +83,10 @@ class Micro:
         """The row for templates that multiply word by word."""
         return replace(self, kr=self.single.kr, span=self.single)
 
+    def of_runs(self) -> Micro:
+        """The row for templates whose runs are whole: itself where its span does them at once, else word by word."""
+        return self if isinstance(self.span, Lanes) and self.span.assembly is not None else self.by_words()
+
     def exact_for(self, weight: npt.NDArray[Any]) -> Micro:
         """The row itself, or one that multiplies step by step, where sums of two products would not fit 16 bits."""
         if isinstance(self.span, Pairs) and weight.min(initial=0) == -128:
@@ -92,6 +97,10 @@ class Micro:
     def widened(self) -> bool:
         """Whether activations are widened to int16 and centred before the kernel."""
         return self.a_dtype == "int16"
+
+
+_FMLA = "fmla v{acc}.4s, v{w}.4s, v{a}.s[{lane}]"
+_SDOT = "sdot v{acc}.4s, v{w}.16b, v{a}.4b[{lane}]"
 
 
 def float_micro(isa: Isa) -> Micro:
@@ -108,6 +117,7 @@ def float_micro(isa: Isa) -> Micro:
     llvm, registers = "", max(isa.vector_registers, 16)
     if isa.family is Family.AARCH64:
         span = _by_element(single, 4, 4, lambda acc, a, i, w: product.emit(acc, lane(a, i, lanes), w))
+        span = replace(span, assembly=LaneProduct(_FMLA, "float", isa.paired_loads))
     elif _has_neon32(isa):
         span, llvm = _by_element(single, 4, 4, neon32.multiply_add), neon32.LLVM
         # LLVM does not know how long its instructions take, and loads ahead into what is free.
@@ -221,7 +231,8 @@ def _fp16_neon(isa: Isa) -> Micro:
         return product.emit(acc, splat(a.load(i), 8), panel.load(j, 8))
 
     single = Broadcast(step, 8, 1, products=2, a_unpacks=1, w_unpacks=2, temporaries=3)
-    return Micro("neonfp16", FP16, FP16, FLOAT, 8, 1, isa.vector_registers, product, Halves(single))
+    whole = _multiply_add(FP16, 8)
+    return Micro("neonfp16", FP16, FP16, FLOAT, 8, 1, isa.vector_registers, product, Halves(single), whole=whole)
 
 
 def int8_micro(isa: Isa) -> Micro:
@@ -285,6 +296,7 @@ def _sdot(isa: Isa) -> Micro:
         return product.emit(acc, T.reinterpret("int8x16", lane(T.reinterpret("int32x4", a), i, 4)), w)
 
     span = _by_element(Broadcast(step, 4, 4), 4, 16, by_lane)
+    span = replace(span, assembly=LaneProduct(_SDOT, "i32", isa.paired_loads))
     return Micro("sdot", "int8", "int8", "int32", 4, 4, isa.vector_registers, product, span, narrow=neon.quantize)
 
 

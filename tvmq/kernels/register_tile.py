@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tvmq.kernels import builder
 from tvmq.kernels.builder import Expr, Flat, Registers
 from tvmq.kernels.micro import Micro
-from tvmq.kernels.spans import Sums
+from tvmq.kernels.spans import Lanes, Sums
 
 
 class RegisterTile:
@@ -46,6 +46,16 @@ class RegisterTile:
     def multiply(self, a: Flat, rows: Sequence[Expr], panel: Flat, w: Expr, steps: int) -> None:
         """As `step`, for so many steps as a whole span of the micro-kernel has, or for one."""
         self.micro.span.multiply(self.sums, a, rows, panel, w, self.vectors, steps)
+
+    def run(
+        self, a: Flat, at: Expr, rows: Sequence[int], panel: Flat, w: Expr, steps: int, ahead: Expr | None = None
+    ) -> bool:
+        """A whole run from a[at + rows[row]], where the span of the micro-kernel can do it at once: see `Lanes.run`."""
+        span = self.micro.span
+        if not isinstance(span, Lanes) or not span.runs(steps):
+            return False
+        span.run(self.sums, a, at, rows, panel, w, self.vectors, steps, ahead)
+        return True
 
     def collect(self, row: int, vector: int) -> Expr:
         """The sums of a row and a vector of channels."""

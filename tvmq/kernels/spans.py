@@ -15,7 +15,8 @@ from typing import Protocol
 
 from tvm.tirx.script.builder import ir as T
 
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Registers, cast, shuffle, splat
+from tvmq.kernels.builder import FLOAT, Expr, Flat, Registers, cast, external, shuffle, splat
+from tvmq.kernels.lane_loop import LaneLoop, LaneProduct
 
 # (accumulators, A, index of the row's elements, panel, index of the panel's elements) -> accumulators
 Step = Callable[[Expr, Flat, Expr, Flat, Expr], Expr]
@@ -114,7 +115,7 @@ class Lanes:
 
     single: what multiplies one step. width: elements of A in a register, `steps` lanes of `kr`. load_a: A's register.
     load_w: the factors of `group` vectors of channels. product: (sums, register of A, lane, factor) -> sums.
-    unpacks: instructions that `load_w` takes a vector besides the load.
+    unpacks: instructions that `load_w` takes a vector besides the load. assembly: the product where `run` can do a run.
     """
 
     single: Broadcast
@@ -125,6 +126,7 @@ class Lanes:
     product: Callable[[Expr, Expr, int, Expr], Expr]
     group: int = 1
     unpacks: int = 0
+    assembly: LaneProduct | None = None
     plain: bool = True
 
     def slots(self, pixels: int, vectors: int) -> int:
@@ -137,7 +139,8 @@ class Lanes:
 
     def work(self, pixels: int, vectors: int) -> tuple[float, float]:
         """See `Span`."""
-        return pixels * vectors + vectors * self.unpacks, pixels / self.steps + vectors / self.group
+        at_once = 2 if self.assembly is not None and self.assembly.paired else self.group
+        return pixels * vectors + vectors * self.unpacks, pixels / self.steps + vectors / at_once
 
     def multiply(self, sums: Sums, x: Flat, rows: Sequence[Expr], w: Flat, at: Expr, vectors: int, steps: int) -> None:
         """See `Span`."""
@@ -153,6 +156,36 @@ class Lanes:
                     for pixel, a in enumerate(factors):
                         slot = pixel * vectors + v
                         sums.store(self.product(sums.load(slot), a, step, panel), slot)
+
+    def runs(self, steps: int) -> bool:
+        """Whether `run` does a run of so many steps."""
+        return self.assembly is not None and steps >= self.steps
+
+    def run(
+        self,
+        sums: Sums,
+        x: Flat,
+        at: Expr,
+        rows: Sequence[int],
+        w: Flat,
+        panel: Expr,
+        vectors: int,
+        steps: int,
+        ahead: Expr | None = None,
+    ) -> None:
+        """Add the products of a run of `steps`, from index at + rows[pixel] of x and `panel` of w.
+
+        rows: rows[0] is 0. ahead: index of w from which on each span brings a line near; None: none does.
+        """
+        assert self.assembly is not None
+        item = 4 // self.single.kr
+        loop = LaneLoop(self.assembly, tuple(item * row for row in rows), vectors, steps, ahead is not None)
+        (part,) = sums.registers.parts
+        places = [(part, 0), *((x, at + rows[leader]) for leader in loop.leaders), (w, panel)]
+        if ahead is not None:
+            places.append((w, ahead))
+        with T.attr(0, "pragma_import_llvm", loop.llvm()):
+            T.evaluate(external("void", loop.name, *(T.address_of(flat.buffer[index]) for flat, index in places)))
 
     def collect(self, sums: Sums, pixel: int, vector: int, vectors: int) -> Expr:
         """See `Span`."""

@@ -224,9 +224,13 @@ class _Emitter:
         with builder.serial(b.components) as component, builder.serial(b.groups) as group:
             rows = component * b.tiles + group * b.rows
             acc = RegisterTile(self.f, m, b.rows, b.vectors)
-            with builder.serial(channels) as k:
-                w = ((panel * b.components + component) * channels + k) * self.nr
-                acc.step(inputs, lambda i: (rows + i) * channels + k, self.w, w)
+            first, pitches = (
+                (panel * b.components + component) * channels * self.nr,
+                range(0, b.rows * channels, channels),
+            )
+            if not acc.run(inputs, rows * channels, pitches, self.w, first, channels):
+                with builder.serial(channels) as k:
+                    acc.step(inputs, lambda i: (rows + i) * channels + k, self.w, first + k * self.nr)
             for i, v, slot in acc.slots():
                 results.store(acc.load(slot), (rows + i) * self.nr + v * lanes, lanes)
 

@@ -98,7 +98,9 @@ def run(
             subject = Subject(name, module, example, samples(example, _CALIBRATION), 1, folder)
             for precision in precisions:
                 show(f"{name}: tvmq {precision}")
-                ours = counts.total(bundle_of(subject, precision, target), onnx_counts.CPU, cache=cache)
+                # Records of this machine would make the table its own.
+                path = bundle_of(subject, precision, target, untuned=True)
+                ours = counts.total(path, onnx_counts.CPU, cache=cache)
                 show(f"{name}: ONNX Runtime {precision}")
                 theirs, note = _peer(subject, precision, cache) if with_peers else (None, "")
                 rows.append(Row(name, precision, ours, theirs, note))

@@ -33,7 +33,7 @@ class Level:
     others: tuple[str, ...] = ()
 
 
-_AVX2 = ("avx2", "fma")
+_AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _VNNI = (*_AVX512, "avx512vnni")
 _LEVELS: dict[Family, tuple[Level, ...]] = {
@@ -45,7 +45,12 @@ _LEVELS: dict[Family, tuple[Level, ...]] = {
         Level("avx512-bf16", (*_VNNI, "avx512bf16")),
         Level("amx", (*_VNNI, "avx512bf16", "amx-tile", "amx-int8", "amx-bf16")),
     ),
-    Family.AARCH64: (Level("neon", ()), Level("dotprod", ("dotprod",)), Level("bf16", ("bf16",))),
+    Family.AARCH64: (
+        Level("neon", ()),
+        Level("dotprod", ("dotprod",)),
+        Level("fp16", ("fullfp16",)),
+        Level("bf16", ("bf16",)),
+    ),
     Family.ARM: (Level("neon", ("neon",)),),
     Family.RISCV64: (Level("v", ("v",)),),
 }

@@ -15,16 +15,19 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq.isa import Isa
 from tvmq.kernels import builder, gemm, gemm_blocking, inline_llvm, tile_blocking
-from tvmq.kernels.builder import FLOAT
+from tvmq.kernels.builder import FLOAT, FP16
 from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.lowering import SHORT, Packing
-from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
-from tvmq.kernels.spans import Pairs
+from tvmq.kernels.micro import Micro, bf16_micro, float_micro, fp16_micro, int8_micro
+from tvmq.kernels.spans import Halves, Pairs
 from tvmq.kernels.tile_gemm import TileGemm
 from tvmq.kernels.tiles import LANES, ROW_BYTES, ROWS, TILES, Dot, Unit, unit_of
 from tvmq.target import Target
 
 Array = npt.NDArray[Any]
+# What loops on registers hold instead of a dtype; and their factors of floats.
+_BITS = {FP16: "uint16"}
+_FACTORS = {FLOAT: 1e-7, FP16: 2.0**-14}
 # Rows, channels and depth of a product.
 Size = tuple[int, int, int]
 
@@ -67,7 +70,7 @@ class TableRow(Protocol):
 
 def table_rows(isa: Isa) -> Iterator[TableRow]:
     """The rows that an instruction set gets."""
-    yield from (VectorRow(micro(isa)) for micro in (float_micro, int8_micro, bf16_micro))
+    yield from (VectorRow(micro(isa)) for micro in (float_micro, int8_micro, bf16_micro, fp16_micro))
     unit = unit_of(isa)
     if unit is not None:
         yield from (TileRow(dot, unit) for dot in unit.dots)
@@ -99,6 +102,11 @@ class VectorRow:
         return self.micro.registers - 1 - working
 
     @property
+    def _sums(self) -> str:
+        """Of the loop: float16 where products are summed in it."""
+        return FP16 if isinstance(self.micro.span, Halves) else self.micro.acc_dtype
+
+    @property
     def macs(self) -> int:
         """See `TableRow`."""
         return self._count * self.micro.lanes * self.micro.instruction.kr
@@ -106,20 +114,23 @@ class VectorRow:
     def loop(self, turns: int, threads: int) -> Any:
         """(factors, start, out): each accumulator is its own factor, so that no product equals another's."""
         m, lanes, part = self.micro, self.micro.lanes, self._count * self.micro.lanes
+        # Registers of float16 hold float32 once they are loaded: the loop has their bits.
+        held, sums = _BITS.get(self._sums, self._sums), f"{self._sums}x{lanes}"
 
         def body(f: builder.Function) -> None:
-            w, start, out = f.arguments(*(((n,), m.acc_dtype) for n in (lanes, threads * part, threads * part)))
+            w, start, out = f.arguments(*(((n,), held) for n in (lanes, threads * part, threads * part)))
             if m.llvm:
                 f.import_llvm(m.llvm)
             with builder.parallel(threads) as thread:
-                acc = f.registers(part, m.acc_dtype)
+                acc = f.registers(part, held)
                 for i in range(0, part, lanes):
                     acc.store(start.load(thread * part + i, lanes), i, lanes)
                 with builder.serial(turns):
                     for i in range(0, part, lanes):
                         value = acc.load(i, lanes)
                         factors = (T.reinterpret(m.instruction.dtype, x) for x in (value, w.load(0, lanes)))
-                        acc.store(m.instruction.emit(value, *factors), i, lanes)
+                        made = m.instruction.emit(T.reinterpret(sums, value), *factors)
+                        acc.store(T.reinterpret(f"{held}x{lanes}", made), i, lanes)
                 for i in range(0, part, lanes):
                     out.store(acc.load(i, lanes), thread * part + i, lanes)
 
@@ -127,10 +138,11 @@ class VectorRow:
 
     def operands(self, threads: int) -> tuple[Array, ...]:
         """See `TableRow`."""
-        dtype, size = self.micro.acc_dtype, threads * self._count * self.micro.lanes
+        dtype, size = self._sums, threads * self._count * self.micro.lanes
         # Factors near nothing keep float accumulators where they are; integers wrap around.
-        factors = np.full(self.micro.lanes, 1e-7 if dtype == FLOAT else 3, dtype)
-        return factors, np.ones(size, dtype), np.zeros(size, dtype)
+        factors = np.full(self.micro.lanes, _FACTORS.get(dtype, 3), dtype)
+        bits = _BITS.get(dtype, dtype)
+        return factors.view(bits), np.ones(size, dtype).view(bits), np.zeros(size, bits)
 
     def matmul(self, size: Size, target: Target) -> Matmul:
         """See `TableRow`."""

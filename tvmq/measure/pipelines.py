@@ -26,8 +26,18 @@ from tvmq.measure.report import percent, table
 from tvmq.target import Target
 
 # 64-bit ARM processors that LLVM 19 has models of its own for, the oldest first. Its Cortex-A76 is
-# modelled as a Cortex-A57: the Neoverse N1, the same core for servers, stands for it.
-PROCESSORS = ("cortex-a53", "cortex-a55", "cortex-a72", "neoverse-n1", "cortex-a510", "neoverse-n2", "neoverse-v1")
+# modelled as a Cortex-A57: the Neoverse N1, the same core for servers, stands for it. With the flag of targets that run
+# in order.
+_IN_ORDER = ("slow-paired-128",)
+PROCESSORS: dict[str, tuple[str, ...]] = {
+    "cortex-a53": _IN_ORDER,
+    "cortex-a55": _IN_ORDER,
+    "cortex-a72": (),
+    "neoverse-n1": (),
+    "cortex-a510": _IN_ORDER,
+    "neoverse-n2": (),
+    "neoverse-v1": (),
+}
 # The least share of the peak that is wanted: the Neoverses as the Cortex-A76, which runs out of order.
 GOALS = {"cortex-a55": 0.75, **dict.fromkeys(("neoverse-n1", "neoverse-n2", "neoverse-v1"), 0.85)}
 # About the size of a product: its rows are made whole tiles.
@@ -36,6 +46,7 @@ TRIPLE = "aarch64-linux-gnu"
 _ITERATIONS = (200, 400)
 _COMMANDS = ("llvm-mca-19", "llvm-mca-20", "llvm-mca-21", "llvm-mca-22")
 _TURNS = 100
+_BRANCH = re.compile(r"\s+(b|cb|tb)[^/]*\s(\.L\w+)$")
 # Multiply-accumulates of the instructions that kernels use on 128 bits; smull and smlal are those from bytes.
 _MACS = {
     **dict.fromkeys(("fmla",), 4),
@@ -112,18 +123,24 @@ class Pipelines:
         return f"inner loops in LLVM's models of processors: no measurement\n\n{table(columns, cells)}"
 
 
-def run(processors: Sequence[str] = PROCESSORS, progress: Callable[[str], None] | None = None) -> Pipelines:
+def run(processors: Sequence[str] = tuple(PROCESSORS), progress: Callable[[str], None] | None = None) -> Pipelines:
     """The rows of each processor. Raises DeviceError without llvm-mca, TargetError for an unknown processor."""
     command = _mca()
     rows = []
     for name in processors:
-        target = Target("pipeline", "a processor", TRIPLE, name, 1, 32, 512)
+        target = target_of(name)
         for row in table_rows(target.isa):
             if isinstance(row, VectorRow):
                 if progress:
                     progress(f"{name} {'-'.join(row.key)}")
                 rows.append(_row(command, target, row))
     return Pipelines(rows)
+
+
+def target_of(processor: str) -> Target:
+    """A target with one of the processors. Raises TargetError for one that LLVM does not know."""
+    features = PROCESSORS.get(processor, ())
+    return Target("pipeline", "a processor", TRIPLE, processor, 1, 32, 512, features=features)
 
 
 def _row(command: str, target: Target, row: VectorRow) -> Row:
@@ -167,12 +184,17 @@ def inner_loop(lines: Sequence[str]) -> list[str]:
 
 
 def _innermost(lines: Sequence[str]) -> Iterator[list[str]]:
-    """The instructions between each label and a branch back to it, where there is no other label between."""
+    """The instructions between each label and a branch back to it, where there is no other label between.
+
+    Labels that nothing branches to, of debugging information, do not count.
+    """
+    targets = {found[2] for line in lines if (found := _BRANCH.match(line))}
     start, label = 0, ""
     for index, line in enumerate(lines):
-        if found := re.match(r"(\.LBB\w+):", line):
+        branch = _BRANCH.match(line)
+        if (found := re.match(r"(\.L\w+):", line)) and found[1] in targets:
             start, label = index + 1, found[1]
-        elif label and re.match(rf"\s+(b|cb|tb)\S*\s.*{re.escape(label)}$", line):
+        elif label and branch and branch[2] == label:
             texts = (text.split("//")[0].strip() for text in lines[start : index + 1])
             yield [text for text in texts if text and not text.startswith(".")]
 
@@ -204,7 +226,7 @@ def _command(command: str, target: Target) -> list[str]:
 def _model(command: Sequence[str], lines: Sequence[str], figure: str) -> float:
     """A figure of llvm-mca's summary of instructions."""
     # A branch needs its label.
-    text = "\n".join([*(f"{line.split()[-1]}:" for line in lines[-1:] if ".LBB" in line), *lines, ""])
+    text = "\n".join([*(f"{line.split()[-1]}:" for line in lines[-1:] if ".L" in line), *lines, ""])
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     found = re.search(figure, done.stdout)
     if found is None:

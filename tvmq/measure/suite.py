@@ -155,13 +155,13 @@ def compiled(subject: Subject, precision: str, target: Target) -> Executor:
     return load(bundle_of(subject, precision, target), threads=subject.threads)
 
 
-def bundle_of(subject: Subject, precision: str, target: Target) -> Path:
+def bundle_of(subject: Subject, precision: str, target: Target, *, untuned: bool = False) -> Path:
     """The subject compiled by tvmq, in its folder."""
     model = import_model(subject.module, subject.example, check=False, name=subject.name)
     path = subject.folder / f"{subject.name}-{precision}.tvmq"
     recipe = Recipe(precision=Precision(precision))
     data = subject.calibration if recipe.precision in (Precision.INT8, Precision.AUTO) else None
-    compile_model(model, target, recipe, data, path)
+    compile_model(model, target, recipe, data, path, untuned=untuned)
     return path
 
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from tvmq.deploy.address import CONNECT_TIMEOUT, Address, Tracked, parse
 from tvmq.deploy.session import RemoteSession
-from tvmq.errors import DeviceError, TvmqError
+from tvmq.errors import DeviceError, TuningError, TvmqError
 from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
 from tvmq.tune.runners import Measured
@@ -52,11 +52,18 @@ class Board(Protocol):
 
 
 class RpcBoard:
-    """A TVM RPC server at an address, given `timeout_s` seconds to answer. Raises DeviceError where it does not."""
+    """A TVM RPC server at an address, given `timeout_s` seconds to answer.
+
+    Raises DeviceError where it does not, TuningError where it is an emulated board: compile would take its records.
+    """
 
     def __init__(self, name: str, address: Address, timing: Timing, timeout_s: float) -> None:
         self.name, self._address, self.timing = name, address, timing
         self.session: RemoteSession | None = RemoteSession(address, timeout_s, name)
+        if self.session.emulated:
+            self.close()
+            expected, hint = "a board that is no emulation: such times mean nothing", "tune on the board itself"
+            raise TuningError(f"device {name}", expected=expected, seen="an emulated board", hint=hint)
 
     def time(self, folder: Path) -> list[float]:
         """See `Board`."""
@@ -88,7 +95,7 @@ class RpcBoard:
 
 
 def boards(device: str, timing: Timing, timeout_s: float = CONNECT_TIMEOUT) -> list[Board]:
-    """The boards at an address. Raises DeviceError where there is none."""
+    """The boards at an address. Raises DeviceError where there is none, TuningError where they are emulated."""
     address = parse(device)
     if not isinstance(address, Tracked):
         return [RpcBoard(address.name, address, timing, timeout_s)]
