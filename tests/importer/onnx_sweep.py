@@ -1,12 +1,10 @@
 """The node tests of the `onnx` package, imported without the import check: right, refused, or silently wrong?
 
-    python tests/importer/onnx_sweep.py [--torch] [--details] [name ...]
+    python tests/importer/onnx_sweep.py [--torch] [--details] [--out docs/onnx_sweep.md] [name ...]
 
 Prints the counts by group (the operator under test). `--torch` stops at the PyTorch program that an ONNX graph becomes,
-which takes a tenth of the time; otherwise it is imported, and computed with TVM. Models of other operator sets, and
-those that take or return sequences, optionals, strings, bfloat16 or floats of 8 bits or fewer are left out; so are
-`..._expanded` tests, which repeat others
-with their operator written out, and those of training. Where an operator needs a value at import (axes, shapes), all inputs but the first are made weights.
+which takes a tenth of the time; otherwise it is imported, and computed with TVM. `--out` writes a page.
+`reason_to_leave_out` says what is left out. Where an operator needs a value at import (axes, shapes), all inputs but the first are made weights.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +39,35 @@ RANDOM = ("Bernoulli", "RandomUniformLike", "RandomNormalLike", "Multinomial")
 
 def cases() -> Iterator[Any]:
     """The tests that are tried."""
+    return (case for case in _all() if reason_to_leave_out(case) is None)
+
+
+def _all() -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = collect_testcases(None)
-    return (case for case in found if _is_tried(case))
+        return list(collect_testcases(None))
 
 
-def _is_tried(case: Any) -> bool:
-    if "_expanded" in case.name or "training" in case.name or group(case) in RANDOM:
-        return False
+def reason_to_leave_out(case: Any) -> str | None:
+    """Why a test is not tried; None for one that is. Raises the operator set of its model where that is no change."""
+    if "_expanded" in case.name:
+        return "repeats another with its operator written out"
+    if "training" in case.name or group(case) in RANDOM:
+        return "trains, or draws random numbers"
     versions = {item.domain: item.version for item in case.model.opset_import}
-    if any(domain not in ("", "ai.onnx") for domain in versions) or not _raised(case.model):
-        return False
-    if any(isinstance(x, list) or _array(x).dtype.kind not in "biuf" for xs in case.data_sets[0] for x in xs):
-        return False
+    if any(domain not in ("", "ai.onnx") for domain in versions):
+        return "is of another domain (ai.onnx.ml, training)"
+    if not _raised(case.model):
+        return f"is of an operator set before {OLDEST_OPSET} that has changed since"
     values = [*case.model.graph.input, *case.model.graph.output]
-    plain = all(value.type.HasField("tensor_type") for value in values)
-    return plain and all(
-        value.type.tensor_type.elem_type in {*DTYPES, *NARROW_NUMBERS} - {onnx.TensorProto.BFLOAT16} for value in values
-    )
+    if not all(value.type.HasField("tensor_type") for value in values):
+        return "takes or returns sequences or optionals"
+    dtypes = {value.type.tensor_type.elem_type for value in values}
+    if any(isinstance(x, list) or _array(x).dtype.kind not in "biuf" for xs in case.data_sets[0] for x in xs):
+        return "has strings, or numbers that NumPy lacks"
+    if not dtypes <= {*DTYPES, *NARROW_NUMBERS} - {onnx.TensorProto.BFLOAT16}:
+        return "has bfloat16, complex numbers, or floats of 8 bits or fewer"
+    return None
 
 
 def _array(value: Any) -> Any:
@@ -143,32 +152,76 @@ def _by_tvm(model: onnx.ModelProto, example: dict[str, torch.Tensor]) -> tuple[A
     return interpret.run(imported.module, imported.example)
 
 
+def page(verdicts: dict[str, tuple[str, str, str]], left_out: Counter[str], command: str) -> str:
+    """A document of verdicts, test -> (group, verdict, detail), and of how many tests were left out for each reason."""
+    total = Counter(verdict for _, verdict, _ in verdicts.values())
+    results = (PASSES, REFUSED, WRONG, CRASHED)
+    lines = [
+        "# The node tests of the onnx package\n",
+        f"{len(verdicts)} tests of onnx {metadata.version('onnx')}, imported with the import check off, computed with TVM and",
+        f"compared with their expected outputs: {_counted(total)}. Quantized integers may differ by one step. Written by\n",
+        f"    {command}\n",
+        "## What does not pass\n",
+        "| test | what | why |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {verdict} | {_cell(detail)} |"
+        for name, (_, verdict, detail) in sorted(verdicts.items())
+        if verdict != PASSES
+    ]
+    lines += ["\n## By operator\n", f"| operator | {' | '.join(results)} |", "|---|---|---|---|---|"]
+    counts = _by_group(verdicts)
+    lines += [
+        f"| {name} | {' | '.join(str(found[one]) for one in results)} |" for name, found in sorted(counts.items())
+    ]
+    lines += ["\n## Left out\n", "| reason | tests |", "|---|---|"]
+    lines += [f"| {reason} | {count} |" for reason, count in left_out.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+def _by_group(verdicts: dict[str, tuple[str, str, str]]) -> dict[str, Counter[str]]:
+    counts: dict[str, Counter[str]] = {}
+    for operator, verdict, _ in verdicts.values():
+        counts.setdefault(operator, Counter())[verdict] += 1
+    return counts
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[result]} {result}" for result in (PASSES, REFUSED, WRONG, CRASHED))
+
+
+def _cell(text: str) -> str:
+    """A detail in a table: its first sentence."""
+    return text.split("; ", maxsplit=1)[0].split("\n", maxsplit=1)[0].replace("|", "\\|")[:200]
+
+
 def main() -> int:
     """Print the counts by group."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of names of tests; default: all")
     parser.add_argument("--torch", action="store_true", help="stop at the PyTorch program")
     parser.add_argument("--details", action="store_true", help="a line for each test that does not pass")
+    parser.add_argument("--out", metavar="FILE.md", help="write a page of the verdicts")
     options = parser.parse_args()
-    counts: dict[str, Counter[str]] = {}
+    verdicts: dict[str, tuple[str, str, str]] = {}
     for case in cases():
         if options.names and not any(name in case.name for name in options.names):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result, detail = judge(case, options.torch)
-        counts.setdefault(group(case), Counter())[result] += 1
+        verdicts[case.name] = (group(case), result, detail)
         if options.details and result != PASSES:
             print(f"{result:8} {case.name}: {detail}", flush=True)
-    for operator, found in sorted(counts.items()):
-        print(
-            f"{operator:28} " + ", ".join(f"{found[result]} {result}" for result in (PASSES, REFUSED, WRONG, CRASHED))
-        )
-    total = sum(counts.values(), Counter())
-    print(
-        f"{total.total()} tests: "
-        + ", ".join(f"{total[result]} {result}" for result in (PASSES, REFUSED, WRONG, CRASHED))
-    )
+    for operator, found in sorted(_by_group(verdicts).items()):
+        print(f"{operator:28} {_counted(found)}")
+    total = Counter(verdict for _, verdict, _ in verdicts.values())
+    print(f"{len(verdicts)} tests: {_counted(total)}")
+    if options.out:
+        command = f"python tests/importer/onnx_sweep.py --out {options.out}"
+        left_out = Counter(reason for case in _all() if (reason := reason_to_leave_out(case)) is not None)
+        Path(options.out).write_text(page(verdicts, left_out, command))
     return int(bool(total[WRONG] or total[CRASHED]))
 
 

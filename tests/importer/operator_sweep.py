@@ -1,10 +1,11 @@
 """PyTorch's own samples of its operators, imported without the import check: right, refused, or silently wrong?
 
-    python tests/importer/operator_sweep.py [--jobs 2] [--stock] [operator ...]
+    python tests/importer/operator_sweep.py [--jobs 2] [--stock] [--out docs/operator_sweep.md] [operator ...]
 
 For each operator of `op_db` that makes sense in an inference graph, up to three float32 samples become modules, are
-imported with check=False, computed with TVM and compared with PyTorch. `--stock` takes TVM's importer as it is. Each
-worker is a process of its own, so that a crash costs one operator. LEFT_OUT says what is left out, and why.
+imported with check=False, computed with TVM and compared with PyTorch. `--stock` takes TVM's importer as it is;
+`--out` writes a page of both. Each worker is a process of its own, so that a crash costs one operator. LEFT_OUT says what
+is left out, and why.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -249,12 +251,50 @@ def summary(verdicts: list[Verdict]) -> str:
     return ", ".join(f"{counts[result]} {result}" for result in (PASSES, REFUSED, WRONG, CRASHED))
 
 
+def page(ours: list[Verdict], stock: list[Verdict], command: str) -> str:
+    """Both sweeps as a document."""
+    versions = f"torch {metadata.version('torch')}, apache-tvm {metadata.version('apache-tvm')}"
+    lines = [
+        "# PyTorch's own samples of its operators\n",
+        f"Of each operator of PyTorch's `op_db` that makes sense in an inference graph, up to {SAMPLES} float32 samples are",
+        "imported with the import check off, computed with TVM, and compared with PyTorch: within",
+        f"{TOLERANCE:g} of the largest value, equal for integers ({versions}). Written by\n",
+        f"    {command}\n",
+        f"| importer | operators | {PASSES} | {REFUSED} | silently {WRONG} | {CRASHED} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, verdicts in (("tvmq", ours), ("TVM's alone", stock)):
+        counts = Counter(verdict.result for verdict in verdicts)
+        cells = " | ".join(str(counts[result]) for result in (PASSES, REFUSED, WRONG, CRASHED))
+        lines.append(f"| {name} | {len(verdicts)} | {cells} |")
+    lines += ["\nA crash is an exception that names no operator of the model, or the end of the process.\n"]
+    lines += ["## What tvmq does not take\n", "| operator | what | why |", "|---|---|---|"]
+    lines += [f"| `{v.name}` | {v.result} | {_cell(v.detail)} |" for v in _sorted(ours) if v.result != PASSES]
+    for result, title in ((WRONG, "Silently wrong in TVM's importer alone"), (CRASHED, "Not taken by TVM's alone")):
+        named = ", ".join(f"`{v.name}`" for v in _sorted(stock) if v.result == result)
+        lines += [f"\n## {title}\n", named or "None."]
+    left = Counter(reason for operator in op_db if (reason := reason_to_leave_out(operator)) is not None)
+    lines += ["\n## Left out\n", "`--left-out` names them.\n", "| reason | operators |", "|---|---|"]
+    lines += [f"| {reason} | {count} |" for reason, count in left.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+def _sorted(verdicts: list[Verdict]) -> list[Verdict]:
+    return sorted(verdicts, key=lambda verdict: verdict.name)
+
+
+def _cell(text: str) -> str:
+    """A detail in a table: its first sentence."""
+    return text.split("; ", maxsplit=1)[0].split("\n", maxsplit=1)[0].replace("|", "\\|")[:200]
+
+
 def main() -> int:
     """Print a line for each operator that does not pass, and the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operators", nargs="*", help="default: all that make sense in an inference graph")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--stock", action="store_true", help="TVM's importer, without tvmq's converters")
+    parser.add_argument("--out", metavar="FILE.md", help="a page of both importers")
     parser.add_argument("--left-out", action="store_true", help="list what is left out, and why")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -266,13 +306,27 @@ def main() -> int:
             if reason := reason_to_leave_out(operator):
                 print(f"{title(operator)}: {reason}")
         return 0
+    if options.out and options.stock:
+        parser.error("--out tries both importers")
+    names = options.operators or list(operators())
+    verdicts = _told(names, options.jobs, options.stock)
+    if options.out:
+        stock = _told(names, options.jobs, stock=True)
+        Path(options.out).write_text(
+            page(verdicts, stock, f"python tests/importer/operator_sweep.py --out {options.out}")
+        )
+    return int(any(verdict.result in (WRONG, CRASHED) for verdict in verdicts))
+
+
+def _told(names: list[str], jobs: int, stock: bool) -> list[Verdict]:
+    """The verdicts, printed as they come where they are no passes."""
     verdicts = []
-    for verdict in sweep(options.operators or list(operators()), options.jobs, options.stock):
+    for verdict in sweep(names, jobs, stock):
         verdicts.append(verdict)
         if verdict.result != PASSES:
             print(f"{verdict.result:8} {verdict.name}: {verdict.detail}", flush=True)
-    print(f"{len(verdicts)} operators: {summary(verdicts)}")
-    return int(any(verdict.result in (WRONG, CRASHED) for verdict in verdicts))
+    print(f"{len(verdicts)} operators: {summary(verdicts)}", flush=True)
+    return verdicts
 
 
 if __name__ == "__main__":

@@ -131,6 +131,39 @@ class TestModule:
         program = torch.export.export(Recurrent(), import_source._arguments(nested)[0])
         assert [x[0] for x in import_model(program, nested).example] == [1, 2, 3, 4, 5]
 
+    def test_constants_are_bound(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(3, 3)
+
+            def forward(
+                self, x: torch.Tensor, mode: str, y: torch.Tensor | None = None, **more: float | torch.Tensor
+            ) -> torch.Tensor:
+                z = self.fc(x) * (2 if mode == "twice" else 1) * more.get("scale", 1.0)
+                return z if y is None else z + y
+
+        module, x, y = Scaled(), torch.randn(2, 3), torch.randn(3)
+        for args, kwargs, names in (
+            ((x, "twice"), {}, ["x"]),
+            ((x, "once", y), {}, ["x", "y"]),
+            ((), {"x": x, "mode": "twice", "y": None, "scale": 3.0}, ["x"]),
+        ):
+            model = import_model(module, kwargs or args)
+            assert [spec.name for spec in model.signature.inputs] == names
+            assert model.paths["fc"] == "fc"
+            with torch.no_grad():
+                np.testing.assert_array_equal(model.reference[0], module(*args, **kwargs))
+        assert "forward" not in vars(module)
+
+    def test_constants_beside_arguments_without_names(self) -> None:
+        class Sum(nn.Module):
+            def forward(self, by: float, *parts: torch.Tensor) -> torch.Tensor:
+                return torch.stack(parts).sum(0) * by
+
+        with pytest.raises(ModelError, match=r"expected arguments with names beside constants, saw \*parts"):
+            import_model(Sum(), (2.0, torch.ones(2)))
+
     def test_buffers_and_tied_weights(self) -> None:
         class Tied(nn.Module):
             def __init__(self) -> None:
@@ -162,7 +195,8 @@ class TestModule:
         [
             (None, "example inputs"),
             (3, "saw int"),
-            ((torch.ones(1), "x"), "saw str"),
+            ((torch.ones(1), "x"), r"expected what forward\(\) takes, saw too many positional arguments"),
+            ((torch.ones(1), (torch.ones(1), None)), "saw NoneType"),
             (torch.ones(2, 7), "cannot trace Linear"),
             (np.ones((2, 3)), "PyTorch cannot run .* same dtype"),
         ],

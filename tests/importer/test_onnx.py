@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,13 @@ def test_open_extents_need_example_inputs(tmp_path: Path) -> None:
     assert import_model(path, np.zeros((2, 3), np.float32)).signature.inputs[0].shape == (2, 3)
 
 
+@pytest.mark.parametrize("extent", [-1, 1 << 40])
+def test_extents_that_no_example_has(tmp_path: Path, extent: int) -> None:
+    path = _save(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, shape=[1, extent, 8, 8])
+    with pytest.raises(ModelError, match=r"input 'x' .*expected a shape of some use, saw \[1, .*pass example inputs"):
+        import_model(path)
+
+
 def test_qdq_becomes_integer_kernels(quantized: Path) -> None:
     from tvmq.pipeline import quantize
     from tvmq.quantize.realize import realize
@@ -214,25 +222,28 @@ def test_external_weights_that_are_not_there(network: Path, location: str, lengt
         import_model(_external(network, location, length))
 
 
-def _try_mutated(path: Path, count: int) -> None:
+def _try_mutated(path: Path, seeds: range, whole: bool) -> None:
+    """Read damaged copies of a file, and import those that can be read where `whole`."""
     data = path.read_bytes()
-    for seed in range(count):
+    for seed in seeds:
         path.write_bytes(mutations.mutated(data, seed))
         try:
             model = onnx_file.load(path)
             onnx_file.example(model, path.name)
-        except InputError:
-            pass
+            if whole:
+                import_model(path)
+        except InputError as error:
+            assert "\n" not in str(error)
 
 
 def test_mutated_files_do_not_crash(quantized: Path) -> None:
-    _try_mutated(quantized, 50)
+    _try_mutated(quantized, range(50), whole=False)
 
 
 @pytest.mark.slow
-def test_many_mutated_files_do_not_crash(network: Path, quantized: Path) -> None:
-    _try_mutated(network, 500)
-    _try_mutated(quantized, 500)
+@pytest.mark.parametrize("start", range(0, 1000, 100))
+def test_many_mutated_files_do_not_crash(network: Path, quantized: Path, start: int) -> None:
+    _try_mutated(network if start < 500 else quantized, range(start, start + 100), whole=True)
 
 
 def _integer_model(path: Path, nodes: list, weights: dict[str, np.ndarray], shape: list, dtype: int) -> Path:
@@ -304,3 +315,20 @@ def test_no_node_is_silently_wrong() -> None:
     verdicts = {case.name: onnx_sweep.judge(case) for case in onnx_sweep.cases()}
     wrong = {name: v for name, v in verdicts.items() if v[0] in (onnx_sweep.WRONG, onnx_sweep.CRASHED)}
     assert not wrong
+
+
+def test_the_page_counts_by_operator() -> None:
+    verdicts = {
+        "test_a": ("Relu", "passes", ""),
+        "test_b": ("Relu", "refused", "no converter; because"),
+        "test_c": ("Add", "passes", ""),
+    }
+    page = onnx_sweep.page(verdicts, Counter({"is of another kind": 3}), "a command")
+    for part in (
+        "2 passes, 1 refused, 0 wrong, 0 crashed",
+        "    a command\n",
+        "| `test_b` | refused | no converter |",
+        "| Add | 1 | 0 | 0 | 0 |\n| Relu | 1 | 1 | 0 | 0 |",
+        "| is of another kind | 3 |",
+    ):
+        assert part in page

@@ -86,3 +86,21 @@ def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     call = next(operator_sweep.samples(KNOWN["abs"]))
     monkeypatch.setattr(operator_sweep, "_ours", lambda call: (torch.abs(call.example[0]).numpy() + 1,))
     assert operator_sweep.judge_sample(call)[0] == operator_sweep.WRONG
+
+
+def test_the_page_has_both_importers() -> None:
+    ours = [
+        operator_sweep.Verdict("abs", "passes"),
+        operator_sweep.Verdict("narrow", "refused", "sample 0: a | b; and so on"),
+    ]
+    stock = [operator_sweep.Verdict("abs", "wrong", "deviates"), operator_sweep.Verdict("narrow", "crashed", "no")]
+    page = operator_sweep.page(ours, stock, "a command")
+    for part in (
+        "    a command\n",
+        "| tvmq | 2 | 1 | 1 | 0 | 0 |",
+        "| TVM's alone | 2 | 0 | 0 | 1 | 1 |",
+        "| `narrow` | refused | sample 0: a \\| b |",
+        "## Silently wrong in TVM's importer alone\n\n`abs`\n",
+        "| is sparse | ",
+    ):
+        assert part in page

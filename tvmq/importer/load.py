@@ -32,7 +32,8 @@ def import_model(
     or to a folder in the transformers layout (config.json and safetensors; see `hf.py`),
     or "package.module:function" (imported with the working directory on the path), a function that returns
     (module, example_inputs). `example_inputs`: a tensor or array, a tuple of them, or a dict by name; a module needs
-    them, an exported program brings its own and a folder's follow from its configuration, unless they are given.
+    them, an exported program brings its own and a folder's follow from its configuration, unless they are given;
+    what of a module's is a number, a flag, a text or None is bound: it is no input of the model.
     `check`: compare every tensor with PyTorch's, within `tolerance` (`check.deviation` is the formula).
     `converters`: operator with overload ("exp2.default") -> function, as in `converters.py`, or the name of a module
     whose `table()` returns them. `name`: default the class, the name of the file or folder, or the function.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tvmq.importer.onnx_inputs import DTYPES, NARROW, NARROW_NUMBERS, stored_as
 
 OLDEST_OPSET = 13
 _SEED = 0
+# Of a made-up input: a quarter of a gigabyte of floats.
+_MOST_ELEMENTS = 1 << 26
 _RUNTIME_ERRORS = (
     "EPFail",
     "EngineError",
@@ -142,6 +145,9 @@ def example(
             shape = [extent if extent is not None else "?" for extent in extents]
             hint = "pass example inputs of the shape that you want, or the sizes of open axes (--dynamic)"
             raise ModelError(f"input {key!r} of {name}", expected="a static shape", seen=shape, hint=hint)
+        if min(extents, default=0) < 0 or math.prod(extents) > _MOST_ELEMENTS:
+            hint = "pass example inputs of the shape that you want"
+            raise ModelError(f"input {key!r} of {name}", expected="a shape of some use", seen=extents, hint=hint)
         if dtype.is_floating_point:
             made[key] = torch.from_numpy(generator.standard_normal(extents).astype(np.float32)).to(dtype)
         else:

@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tvmq.errors import ModelError, nearest
+from tvmq.importer import constants, pt2, torch_export, widen
 from tvmq.importer import program as programs
-from tvmq.importer import pt2, torch_export, widen
 from tvmq.importer.program import OpenAxes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -95,12 +95,13 @@ def _is_path(text: str) -> bool:
 def _of_module(module: torch.nn.Module, example_inputs: object, title: str) -> Found:
     if example_inputs is None:
         raise ModelError(f"module {title} without example inputs", hint="pass import_model(module, example_inputs)")
-    given = _arguments(example_inputs)
+    args, kwargs = _arguments(example_inputs, with_constants=True)
+    traced, args, kwargs = constants.bound(module, args, kwargs, title)
 
     def at(arguments: Arguments | None) -> Source:
-        return _with_own_example(torch_export.export(module, *(arguments or given)), title)
+        return _with_own_example(torch_export.export(traced, *(arguments or (args, kwargs))), title)
 
-    return Found(lambda _sizes: given, at)
+    return Found(lambda _sizes: (args, kwargs), at)
 
 
 def _of_program(program: ExportedProgram, example_inputs: object, name: str) -> Found:
@@ -182,13 +183,17 @@ def _of_folder(path: Path, example_inputs: object, name: str) -> Found:
     return _of_module(module, example if example_inputs is None else example_inputs, name)
 
 
-def _arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and named tensors, or tuples, lists and dicts of them."""
+def _arguments(example_inputs: object, with_constants: bool = False) -> Arguments:
+    """Example inputs as positional and named tensors, or tuples, lists and dicts of them; constants where asked."""
+
+    def read(value: object) -> Any:
+        return value if with_constants and isinstance(value, constants.CONSTANT) else _tensors(value)
+
     if isinstance(example_inputs, Mapping):
-        return (), {str(key): _tensors(value) for key, value in example_inputs.items()}
+        return (), {str(key): read(value) for key, value in example_inputs.items()}
     if isinstance(example_inputs, tuple | list):
-        return tuple(_tensors(value) for value in example_inputs), {}
-    return (_tensors(example_inputs),), {}
+        return tuple(map(read, example_inputs)), {}
+    return (read(example_inputs),), {}
 
 
 def _tensors(value: object) -> Any:
