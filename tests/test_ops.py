@@ -26,6 +26,7 @@ ALL_STEPS = (
     Clip(0.0, None),
     Clip(None, 6.0),
     Activate("gelu_tanh"),
+    ops.Round(-125, 130),
     Quantize(3, -128, 127, "int8"),
 )
 
@@ -39,6 +40,7 @@ _steps = st.one_of(
     st.builds(Residual, st.none() | _float, _int),
     st.builds(Clip, st.none() | _float, st.none() | _float),
     st.builds(Activate, st.sampled_from(["gelu", "silu", "tanh"])),
+    st.builds(ops.Round, _int, _int),
     st.builds(Quantize, _int, _int, _int, st.sampled_from(["int8", "uint8"])),
 )
 

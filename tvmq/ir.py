@@ -128,6 +128,12 @@ def users(module: tvm.IRModule) -> dict[Any, list[Any]]:
     return readers
 
 
+def only_reader(readers: Mapping[Any, list[Any]], var: Any) -> Any:
+    """The one reader of `var`, or None."""
+    found = readers.get(var, [])
+    return found[0] if len(found) == 1 else None
+
+
 def substitute(value: Expr, env: Mapping[Any, Expr]) -> Expr:
     """`value` with every variable replaced through `env`; the same object where nothing changes."""
     if isinstance(value, relax.Var):

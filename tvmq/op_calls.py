@@ -110,10 +110,14 @@ def avg_pool2d(
     padding: Sequence[int],
     count_include_pad: bool,
     x_zero_point: int = 0,
+    read: Epilogue = (),
     out_shape: Sequence[int],
     out_dtype: str,
 ) -> Any:
-    """`tvmq.avg_pool2d`: the sum over each window times float32(1 / count), count being the elements it averages."""
+    """`tvmq.avg_pool2d`: the sum over each window times float32(1 / count), count being the elements it averages.
+
+    read: what becomes of each element of float32 x first; steps without operands that keep zeros, which padding holds.
+    """
     attrs = {
         "pool": list(pool),
         "strides": list(strides),
@@ -121,6 +125,8 @@ def avg_pool2d(
         "count_include_pad": bool(count_include_pad),
         "x_zero_point": x_zero_point,
     }
+    if read:
+        attrs["read"] = encode(read)
     return _call("avg_pool2d", [x, *operands], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 

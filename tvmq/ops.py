@@ -138,6 +138,18 @@ class Activate:
 
 
 @dataclass(frozen=True)
+class Round:
+    """To the nearest whole number in [low, high], ties to even, still a float; v was scaled by an earlier step.
+
+    With a multiplication after it, it is what quantizing and dequantizing make of a value: low and high are then the
+    first and the last integer, less the zero point.
+    """
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
 class Quantize:
     """To integer: `clip(nearbyint(v) + zero_point, qmin, qmax)`; v was scaled by an earlier step."""
 
@@ -160,7 +172,7 @@ class QuantizeRows:
 
 
 OperandStep = Bias | Scale | RowScale | ColumnScale | Residual | Minus | Times
-Step = OperandStep | Dequantize | Multiply | Clip | Activate | Quantize | QuantizeRows
+Step = OperandStep | Dequantize | Multiply | Clip | Activate | Round | Quantize | QuantizeRows
 Epilogue = tuple[Step, ...]
 
 _STEPS = {step.__name__.lower(): step for step in get_args(Step)}
@@ -194,6 +206,11 @@ def decode(encoded: Sequence[Any]) -> Epilogue:
 def epilogue_of(call: Any) -> Epilogue:
     """The epilogue of a tvmq call."""
     return decode(call.attrs["epilogue"]) if "epilogue" in call.attrs.keys() else ()  # noqa: SIM118
+
+
+def read_steps(call: Any) -> Epilogue:
+    """What a `tvmq.avg_pool2d` does with each element that it reads."""
+    return decode(call.attrs["read"]) if "read" in call.attrs.keys() else ()  # noqa: SIM118
 
 
 def attributes(call: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tvmq.dump import Dump
 from tvmq.errors import RecipeError
 from tvmq.files import require_folder
 from tvmq.graph.channels_last import channels_last
+from tvmq.graph.pairs import without_repeats
 from tvmq.importer.quantized import is_quantized
 from tvmq.kernels.decision import Records
 from tvmq.kernels.lower import lower
@@ -228,7 +229,7 @@ def quantize(
     report("layout", 0)
     asked = tuple(algorithm.value for algorithm in recipe.all_algorithms)
     if is_quantized(source := with_own_rows(model.module)) or is_quantized(model.module):
-        module = stages("layout", channels_last(source))
+        module = stages("layout", without_repeats(channels_last(source)))
         return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
     calibration = read_again(calibration, recipe)
     samples = samples_of(model, calibration)

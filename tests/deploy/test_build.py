@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tvm
 
+from tvmq import op_calls, ops
 from tvmq.deploy import build
 from tvmq.deploy.build import agrees, runs_here
 from tvmq.deploy.bundle import read
@@ -117,6 +118,11 @@ def test_where_floats_that_differ_a_little_are_rounded() -> None:
     assert rounds_inexact(graph(relax.op.exp, as_int8))
     assert rounds_inexact(graph(relax.op.exp, relax.op.negative, lambda x: relax.op.astype(x, "bfloat16")))
     assert not rounds_inexact(graph(as_int8, lambda x: relax.op.astype(x, "float32"), relax.op.exp))
+
+    def rounded(x: relax.Expr) -> relax.Expr:
+        return op_calls.elementwise(x, (), (ops.Round(-3, 3),), out_shape=(2, 6), out_dtype="float32")
+
+    assert rounds_inexact(graph(relax.op.exp, rounded)) and not rounds_inexact(graph(rounded, relax.op.exp))
     assert not rounds_inexact(graph(relax.op.exp))
 
 

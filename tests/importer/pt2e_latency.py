@@ -1,15 +1,18 @@
 """Models that torchao's quantizers quantized beside the same models quantized by tvmq: kernels, and latency in turns.
 
-    python tests/importer/pt2e_latency.py [--rounds 15] [--kernels] [model ...]
+    python tests/importer/pt2e_latency.py [--out docs/quantized_models.md] [--rounds 15] [--bundles FOLDER] [model ...]
+    python tests/importer/pt2e_latency.py --kernels [model ...]
 
 Static quantization by torchao's X86 and XNNPACK quantizers beside tvmq's `int8`, dynamic beside `int8-dynamic` (of
-transformers: it is for linear layers). The least latency of either, measured in turns; `--kernels`: which kernels one calls
-more often than the other, which no noise disturbs, and no times.
+transformers: it is for linear layers). The least latency of either, measured in turns; `--kernels`: which kernels one
+calls more often than the other, which no noise disturbs, and no times. Bundles that are kept need not be made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import sys
 import tempfile
 import warnings
@@ -28,6 +31,8 @@ from torchao.testing.pt2e import _xnnpack_quantizer as xnnpack
 
 import tvmq
 from tvmq import pipeline
+from tvmq.deploy.bundle import read
+from tvmq.files import atomic_write_text
 from tvmq.kernels.lower import lower
 from tvmq.measure.benchmark import rounds, timer
 from tvmq.model import Model
@@ -138,7 +143,9 @@ def samples_of(example: Example) -> list[Example]:
     draw = torch.Generator().manual_seed(1)
 
     def like(x: torch.Tensor) -> torch.Tensor:
-        return torch.randn(x.shape, generator=draw) if x.is_floating_point() else x[:, torch.randperm(x.shape[1])]
+        if x.is_floating_point():
+            return torch.randn(x.shape, generator=draw)
+        return x[:, torch.randperm(x.shape[1], generator=draw)]
 
     return [example, *(tuple(map(like, example)) for _ in range(SAMPLES - 1))]
 
@@ -151,6 +158,7 @@ class Subject:
     recipe: tvmq.Recipe
     calibration: Any = None
 
+    @functools.cached_property
     def kernels(self) -> Counter[str]:
         """How often an inference calls each of tvmq's kernels; nothing is built for that."""
         target = tvmq.load_target("host")
@@ -158,11 +166,10 @@ class Subject:
         lowered = lower(realized, target, winograd=self.recipe.winograd, sparse=self.recipe.sparse)
         return Counter(lowered.kernels.values())
 
-    def load(self, path: Path) -> tvmq.Executor:
-        """Its bundle, made at `path` where there is none."""
+    def write(self, path: Path) -> None:
+        """Its bundle, where there is none."""
         if not path.exists():
             tvmq.compile(self.model, "host", self.recipe, self.calibration, path)
-        return tvmq.load(path)
 
 
 @dataclass(frozen=True)
@@ -175,17 +182,29 @@ class Pair:
     theirs: Subject
 
 
-def pairs_of(name: str, check: bool) -> Iterator[Pair]:
-    """Each quantizer's result of a model beside tvmq's; `check` the imports."""
-    module, example = MODELS[name]()
+def quantizations(name: str) -> list[tuple[str, bool]]:
+    """The quantizers that a model is given to, and whether dynamically."""
+    kinds = (False, True) if name in TRANSFORMERS else (False,)
+    return [(title, dynamic) for dynamic in kinds for title in QUANTIZERS]
+
+
+def title_of(quantizer: str, dynamic: bool) -> str:
+    """What the table calls a quantization."""
+    return f"{quantizer} dynamic" if dynamic else quantizer
+
+
+def pairs_of(name: str, check: bool, made: tuple[nn.Module, Example] | None = None) -> Iterator[Pair]:
+    """Each quantizer's result of a model beside tvmq's; `check` the imports. made: a model that is not in `MODELS`."""
+    module, example = made or MODELS[name]()
     samples = samples_of(example)
     source = tvmq.import_model(module, example, name=name, check=check)
-    for dynamic in (False, True) if name in TRANSFORMERS else (False,):
-        calibration = None if dynamic else [tuple(x.numpy() for x in sample) for sample in samples]
-        ours = Subject(source, tvmq.Recipe(precision="int8-dynamic" if dynamic else "int8"), calibration)
-        for title, quantizer in QUANTIZERS.items():
-            model = tvmq.import_model(quantized(module, samples, quantizer(dynamic)), name=name, check=check)
-            yield Pair(name, f"{title} dynamic" if dynamic else title, ours, Subject(model, tvmq.Recipe()))
+    calibration = [tuple(x.numpy() for x in sample) for sample in samples]
+    static = Subject(source, tvmq.Recipe(precision="int8"), calibration)
+    dynamically = Subject(source, tvmq.Recipe(precision="int8-dynamic"))
+    for title, dynamic in quantizations(name):
+        model = tvmq.import_model(quantized(module, samples, QUANTIZERS[title](dynamic)), name=name, check=check)
+        ours = dynamically if dynamic else static
+        yield Pair(name, title_of(title, dynamic), ours, Subject(model, tvmq.Recipe()))
 
 
 def differences(ours: Counter[str], theirs: Counter[str]) -> list[str]:
@@ -194,14 +213,71 @@ def differences(ours: Counter[str], theirs: Counter[str]) -> list[str]:
     return [f"{name}: {ours[name]} in ours, {theirs[name]} in theirs" for name in names]
 
 
-def least_ms(pair: Pair, count: int, folder: Path) -> tuple[float, float]:
-    """The least latency of either, over rounds in turns."""
-    mine = folder / f"{pair.name}-{pair.ours.recipe.precision.value}.tvmq"
-    executors = [pair.ours.load(mine), pair.theirs.load(folder / f"{pair.name}-{pair.quantizer}.tvmq")]
-    for executor in executors:
-        executor.benchmark(repeat=1, min_repeat_ms=20)
-    found = rounds([timer(executor, 1, 10, warmup=1) for executor in executors], count)
-    return min(found[0]), min(found[1])
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: kernel calls of an inference, and the least milliseconds of one, of either."""
+
+    name: str
+    quantizer: str
+    calls: tuple[int, int]
+    ms: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        """How much longer theirs takes."""
+        return self.ms[1] / self.ms[0]
+
+    def __str__(self) -> str:
+        calls, ms = (" | ".join(map(form, pair)) for form, pair in ((str, self.calls), ("{:.3f}".format, self.ms)))
+        return f"| {self.name} | {self.quantizer} | {calls} | {ms} | {self.ratio:.3f} |"
+
+
+def bundles_of(name: str, folder: Path) -> list[tuple[str, Path, Path]]:
+    """Each quantization of a model, tvmq's bundle and the quantizer's; those that `folder` lacks are made."""
+    found = []
+    for quantizer, dynamic in quantizations(name):
+        title = title_of(quantizer, dynamic)
+        files = (f"{name}-{'dynamic' if dynamic else 'static'}.tvmq", f"{name}-{title}.tvmq".replace(" ", "-"))
+        found.append((title, folder / files[0], folder / files[1]))
+    if not all(path.exists() for _, *paths in found for path in paths):
+        paths = {title: rest for title, *rest in found}
+        for pair in pairs_of(name, check=False):
+            pair.ours.write(paths[pair.quantizer][0])
+            pair.theirs.write(paths[pair.quantizer][1])
+    return found
+
+
+def measured(name: str, quantizer: str, ours: Path, theirs: Path, count: int) -> Row:
+    """The least latency of either bundle, over rounds in turns."""
+    calls = [sum(bool(step["symbol"]) for step in read(path).manifest["steps"]) for path in (ours, theirs)]
+    with tvmq.load(ours) as mine, tvmq.load(theirs) as other:
+        executors = [mine, other]
+        for executor in executors:
+            executor.benchmark(repeat=1, min_repeat_ms=20)
+        found = rounds([timer(executor, 1, 10, warmup=1) for executor in executors], count)
+    return Row(name, quantizer, (calls[0], calls[1]), (min(found[0]), min(found[1])))
+
+
+HEAD = "| model | quantizer | kernels, tvmq's | kernels | ms, tvmq's | ms | ratio |\n|---|---|---|---|---|---|---|"
+
+
+def markdown(rows: Sequence[Row], command: str) -> str:
+    """The table of the documentation."""
+    within = sum(row.ratio <= GOAL for row in rows)
+    lines = [
+        "# Models that their source quantized",
+        "",
+        "What torchao's X86 and XNNPACK quantizers (PT2E) make of models beside the same models quantized by tvmq: static",
+        "by `int8`, dynamic by `int8-dynamic`, both from the same float model and the same samples. Kernel calls of an",
+        f"inference, and its least milliseconds, in turns on {tvmq.load_target('host').description}.",
+        f"{within} of {len(rows)} take at most {GOAL:g} times as long as tvmq's own. Written by",
+        "",
+        f"    {command}",
+        "",
+        HEAD,
+        *map(str, rows),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -210,24 +286,32 @@ def main() -> int:
     parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}; default: all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--kernels", action="store_true", help="which kernels differ, and no times")
+    parser.add_argument("--bundles", metavar="FOLDER", help="where bundles are kept: what is there is not made again")
+    parser.add_argument("--only-make", action="store_true", help="make the bundles, and no times")
+    parser.add_argument("--out", metavar="FILE.md", help="write the table there")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    missed = 0
-    if not options.kernels:
-        print("| model | quantizer | ms, ours | ms, theirs | ratio |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for pair in (pair for name in options.models or MODELS for pair in pairs_of(name, not options.kernels)):
-            if options.kernels:
-                print(f"{pair.name}, {pair.quantizer}:", flush=True)
-                print(
-                    "\n".join(f"    {line}" for line in differences(pair.ours.kernels(), pair.theirs.kernels())),
-                    flush=True,
-                )
-            else:
-                mine, other = least_ms(pair, options.rounds, Path(folder))
-                missed += other > GOAL * mine
-                print(f"| {pair.name} | {pair.quantizer} | {mine:.3f} | {other:.3f} | {other / mine:.3f} |", flush=True)
-    return int(missed > 0)
+    names = options.models or list(MODELS)
+    if options.kernels:
+        for pair in (pair for name in names for pair in pairs_of(name, check=False)):
+            found = differences(pair.ours.kernels, pair.theirs.kernels)
+            print("\n    ".join([f"{pair.name}, {pair.quantizer}:", *found]), flush=True)
+        return 0
+    with contextlib.ExitStack() as stack:
+        folder = Path(options.bundles or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        made = [(name, *bundles) for name in names for bundles in bundles_of(name, folder)]
+        if options.only_make:
+            return 0
+        print(HEAD)
+        rows = []
+        for name, quantizer, ours, theirs in made:
+            rows.append(measured(name, quantizer, ours, theirs, options.rounds))
+            print(rows[-1], flush=True)
+    if options.out:
+        command = f"python tests/importer/pt2e_latency.py --out {options.out}"
+        atomic_write_text(Path(options.out), markdown(rows, command))
+    return int(any(row.ratio > GOAL for row in rows))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_every_integer_step(name: str, dtype: str) -> None:
     acc, q = accumulators((5, 7, 33)), integers((5, 7, 33), dtype)
     bias, scale = accumulators((33,)), np.abs(floats((33,))) * np.float32(1e-6)
     to_integer = ops.Quantize(zero, low, high, dtype)
+    rounded = (ops.Round(low - zero, high - zero), ops.Multiply(0.4))
     exact(
         [
             a_map("bias", acc, (ops.Bias(),), (bias,), out="int32"),
@@ -59,6 +60,14 @@ def test_every_integer_step(name: str, dtype: str) -> None:
             a_map("low", q, (ops.Dequantize(0.3, zero), ops.Clip(0.0, None), to_integer)),
             a_map("high", q, (ops.Dequantize(0.3, zero), ops.Clip(None, 6.0), to_integer)),
             a_map("crossed", q, (ops.Dequantize(0.3, zero), ops.Clip(5.0, 2.0), to_integer)),
+            a_map("round", acc, (ops.Multiply(1e-6), ops.Round(-90, 77), ops.Multiply(0.37))),
+            a_map(
+                "round_residual",
+                acc,
+                (ops.Scale(), *rounded, ops.Residual(0.77, zero), to_integer),
+                (scale,),
+                (q,),
+            ),
             a_map("residual", acc, (ops.Scale(), ops.Residual(0.77, zero), to_integer), (scale,), (q,)),
             a_map(
                 "residuals",
@@ -152,10 +161,9 @@ def test_rounding_is_half_to_even(name: str) -> None:
     )
     steps = (ops.Quantize(3, -128, 127, "int8"),)
     unsigned = (ops.Quantize(131, 0, 255, "uint8"),)
-    exact(
-        [a_map(f"{n}{s[0].dtype}", x, s) for n, x in (("halves", halves), ("tiny", tiny)) for s in (steps, unsigned)],
-        runnable(name),
-    )
+    inputs = (("halves", halves), ("tiny", tiny))
+    integers_of = [a_map(f"{n}{s[0].dtype}", x, s) for n, x in inputs for s in (steps, unsigned)]
+    exact([*integers_of, *(a_map(f"{n}float", x, (ops.Round(-131, 124),)) for n, x in inputs)], runnable(name))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -45,7 +45,13 @@ def a_max(x: np.ndarray, window: tuple, strides: tuple, padding: tuple, dilation
 
 
 def an_average(
-    x: np.ndarray, window: tuple, strides: tuple, padding: tuple, count_include_pad: bool, zero_point: int
+    x: np.ndarray,
+    window: tuple,
+    strides: tuple,
+    padding: tuple,
+    count_include_pad: bool,
+    zero_point: int,
+    read: ops.Epilogue = (),
 ) -> Case:
     out = extents(x, window, strides, padding)
     dtype = str(x.dtype)
@@ -64,6 +70,7 @@ def an_average(
             padding=padding,
             count_include_pad=count_include_pad,
             x_zero_point=zero_point,
+            read=read,
             out_shape=out,
             out_dtype=dtype,
         )
@@ -120,3 +127,11 @@ def test_counts_are_of_what_is_averaged() -> None:
     np.testing.assert_array_equal(
         reciprocal_counts((3, 3), (3, 3), (2, 2), (1, 1, 1, 1), True), np.full(4, np.float32(1 / 9))
     )
+
+
+@levels
+def test_averages_of_what_is_rounded_when_it_is_read(name: str) -> None:
+    """Sums of whole numbers: equal bits in any order."""
+    x = floats((2, 9, 7, 33)) * np.float32(9)
+    read = (ops.Multiply(7.3), ops.Round(-131, 124))
+    check([an_average(x, *geometry, True, 0, read) for geometry in GEOMETRIES], runnable(name), exact=True)

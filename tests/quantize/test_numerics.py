@@ -304,8 +304,10 @@ def test_float_steps():
     assert numerics.epilogue(v, [], (ops.Clip(None, 0.5),)).tolist() == [-2.0, 0.5]
     assert numerics.epilogue(v, [], (ops.Clip(-0.5, None),)).tolist() == [-0.5, 1.0]
     assert numerics.epilogue(v, [], (ops.Clip(),)).tolist() == [-2.0, 1.0]
+    rounded = numerics.epilogue(f32(-3.6, -0.4, 0.5, 1.5, 9.0), [], (ops.Round(-3, 5),))
+    assert rounded.tolist() == [-3.0, 0.0, 0.0, 2.0, 5.0] and not np.signbit(rounded[1])
     assert numerics.epilogue(np.array([3, 7], np.uint8), [], (ops.Dequantize(2.0, 5),)).tolist() == [-4.0, 4.0]
-    for steps in ((ops.Multiply(0.5),), (ops.Clip(0.0, 1.0),), (ops.Activate("tanh"),)):
+    for steps in ((ops.Multiply(0.5),), (ops.Clip(0.0, 1.0),), (ops.Round(0, 1),), (ops.Activate("tanh"),)):
         assert numerics.epilogue(v, [], steps).dtype == F32
 
 

@@ -1,8 +1,8 @@
 """Which operators have one right answer, bit for bit, on every machine; the rest are compared within a tolerance.
 
-Exact: integer anchors with any epilogue, element-wise maps, row-wise functions in their fixed order, and operators that
-only move or compare elements. Not exact: float convolutions, matmuls and averages, whose sums take the order that a
-machine likes, and whatever arithmetic TVM legalizes.
+Exact: integer anchors with any epilogue, averages of what is rounded first, element-wise maps, row-wise functions in
+their fixed order, and operators that only move or compare elements. Not exact: float convolutions, matmuls and
+averages, whose sums take the order that a machine likes, and whatever arithmetic TVM legalizes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from tvmq import ir
+from tvmq import ir, ops
 
 # Operators of Relax whose results hold elements of their operands, or are found by comparing them.
 _MOVES = [
@@ -86,6 +86,8 @@ def is_exact(call: Any) -> bool:
     """Whether the result of an operator call follows from its operands bit for bit."""
     if ir.is_call(call, "tvmq.conv2d", "tvmq.matmul"):
         return ir.dtype_of(call.args[1]) == "int8"
+    if ir.is_call(call, "tvmq.avg_pool2d") and any(isinstance(step, ops.Round) for step in ops.read_steps(call)):
+        return True
     if ir.is_call(call, "tvmq.avg_pool2d", "tvmq.adaptive_avg_pool2d", "tvmq.batch_matmul", "tvmq.attention"):
         return "float" not in ir.dtype_of(call.args[0])
     if ir.is_call(call, "astype"):
@@ -108,7 +110,16 @@ def rounds_inexact(module: tvm.IRModule) -> bool:
     for var, value in ir.bindings(module):
         if (ir.is_call(value) and not is_exact(value)) or any(operand in inexact for operand in ir.operands(value)):
             inexact.add(var)
+            if _rounds(value):
+                return True
             parts = var.ty.fields if isinstance(var.ty, relax.TupleType) else [var.ty]
             if any(isinstance(part, relax.TensorType) and str(part.dtype) in _NARROW for part in parts):
                 return True
     return False
+
+
+def _rounds(value: Any) -> bool:
+    """Whether an operator rounds to whole numbers on its way."""
+    if not ir.is_call(value) or not ir.op_name(value).startswith(ops.PREFIX):
+        return False
+    return any(isinstance(step, ops.Round) for step in (*ops.read_steps(value), *ops.epilogue_of(value)))

@@ -23,7 +23,7 @@ def find(running: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any
     if shifted is None or any(user is None for user in users):
         return None
     members, limits = [shifted], (float("-inf"), float("inf"))
-    while (user := _only(readers, members[-1])) is not None and ir.is_call(values[user], "clip"):
+    while (user := ir.only_reader(readers, members[-1])) is not None and ir.is_call(values[user], "clip"):
         low, high = ir.clip_limits(values[user])
         limits = (max(limits[0], low), min(limits[1], high))
         members.append(user)
@@ -33,18 +33,12 @@ def find(running: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any
     if len(users) == 2 and user in users and _multiplies(values[user], members[-1], running):
         function = "hardswish"
         members.append(user)
-        user = _only(readers, user)
+        user = ir.only_reader(readers, user)
     elif len(users) != 1:
         return None
     if user is None or not _is(values, user, "divide", members[-1], _RANGE):
         return None
     return [*members, user], function
-
-
-def _only(readers: Mapping[Any, list[Any]], var: Any) -> Any:
-    """The only reader of `var`, or None."""
-    users = readers.get(var, [])
-    return users[0] if len(users) == 1 else None
 
 
 def _multiplies(call: Any, a: Any, b: Any) -> bool:

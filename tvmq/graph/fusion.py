@@ -2,11 +2,13 @@
 
 A chain grows from its anchor while the running value has one reader, and that reader is an operator that an epilogue
 can hold (bias, residual add, relu, clip, activation). The quantizer asks where chains end, so that it never puts a
-quantize inside one; the realizer asks again on the graph with QDQ, and gets the same chains.
+quantize inside one; the realizer asks again on the graph with QDQ, and gets the same chains. Where a source quantized
+between such operators, the chain goes on: see `pairs.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.graph import composites
+from tvmq.graph import composites, pairs
+from tvmq.graph.pairs import Rounded
 
 Array = npt.NDArray[Any]
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -68,7 +71,7 @@ class Apply:
     function: str
 
 
-Follower = AddBias | AddTensor | TimesTensor | Limit | Apply
+Follower = AddBias | AddTensor | TimesTensor | Limit | Apply | Rounded
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,18 @@ class Chain:
 def find_chains(module: tvm.IRModule) -> list[Chain]:
     """The chains of a module, in the order of their anchors. No variable is in two of them."""
     order = {var: index for index, (var, _) in enumerate(ir.bindings(module))}
-    values = dict(ir.bindings(module))
-    readers = ir.users(module)
-    taken: set[Any] = set()
-    chains = []
+    grower = _Grower(dict(ir.bindings(module)), ir.users(module))
     # Late anchors first: where two convolutions meet in an add, the later one takes it; the other's result is ready.
-    for var, call in reversed(list(ir.calls(module))):
-        if anchor_kind(call) in ANCHORS and _constant_weight(call, values):
-            chains.append(_grow(var, values, readers, taken))
-            taken.update(chains[-1].members)
+    chains = [
+        grower.start(var)
+        for var, call in reversed(list(ir.calls(module)))
+        if anchor_kind(call) in ANCHORS and _constant_weight(call, grower.values)
+    ]
+    # What is rounded before an add leaves it to a chain whose sum is not.
+    chains = [grower.grown(chain, rounded=True) for chain in chains]
     for var, call in ir.calls(module):
-        if var not in taken and anchor_kind(call) in (*BINARY, "unary"):
-            chains.append(_grow(var, values, readers, taken))
-            taken.update(chains[-1].members)
+        if var not in grower.taken and anchor_kind(call) in (*BINARY, "unary"):
+            chains.append(grower.grown(grower.start(var), rounded=True))
     return sorted(chains, key=lambda chain: order[chain.anchor])
 
 
@@ -234,32 +236,57 @@ _ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
 }
 
 
-def _grow(var: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]], taken: set[Any]) -> Chain:
-    call = values[var]
-    kind = anchor_kind(call) or ""
-    members, followers = [var], list[Follower]()
-    if kind in ("add", "subtract"):
-        followers.append(AddTensor(call.args[1], kind == "subtract"))
-    elif kind == "multiply":
-        first, second = call.args
-        followers.append(TimesTensor(second if ir.shape_of(first) == ir.shape_of(call) else first))
-    elif kind == "unary":
-        followers.append(_unary_follower(call))
-    while True:
-        composite = composites.find(members[-1], values, readers)
-        if composite is not None and not any(member in taken for member in composite[0]):
-            members += composite[0]
-            followers.append(Apply(composite[1]))
-            continue
-        next_readers = readers.get(members[-1], [])
-        if len(next_readers) != 1 or next_readers[0] is None or next_readers[0] in taken:
-            break
-        follower = _follower(members[-1], values[next_readers[0]])
-        if follower is None:
-            break
-        members.append(next_readers[0])
-        followers.append(follower)
-    return Chain(kind, var, call, tuple(members), tuple(followers))
+class _Grower:
+    """Grows chains: `taken` are the variables that are in one."""
+
+    def __init__(self, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]]) -> None:
+        self.values, self.readers = values, readers
+        self.taken: set[Any] = set()
+
+    def start(self, var: Any) -> Chain:
+        """The chain of the anchor `var`, up to where its value is rounded."""
+        call = self.values[var]
+        kind = anchor_kind(call) or ""
+        followers = list[Follower]()
+        if kind in ("add", "subtract"):
+            followers.append(AddTensor(call.args[1], kind == "subtract"))
+        elif kind == "multiply":
+            first, second = call.args
+            followers.append(TimesTensor(second if ir.shape_of(first) == ir.shape_of(call) else first))
+        elif kind == "unary":
+            followers.append(_unary_follower(call))
+        return self.grown(Chain(kind, var, call, (var,), tuple(followers)))
+
+    def grown(self, chain: Chain, *, rounded: bool = False) -> Chain:
+        """`chain` and what follows it; `rounded`: also beyond integers."""
+        members, followers = list(chain.members), list(chain.followers)
+        rounded = rounded and pairs.has_one_answer(chain.kind, chain.call, self.values)
+        while True:
+            found = self._next(members[-1]) or (self._pair(members[-1]) if rounded else None)
+            if found is None:
+                break
+            members += found[0]
+            followers.append(found[1])
+        self.taken.update(members)
+        return dataclasses.replace(chain, members=tuple(members), followers=tuple(followers))
+
+    def _next(self, running: Any) -> tuple[list[Any], Follower] | None:
+        """The variables that continue a chain whose value is `running`, and as what; None where it ends."""
+        composite = composites.find(running, self.values, self.readers)
+        if composite is not None and not any(member in self.taken for member in composite[0]):
+            return composite[0], Apply(composite[1])
+        reader = ir.only_reader(self.readers, running)
+        follower = None if reader is None or reader in self.taken else _follower(running, self.values[reader])
+        return None if follower is None else ([reader], follower)
+
+    def _pair(self, running: Any) -> tuple[list[Any], Follower] | None:
+        """A quantize and a dequantize that round `running` before the chain goes on, or where it ends in floats."""
+        found = pairs.find(running, self.values, self.readers)
+        if found is None or any(member in self.taken for member in found[0]):
+            return None
+        end, graph = found[0][-1], (self.values, self.readers)
+        goes_on = self._next(end) is not None or pairs.is_quantized_again(end, *graph)
+        return found if goes_on or pairs.gives_floats(end, *graph) else None
 
 
 def _follower(running: Any, call: Any) -> Follower | None:

@@ -154,7 +154,7 @@ class _Builder:
                 self._branch(node, bool(operands[0].item()), values)
             elif node.op_type in _OF_SHAPES and isinstance(operands[0], Tensor):
                 values[node.output[0]] = self._shape(node, operands[0])
-            elif _is_known(operands) and not _keeps_integers(node, operands):
+            elif _is_known(operands) and not _keeps_integers(node, operands, self.model.graph.node):
                 values.update(zip(node.output, self._evaluated(node, operands), strict=False))
             else:
                 self._layer(node, operands, values)
@@ -225,12 +225,29 @@ def _is_known(operands: list[Value]) -> bool:
     return not any(isinstance(operand, Tensor) for operand in operands)
 
 
-def _keeps_integers(node: onnx.NodeProto, operands: list[Value]) -> bool:
-    """Whether a dequantize is of 8-bit weights: it is what says that they are quantized."""
-    if node.op_type != "DequantizeLinear" or operands[0].dtype != np.int8 or operands[0].ndim < 2:
+def _keeps_integers(node: onnx.NodeProto, operands: list[Value], nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether a dequantize is of 8- or 4-bit weights: it is what says that they are quantized. nodes: of the graph."""
+    if node.op_type != "DequantizeLinear" or operands[0].dtype.name not in ("int8", "int4") or operands[0].ndim < 2:
         return False
-    blocks = any(item.name == "block_size" and item.i for item in node.attribute)
-    return not blocks and operands[1].ndim < 2 and operands[1].dtype == np.float32
+    if operands[1].dtype != np.float32:
+        return False
+    plain = len(operands) < 3 or operands[2] is None or not operands[2].astype(np.int32).any()
+    attributes = {item.name: item.i for item in node.attribute}
+    if block := attributes.get("block_size", 0):
+        axis = attributes.get("axis", 1) % operands[0].ndim
+        whole = operands[0].ndim == 2 and operands[0].shape[axis] % block == 0
+        name = node.output[0]
+        multiplied = [_multiplies_along(reader, name, axis) for reader in nodes if name in reader.input]
+        return plain and whole and bool(multiplied) and all(multiplied)
+    return operands[1].ndim < 2 and (plain or operands[0].dtype == np.int8)
+
+
+def _multiplies_along(node: onnx.NodeProto, weight: str, axis: int) -> bool:
+    """Whether a linear layer sums over `axis` of its weight."""
+    if node.op_type not in ("MatMul", "Gemm") or list(node.input).index(weight) != 1:
+        return False
+    transposed = any(item.name == "transB" and item.i for item in node.attribute)
+    return axis == int(transposed)
 
 
 def _check_known(nodes: Iterable[onnx.NodeProto], table: Mapping[str, Any]) -> None:

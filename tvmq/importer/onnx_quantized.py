@@ -130,7 +130,19 @@ def _quantize_linear(n: Inputs) -> Any:
 
 
 def _dequantize_linear(n: Inputs) -> Any:
+    if n.attr("block_size", 0) and n.known[0] is not None and n.known[1] is not None:
+        return _dequantize_weight_blocks(n, n.attr("axis", 1) % 2, n.attr("block_size"))
     return _dequantize(n, n[0], 1, 2, n.attr("axis", 1), n.attr("block_size", 0))
+
+
+def _dequantize_weight_blocks(n: Inputs, axis: int, block: int) -> Any:
+    """A weight [K, N] by blocks of K, or [N, K] of axis 1, as torchao's models say it: see `quantize.weight_only`."""
+    matrix, scales = (n[0], n[1]) if axis == 1 else (n[0].T, n[1].T)
+    blocks = matrix.reshape(-1, block)
+    zeros = torch.zeros(blocks.shape[0], dtype=torch.int64)
+    rows = _qd.dequantize_per_channel(blocks, scales.reshape(-1), zeros, 0, -128, 127, torch.int8)
+    value: Tensor = rows.reshape(matrix.shape)
+    return value if axis == 1 else value.T
 
 
 def _dynamic_quantize_linear(n: Inputs) -> Any:

@@ -15,6 +15,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.graph.pairs import alike
 
 _SHIFT = 128
 
@@ -64,19 +65,12 @@ def limits_first(module: tvm.IRModule) -> tvm.IRModule:
         limit: Any = alone(state, value.args[0])
         wide: Any = alone(state, limit.args[0]) if ir.is_call(limit, "clip", "nn.relu") else None
         first: Any = alone(state, wide.args[0]) if ir.is_call(wide, "dequantize") else None
-        if not ir.is_call(first, "quantize") or not _alike(value, wide) or not _alike(value, first):
+        if not ir.is_call(first, "quantize") or not alike(value, wide) or not alike(value, first):
             return None
         limited = state.emit(relax.Call(limit.op, [first.args[0], *limit.args[1:]], limit.attrs), f"{name}_limited")
         return relax.Call(value.op, [limited, *value.args[1:]], value.attrs)
 
     return ir.rewrite(module, visit)
-
-
-def _alike(call: Any, other: Any) -> bool:
-    """Whether two calls have the same scale and zero point, and the same 8-bit integers."""
-    of_integers = {ir.dtype_of(one if ir.is_call(one, "quantize") else one.args[0]) for one in (call, other)}
-    pairs = zip(call.args[1:3], other.args[1:3], strict=True)
-    return len(of_integers) == 1 and all(np.array_equal(ir.to_numpy(a), ir.to_numpy(b)) for a, b in pairs)
 
 
 def _shifted(zero: Any) -> Any:

@@ -52,6 +52,7 @@ def pool(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
         declared(operands),
         zero_point,
         _pool_lanes(lowering, dtype),
+        ops.read_steps(call),
     )
     title = f"{SHORT[a['out_dtype']]}-{kind}pool2d-{window[0]}x{window[1]}"
     lowering.names[name] = title

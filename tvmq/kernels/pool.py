@@ -29,7 +29,7 @@ class Pool:
     """Everything that decides the code of one pooling kernel; shapes are NHWC, `x_shape` padded.
 
     kind: "max", or "avg": the sum of x - zero_point, times the reciprocals of the counts (a tensor operand over the
-    output's pixels), then the epilogue.
+    output's pixels), then the epilogue. read: steps for each element of float x first.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class Pool:
     operands: tuple[tuple[tuple[int, ...], str], ...]
     zero_point: int
     lanes: int
+    read: ops.Epilogue = ()
 
     def function(self) -> Any:
         """The PrimFunc: (x, [reciprocals,] epilogue tensors..., out)."""
@@ -94,6 +95,7 @@ class Pool:
             if self.kind == "max":
                 acc.store(T.max(acc.load(0, lanes), value), 0, lanes)
             else:
+                value = run_epilogue(value, x.value_dtype, self.read, (), Place(base, base, lanes))
                 value = value if self.dtype in FLOATS else builder.cast(value, wide, lanes)
                 acc.store(acc.load(0, lanes) + value, 0, lanes)
         pixel = (row * ow + column) * c + block * self.lanes

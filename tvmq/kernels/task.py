@@ -1,13 +1,15 @@
 """A task: one operator without its numbers, which is all that decides how fast a kernel for it can be.
 
-Operators that differ in the values of weights, scales and zero points have equal tasks, in any model: what was measured
-for one holds for all. A task is plain data, so that it can be written to a file and made an operator again.
+Operators that differ in the values of weights, scales and zero points have equal tasks, in any model, and so do those
+of a model that its source quantized, which rounds in between: what was measured for one holds for all. A task is plain
+data, so that it can be written to a file and made an operator again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +65,8 @@ def task_of(call: Any) -> Task:
     """The task of a tvmq operator."""
     attrs = {str(k): _plain(call.attrs[k]) for k in call.attrs.keys()}  # noqa: SIM118
     if "epilogue" in attrs:
-        attrs["epilogue"] = ops.encode(tuple(_without_numbers(step) for step in ops.epilogue_of(call)))
+        steps = _without_roundings(ops.epilogue_of(call))
+        attrs["epilogue"] = ops.encode(tuple(_without_numbers(step) for step in steps))
     if "x_zero_point" in attrs:
         attrs["x_zero_point"] = _sign(attrs["x_zero_point"])
     if "scale" in attrs:
@@ -107,6 +110,15 @@ def _ones(tensor: Tensor) -> Any:
 def _dtype(expr: Any) -> str:
     dtype = ir.dtype_of(expr)
     return BF16 if dtype == stored_dtype(BF16) else dtype
+
+
+def _without_roundings(epilogue: ops.Epilogue) -> Iterator[ops.Step]:
+    """The steps but those that round on the way to the result, which decide next to nothing."""
+    rounded = False
+    for step in epilogue:
+        if not isinstance(step, ops.Round) and not (rounded and isinstance(step, ops.Multiply)):
+            yield step
+        rounded = isinstance(step, ops.Round)
 
 
 def _without_numbers(step: ops.Step) -> ops.Step:

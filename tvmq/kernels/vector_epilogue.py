@@ -83,6 +83,10 @@ def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, 
             return _limit(value, low, high, dtype, lanes), dtype
         case ops.Activate(name):
             return functions.ACTIVATIONS[name](VectorMath(lanes), T.Bind(value)), FLOAT
+        case ops.Round(low, high):
+            limited = _limit(_to_float(value, dtype, lanes), float(low), float(high), FLOAT, lanes)
+            whole = number(_WHOLE, FLOAT, lanes)
+            return fenced(limited + whole, lanes) - whole, FLOAT
         case ops.Quantize() if place.narrow is not None:
             return place.narrow(_to_float(value, dtype, lanes), step, lanes), step.dtype
         case ops.Quantize(zero_point, qmin, qmax, stored):

@@ -52,7 +52,8 @@ def _lookup_matmul(call: Any, args: list[Array]) -> Value:
 
 def _avg_pool2d(call: Any, args: list[Array]) -> Value:
     attrs = _only(call, "pool", "strides", "padding", "count_include_pad", "x_zero_point")
-    pooled = anchors.avg_pool2d(args[0], **attrs).reshape(ir.shape_of(call))
+    read = numerics.epilogue(args[0], (), ops.read_steps(call))
+    pooled = anchors.avg_pool2d(read, **attrs).reshape(ir.shape_of(call))
     return numerics.epilogue(pooled, args[1:], ops.epilogue_of(call))
 
 

@@ -25,6 +25,7 @@ from tvm import relax
 from tvmq import ir, op_calls
 from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
+from tvmq.graph.pairs import CHANNEL_AXIS
 from tvmq.quantize import groups, numerics, products, rounding, tables, weights
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
@@ -33,8 +34,6 @@ from tvmq.recipe_values import Precision
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
-# The axis of a weight that holds its output channels.
-CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 
 
 def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str, Array] | None = None) -> tvm.IRModule:

@@ -38,9 +38,9 @@ def source_decisions(module: tvm.IRModule) -> tuple[Decision, ...]:
     values = dict(ir.bindings(module))
     found = []
     for var, call in ir.calls(module):
-        if var in inside or ir.is_call(call, "quantize", "dequantize", "tvmq.dequantize_groups"):
-            continue
         chain = chains.get(var)
+        if var in inside or (chain is None and ir.is_call(call, "quantize", "dequantize", "tvmq.dequantize_groups")):
+            continue
         tensors = chain.activations if chain else list(ir.operands(call))
         if ops.is_row_quantizer(call) or ops.is_row_dequantizer(call):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tvmq import ir, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain
+from tvmq.graph.pairs import Rounded
 from tvmq.quantize import numerics
 
 Array = npt.NDArray[Any]
@@ -22,7 +23,8 @@ Array = npt.NDArray[Any]
 class Stored:
     """A stored tensor: its new variable and dtype, and, of 8-bit ones, its scale and its zero point in storage.
 
-    rows: the variable of the scales of its rows, on top of `scale`; None where all have one scale.
+    rows: the variable of the scales of its rows, on top of `scale`; None where all have one scale. read: steps that
+    give its integers, as floats and without a zero point, from the floats that `var` is then of.
     """
 
     var: Any
@@ -30,6 +32,7 @@ class Stored:
     scale: float = 1.0
     zero_point: int = 0
     rows: Any = None
+    read: ops.Epilogue = ()
 
     @property
     def is_integer(self) -> bool:
@@ -64,10 +67,11 @@ class Stored:
 class ChainEpilogue:
     """Builds the steps and operands of one chain's epilogue.
 
-    Linear chains (bias, residual, limits) are computed in units of the output's scale, which saves a multiplication;
-    a chain with an activation function or a float residual is computed in real units and divided at the end. What is
-    in 16 bits needs no steps: its elements are widened and rounded as they are read and written. `source`: the stored
-    tensor behind an old variable, if any.
+    What is linear (bias, residual, limits) is computed in units of the scale that it is quantized with, which saves a
+    multiplication; what has an activation function or a float residual is computed in real units and divided at the
+    end. Where the chain is rounded in between, what comes after begins with integers. What is in 16 bits needs no
+    steps: its elements are widened and rounded as they are read and written. `source`: the stored tensor behind an old
+    variable, if any.
     """
 
     def __init__(
@@ -86,10 +90,10 @@ class ChainEpilogue:
         self.steps: list[ops.Step] = []
         self.operands: list[Any] = []
         self.followers = list(chain.followers)
-        self.unit = self.out.scale if self.out is not None and self._linear() else 1.0
+        self.unit = self._unit() if integers is not None else 1.0
         if integers is None:
-            self.unit = 1.0
-        elif chain.kind in (*fusion.BINARY, "unary"):
+            return
+        if chain.kind in (*fusion.BINARY, "unary"):
             self.steps.append(ops.Dequantize(float(np.float32(integers.scale / self.unit)), integers.zero_point))
         elif chain.kind == "avg_pool2d":
             self.steps.append(ops.Multiply(float(np.float32(integers.scale / self.unit))))
@@ -113,17 +117,51 @@ class ChainEpilogue:
 
     def follow(self) -> None:
         """The chain's followers, then the conversion to the output."""
-        limits: tuple[float | None, float | None] = (None, None)
+        while True:
+            part, end = self._part()
+            rounded = len(part) < len(self.followers)
+            self._follow_part(part, end)
+            del self.followers[: len(part) + 1]
+            if not rounded:
+                return
+            assert end is not None
+            self.unit = self._unit()
+            if self.unit != end.scale:
+                self.steps.append(ops.Multiply(float(np.float32(end.scale / self.unit))))
+
+    def _part(self) -> tuple[list[fusion.Follower], Stored | None]:
+        """The followers up to where the value becomes integers, and these; None where it stays a float."""
         for index, follower in enumerate(self.followers):
-            last = index == len(self.followers) - 1
-            if isinstance(follower, fusion.Limit) and last and self.out is not None and self._in_output_unit():
+            if isinstance(follower, Rounded):
+                return self.followers[:index], Stored(None, follower.dtype, follower.scale, follower.zero_point)
+        return self.followers, self.out
+
+    def _unit(self) -> float:
+        """What the followers of this part are computed in units of, when it begins with integers."""
+        part, end = self._part()
+        added = [self.source(f.operand) for f in part if isinstance(f, fusion.AddTensor)]
+        activated = any(isinstance(f, fusion.Apply | fusion.TimesTensor) for f in part)
+        linear = not activated and all(source is not None and source.is_integer for source in added)
+        return end.scale if end is not None and linear else 1.0
+
+    def _follow_part(self, part: Sequence[fusion.Follower], end: Stored | None) -> None:
+        """Followers without a rounding, then that to `end`."""
+        limits: tuple[float | None, float | None] = (None, None)
+        in_its_unit = end is not None and self.unit == end.scale
+        for index, follower in enumerate(part):
+            if isinstance(follower, fusion.Limit) and index == len(part) - 1 and in_its_unit:
                 limits = (self._scaled(follower.low), self._scaled(follower.high))
             else:
                 self._follow(follower)
-        if self.out is not None:
-            if not self._in_output_unit():
-                self.steps.append(ops.Multiply(float(numerics.reciprocal(self.out.scale))))
-            self.steps.append(self.out.to_integer(*limits))
+        if end is None:
+            return
+        if not in_its_unit:
+            self.steps.append(ops.Multiply(float(numerics.reciprocal(end.scale))))
+        last = end.to_integer(*limits)
+        if end is self.out:
+            self.steps.append(last)
+        else:
+            self.steps.append(ops.Round(last.qmin - last.zero_point, last.qmax - last.zero_point))
 
     def _follow(self, follower: fusion.Follower) -> None:
         match follower:
@@ -150,15 +188,6 @@ class ChainEpilogue:
                 self.steps.append(ops.Clip(self._scaled(low), self._scaled(high)))
             case fusion.Apply(function):
                 self.steps.append(ops.Activate(function))
-
-    def _linear(self) -> bool:
-        added = [f.operand for f in self.followers if isinstance(f, fusion.AddTensor)]
-        activated = any(isinstance(f, fusion.Apply | fusion.TimesTensor) for f in self.followers)
-        sources = [self.source(operand) for operand in added]
-        return not activated and all(source is not None and source.is_integer for source in sources)
-
-    def _in_output_unit(self) -> bool:
-        return self.out is not None and self.unit == self.out.scale
 
     def _scaled(self, limit: float | None) -> float | None:
         return None if limit is None else float(np.float32(limit / self.unit))

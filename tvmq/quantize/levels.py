@@ -25,8 +25,8 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.graph.pairs import CHANNEL_AXIS
 from tvmq.quantize import rounding, tables
-from tvmq.quantize.annotate import CHANNEL_AXIS
 from tvmq.quantize.decisions import simulated_levels
 from tvmq.quantize.input_products import input_products
 from tvmq.quantize.plan import Plan

@@ -229,6 +229,9 @@ def _step(v: Array, step: ops.Step) -> Array:
             return v if high is None else np.minimum(v, F32(high))
         case ops.Activate(function):
             return activation(v, function)
+        case ops.Round(low, high):
+            # To an integer and back, so that there is one zero.
+            return to_integer(v, 0, low, high, "int32").astype(F32)
         case ops.Quantize(zero_point, qmin, qmax, dtype):
             return to_integer(v, zero_point, qmin, qmax, dtype)
         case ops.QuantizeRows():

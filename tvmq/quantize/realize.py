@@ -24,8 +24,9 @@ from tvm import relax
 from tvmq import ir, op_calls, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
-from tvmq.quantize import numerics
-from tvmq.quantize.annotate import CHANNEL_AXIS
+from tvmq.graph.pairs import CHANNEL_AXIS, is_symmetric
+from tvmq.oracle import interpret
+from tvmq.quantize import averages, numerics
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
 from tvmq.quantize.narrow import no_stored_form
 from tvmq.quantize.plan import PASS_THROUGH
@@ -48,6 +49,8 @@ class _Weight:
     table: Any = None
 
 
+# Operators whose constant operands are weights.
+_MULTIPLIED = ("nn.conv2d", "matmul", "take")
 # Anchors of kernels that see whole rows.
 _ROWWISE = ("layer_norm", "softmax", "add", "subtract", "unary")
 
@@ -64,6 +67,7 @@ class _Realizer:
         self.values = dict(ir.bindings(module))
         self.readers = ir.users(module)
         self.chain_of_end = {chain.end: chain for chain in find_chains(module)}
+        self.chain_of_anchor = {chain.anchor: chain for chain in self.chain_of_end.values()}
         self.inside = {m for chain in self.chain_of_end.values() for m in chain.members[:-1]}
         chained = {*self.chain_of_end, *self.inside}
         self.products = Products(self.values, self.readers, chained, self._source, self._source_rows)
@@ -79,7 +83,7 @@ class _Realizer:
             return None
         if _stores(value):
             return self._store(state, name, value)
-        if ir.is_call(value, "dequantize", "astype"):
+        if ir.is_call(value, "dequantize", "astype") and old not in self.chain_of_end:
             return self._load(old, value)
         if ir.is_call(value, "tvmq.map"):
             return self._quantize_rows(old, value)
@@ -101,10 +105,17 @@ class _Realizer:
 
     def _load(self, old: Any, value: Any) -> Any:
         """The float32 values of a stored tensor, for those that want them; None for a weight."""
-        stored = self.stored.get(self.values[old].args[0])
-        if stored is None:
+        if _is_constant_tensor(self.values[old]):
+            return self._constant(old, value)
+        stored = self._source(old)
+        if stored is None or stored.read:
             return None
         return op_calls.elementwise(stored.var, (), stored.to_float, out_shape=ir.shape_of(value), out_dtype="float32")
+
+    def _constant(self, old: Any, value: Any) -> Any:
+        """The float32 values of a constant that its source quantized; None where it is a weight."""
+        weights = all(ir.is_call(self.values.get(reader), *_MULTIPLIED) for reader in self.readers[old])
+        return None if weights else ir.constant(interpret.evaluate(value, {}))
 
     def _only_stored(self, var: Any) -> bool:
         """Whether the one reader of `var` is a quantize or a rounding, which then realizes the chain."""
@@ -116,6 +127,9 @@ class _Realizer:
         call = self.values[state.current]
         out = self._stored_as(call)
         producer = call.args[0]
+        if out.is_integer and self._is_only_averaged(state.current):
+            self.stored[state.current] = averages.rounded_when_read(state.new_of.get(producer, producer), out)
+            return None
         new = self._producer(state, producer, out) if self._only_stored(producer) else None
         if new is None:
             source = self._source(producer)
@@ -129,7 +143,15 @@ class _Realizer:
         self.stored[state.current] = dataclasses.replace(out, var=var)
         return var
 
+    def _is_only_averaged(self, quantized: Any) -> bool:
+        """Whether averages alone read the integers of a tensor that is needed as floats too."""
+        producer = self.values[quantized].args[0]
+        if self._only_stored(producer) or self._source(producer) is not None:
+            return False
+        return averages.only_averaged(quantized, self.values, self.readers, self.chain_of_anchor)
+
     def _stored_as(self, call: Any) -> Stored:
+        """What a quantize, a dequantize or a rounding says of its stored tensor."""
         if ir.is_call(call, "astype"):
             return Stored(None, ir.dtype_of(call))
         scale, zero_point = float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2]))
@@ -149,7 +171,15 @@ class _Realizer:
     def _source(self, var: Any) -> Stored | None:
         """The stored tensor whose float32 values an old variable holds; None where it was float32 all along."""
         call: Any = self.values.get(var)
-        return self.stored.get(call.args[0]) if ir.is_call(call, "dequantize", "astype") else None
+        if _is_constant_tensor(call):
+            out = self._stored_as(call)
+            elements = ir.to_numpy(call.args[0]).astype(np.int32) + self.offset
+            return dataclasses.replace(out, var=ir.constant(elements.astype(self.storage)))
+        stored = self.stored.get(call.args[0]) if ir.is_call(call, "dequantize", "astype") else None
+        if stored is None or not stored.is_integer or stored.read:
+            return stored
+        # A source may dequantize with another scale than it quantized with.
+        return dataclasses.replace(self._stored_as(call), var=stored.var)
 
     # --- rows with a scale each ---
 
@@ -218,15 +248,11 @@ class _Realizer:
             return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]))
         if ir.is_call(call, "tvmq.dequantize_places"):
             return _Weight(call.args[0], None, (call.args[1], 4), call.args[2])
-        if not ir.is_call(call, "dequantize") or not all(ir.is_constant(arg) for arg in call.args):
+        axis = CHANNEL_AXIS[chain.kind]
+        if not ir.is_call(call, "dequantize") or not is_symmetric(call, axis):
             return None
-        scales, zero_points = (ir.to_numpy(arg) for arg in call.args[1:3])
-        axis, shape = CHANNEL_AXIS[chain.kind], ir.shape_of(expr)
-        if ir.dtype_of(call.args[0]) != "int8" or zero_points.any():
-            return None
-        if scales.size > 1 and int(call.attrs.axis) % len(shape) != axis:
-            return None
-        return _Weight(call.args[0], np.broadcast_to(scales.reshape(-1), (shape[axis],)))
+        scales = ir.to_numpy(call.args[1]).reshape(-1)
+        return _Weight(call.args[0], np.broadcast_to(scales, (ir.shape_of(expr)[axis],)))
 
     def _anchor(self, chain: Chain, weight: _Weight | None, sums: ChainEpilogue) -> Any:
         x, steps, operands, a = sums.x, tuple(sums.steps), sums.operands, chain.call.attrs
@@ -254,10 +280,11 @@ class _Realizer:
                 return op_calls.softmax(operand, operands, steps, **common)
             gamma, beta = chain.call.args[1:]
             return op_calls.layer_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
-        if chain.kind == "avg_pool2d" and _is_uneven(chain.call):
+        if chain.kind == "avg_pool2d" and averages.is_uneven(chain.call):
             return op_calls.adaptive_avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         if chain.kind == "avg_pool2d":
-            return op_calls.avg_pool2d(operand, operands, steps, x_zero_point=zero, **_window(chain.call), **common)
+            common |= {"read": x.read if x is not None else (), **averages.window(chain.call)}
+            return op_calls.avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         return op_calls.elementwise(operand, operands, steps, **common)
 
     # --- operators that move integers ---
@@ -305,37 +332,17 @@ class _Realizer:
         return ops.Dequantize(float(np.float32(x.scale / out.scale)), x.zero_point), out.to_integer()
 
 
+def _is_constant_tensor(call: Any) -> bool:
+    """Whether a value dequantizes an int8 constant with one scale."""
+    constant = ir.is_call(call, "dequantize") and all(ir.is_constant(arg) for arg in call.args)
+    return constant and ir.dtype_of(call.args[0]) == "int8" and ir.to_numpy(call.args[1]).size == 1
+
+
 def _stores(call: Any) -> bool:
     """Whether a call is a quantize, or the rounding of float32 to 16 bits."""
     if ir.is_call(call, "astype"):
         return ir.dtype_of(call) in numerics.HALVES and ir.dtype_of(call.args[0]) == "float32"
     return ir.is_call(call, "quantize")
-
-
-def _is_uneven(call: Any) -> bool:
-    """Whether a window mean has windows of several sizes."""
-    if not ir.is_call(call, "nn.adaptive_avg_pool2d"):
-        return False
-    return any(n % m for n, m in zip(ir.shape_of(call.args[0])[1:3], ir.shape_of(call)[1:3], strict=True))
-
-
-def _window(call: Any) -> dict[str, Any]:
-    """The pooling geometry of a window mean."""
-    height, width = ir.shape_of(call.args[0])[1:3]
-    if ir.is_call(call, "mean"):
-        pool = strides = (height, width)
-    elif ir.is_call(call, "nn.adaptive_avg_pool2d"):
-        out_height, out_width = ir.shape_of(call)[1:3]
-        pool = strides = (height // out_height, width // out_width)
-    else:
-        a = call.attrs
-        return {
-            "pool": [int(v) for v in a.pool_size],
-            "strides": [int(v) for v in a.strides],
-            "padding": [int(v) for v in a.padding],
-            "count_include_pad": bool(a.count_include_pad),
-        }
-    return {"pool": pool, "strides": strides, "padding": (0, 0, 0, 0), "count_include_pad": False}
 
 
 def _max_pool(call: Any, x: Any, dtype: str) -> Any:

@@ -15,8 +15,9 @@ import tvm
 
 from tvmq import ir
 from tvmq.graph.fusion import Chain
+from tvmq.graph.pairs import CHANNEL_AXIS
 from tvmq.quantize import weights
-from tvmq.quantize.annotate import CHANNEL_AXIS, weight_floor
+from tvmq.quantize.annotate import weight_floor
 from tvmq.quantize.bias_correction import corrected, mean_errors
 from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import equalize

@@ -76,7 +76,10 @@ def _linear(state: ir.Rewrite, name: str, call: Any, read: Callable[[ir.Rewrite,
     x = _dequantized(state, call.args[0])
     if x is not None and _is_weight(state.value(call.args[1])):
         return relax.Call(call.op, [read(state, x, call.args[0]), call.args[1]], call.attrs)
-    twin = None if ir.is_call(state.value(call.args[0]), "dequantize") else weight_only.groups_of(state, call.args[1])
+    whole = ir.is_call(state.value(call.args[1]), "dequantize")
+    integers = ir.is_call(state.value(call.args[0]), "dequantize")
+    # A weight of groups is multiplied by floats, also where its source rounds these.
+    twin = None if integers and whole else weight_only.groups_of(state, call.args[1])
     if twin is None:
         return None
     x = call.args[0] if x is None else _in_shape(state, x, call.args[0])
