@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, FLOATS, Expr
-from tvmq.kernels.pad import for_each
+from tvmq.kernels.pixels import each_pixel
 from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 
@@ -33,33 +33,32 @@ class AdaptivePool:
         return builder.function(self._emit)
 
     def _emit(self, f: builder.Function) -> None:
-        n, oh, ow, c = self.out_shape
+        _, oh, ow, c = self.out_shape
         _, h, w, _ = self.x_shape
         x, shares, *operands, out = f.arguments(
             (self.x_shape, self.dtype), ((oh * ow,), FLOAT), *self.operands, (self.out_shape, self.out_dtype)
         )
         dtype = FLOAT if self.dtype in FLOATS else "int32"
-        with builder.parallel(n * oh) as row, builder.serial(ow) as column:
-            image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
-            top, height = _span(y, h, oh)
-            left, width = _span(column, w, ow)
-            share = T.Bind(shares.load(y * ow + column))
+        with each_pixel(self.out_shape) as pixel:
+            top, height = _span(pixel.y, h, oh)
+            left, width = _span(pixel.column, w, ow)
+            share = T.Bind(shares.load(pixel.index))
 
             def pool(at: Expr, lanes: int) -> None:
                 acc = f.registers(lanes, dtype)
                 acc.store(builder.number(0, dtype, lanes), 0, lanes)
                 with builder.serial(height) as ky, builder.serial(width) as kx:
-                    value = x.load((((image * h + top + ky) * w) + left + kx) * c + at, lanes)
+                    value = x.load((((pixel.image * h + top + ky) * w) + left + kx) * c + at, lanes)
                     if dtype != FLOAT:
                         value = builder.cast(value, dtype, lanes) - builder.number(self.zero_point, dtype, lanes)
                     acc.store(acc.load(0, lanes) + value, 0, lanes)
                 total = acc.load(0, lanes)
                 total = total if dtype == FLOAT else builder.cast(total, FLOAT, lanes)
                 mean = builder.fenced(total * builder.splat(share, lanes), lanes)
-                place = Place(at, (row * ow + column) * c + at, lanes)
+                place = Place(at, pixel.flat + at, lanes)
                 out.store(run_epilogue(mean, FLOAT, self.epilogue, operands, place), place.flat, lanes)
 
-            for_each(c, self.lanes, pool)
+            builder.for_each(c, self.lanes, pool)
 
 
 def _span(index: Expr, extent: int, count: int) -> tuple[Expr, Expr]:

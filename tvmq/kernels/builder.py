@@ -169,6 +169,15 @@ def span(start: Expr, count: Expr) -> Iterator[Expr]:
         yield start + index
 
 
+def for_each(count: int, lanes: int, run: Callable[[Expr, int], None]) -> None:
+    """`run(offset, n)` over `count` elements: whole vectors in a loop, then one shorter vector for the rest."""
+    if count >= lanes:
+        with serial(count // lanes) as block:
+            run(block * lanes, lanes)
+    if count % lanes:
+        run(tirx.const(count - count % lanes, "int32"), count % lanes)
+
+
 def splat(value: Expr, lanes: int) -> Expr:
     """A scalar in every lane."""
     return T.Broadcast(value, lanes) if lanes > 1 else value
@@ -191,7 +200,7 @@ def number(value: float, dtype: str, lanes: int = 1) -> Expr:
 
 def cast(value: Expr, dtype: str, lanes: int) -> Expr:
     """Element-wise conversion."""
-    return tirx.Cast(dtype if lanes == 1 else f"{dtype}x{lanes}", value)
+    return tirx.Cast(vector_dtype(dtype, lanes), value)
 
 
 def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:

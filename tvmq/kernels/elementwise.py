@@ -12,7 +12,6 @@ from tvm import tirx
 from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import Expr
-from tvmq.kernels.pad import for_each
 from tvmq.kernels.vector_epilogue import Place, Readable, run_epilogue
 
 # Elements that one parallel task takes at least: below that, waking a thread costs more than it gains.
@@ -51,7 +50,7 @@ class Map:
         by_row = any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale) for step in self.epilogue)
         if by_row or any(isinstance(operand, _Repeated) for operand in read):
             with builder.parallel(count // channels) as row:
-                for_each(channels, self.lanes, lambda at, lanes: run(row, at, lanes))
+                builder.for_each(channels, self.lanes, lambda at, lanes: run(row, at, lanes))
         else:
             in_blocks(count, self.lanes, lambda at, lanes: run(tirx.const(0, "int32"), at, lanes))
 
@@ -82,11 +81,11 @@ def in_blocks(count: int, lanes: int, run: Callable[[Expr, int], None]) -> None:
     blocks = count // block
     if blocks:
         with builder.parallel(blocks) as index:
-            for_each(block, lanes, lambda at, n: run(index * block + at, n))
+            builder.for_each(block, lanes, lambda at, n: run(index * block + at, n))
     rest = count - blocks * block
     if rest:
         start = tirx.const(blocks * block, "int32")
-        for_each(rest, lanes, lambda at, n: run(start + at, n))
+        builder.for_each(rest, lanes, lambda at, n: run(start + at, n))
 
 
 @dataclass(frozen=True)
@@ -126,5 +125,5 @@ class Concat:
                     )
                     out.store(value, flat, lanes)
 
-                for_each(run, self.lanes, move)
+                builder.for_each(run, self.lanes, move)
                 start += run

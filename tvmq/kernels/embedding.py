@@ -10,7 +10,6 @@ from tvm.tirx.script.builder import ir as T
 
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr
-from tvmq.kernels.pad import for_each
 
 
 @dataclass(frozen=True)
@@ -43,4 +42,4 @@ class Embedding:
                 value = builder.cast(table.load(index * self.width + at, lanes), FLOAT, lanes)
                 out.store(builder.fenced(value * builder.splat(scale, lanes), lanes), row * self.width + at, lanes)
 
-            for_each(self.width, self.lanes, move)
+            builder.for_each(self.width, self.lanes, move)

@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder, inline_llvm
 from tvmq.kernels.builder import Expr, Flat
-from tvmq.kernels.pad import Pad, converted, fill, for_each
+from tvmq.kernels.pad import Pad, converted, fill
 from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 # Images with more channels are transposed on their own: one vector a channel is held in registers.
@@ -61,7 +61,7 @@ class Entry:
             with builder.when(inside):
                 source = (image * (c * h) + y) * w
                 fill(out, start, left * c, self.pad.value)
-                for_each(w, self.lanes, lambda at, n: self._pixels(x, source + at, out, start + (left + at) * c, n))
+                builder.for_each(w, self.lanes, lambda at, n: self._pixels(x, source + at, out, start + (left + at) * c, n))
                 fill(out, start + (left + w) * c, right * c, self.pad.value)
             with builder.when(tirx.Not(inside)):
                 fill(out, start, wp * c, self.pad.value)

@@ -27,7 +27,6 @@ from tvmq.kernels.builder import BF16, FLOAT, Expr, Flat, Registers
 from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.level_table import ENTRIES, LevelTable
 from tvmq.kernels.micro import Micro
-from tvmq.kernels.pad import for_each
 from tvmq.kernels.results import Results
 from tvmq.kernels.rowwise import row_sum
 from tvmq.kernels.vector_epilogue import Place
@@ -171,7 +170,7 @@ class _Emitter:
         power = T.Select(last, builder.number(0, "int32", lanes), place * builder.number(4, "int32", lanes))
         bits = (builder.number(127, "int32", lanes) - power) << builder.number(23, "int32", lanes)
         factor = T.Bind(T.reinterpret(f"float32x{lanes}", bits))
-        for_each(k.rows * k.depth, lanes, lambda at, n: scaled.store(self.x.load(at, n) * factor, at, n))
+        builder.for_each(k.rows * k.depth, lanes, lambda at, n: scaled.store(self.x.load(at, n) * factor, at, n))
         with builder.serial(k.rows * self.groups) as group:
             start = group * k.group
             total = row_sum(self.f, k.group, lambda at, n: self.x.load(start + at, n))

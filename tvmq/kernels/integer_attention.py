@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import functions
 from tvmq.kernels import attention, builder
 from tvmq.kernels.attention import Attention, in_tiles
-from tvmq.kernels.builder import FLOAT, Expr, Flat, Registers, cast, number
+from tvmq.kernels.builder import FLOAT, Expr, Flat, Registers, cast, number, vector_dtype
 from tvmq.kernels.register_tile import RegisterTile
 from tvmq.kernels.word_panels import joined, signed
 from tvmq.quantize.attention import LARGEST
@@ -80,9 +80,9 @@ class _Emitter(attention.Emitter):
             source = first + step * (kr * pitch) + d
             if self.m.a_dtype == k.dtype:
                 parts = [
-                    T.reinterpret(_vector("uint8", count), self.v.bits(source + i * pitch, count)) for i in range(keys)
+                    T.reinterpret(vector_dtype("uint8", count), self.v.bits(source + i * pitch, count)) for i in range(keys)
                 ]
-                bits = T.reinterpret(_vector(k.dtype, count * kr), joined(parts, kr, count))
+                bits = T.reinterpret(vector_dtype(k.dtype, count * kr), joined(parts, kr, count))
                 packed.store_bits(bits, at, count * kr)
                 return
             for i in range(kr):
@@ -155,7 +155,7 @@ class _Emitter(attention.Emitter):
 
     def _words(self, index: Expr, count: int) -> Expr:
         """`count` words of four queries' elements, their bits as those of float32."""
-        return T.reinterpret(_vector(FLOAT, count), signed(self.q, index, count * self.kr))
+        return T.reinterpret(vector_dtype(FLOAT, count), signed(self.q, index, count * self.kr))
 
     def _store_words(self, words: Expr, index: Expr, count: int) -> None:
         self.packed.store_bits(T.reinterpret(f"int8x{count * self.kr}", words), index * self.kr, count * self.kr)
@@ -201,7 +201,7 @@ class _Emitter(attention.Emitter):
             value = m.mul(functions.power_of_two(m, exponent), m.number(LARGEST))
             whole = T.Bind(cast(T.nearbyint(value), "int32", lanes))
             totals.store(totals.load(v * lanes, lanes) + whole, v * lanes, lanes)
-            return T.reinterpret(_vector("uint32", lanes), whole)
+            return T.reinterpret(vector_dtype("uint32", lanes), whole)
 
         def step(index: Expr, keys: int) -> None:
             for v in range(vectors):
@@ -210,7 +210,7 @@ class _Emitter(attention.Emitter):
                     word = word | (power(index * kr + i, v) << number(8 * i, "uint32", lanes))
                 bits = cast(word, dtype, lanes) ^ flipped
                 at = (index * self.width + v * lanes) * kr
-                self.powers.store_bits(T.reinterpret(_vector("int8", lanes * kr), bits), at, lanes * kr)
+                self.powers.store_bits(T.reinterpret(vector_dtype("int8", lanes * kr), bits), at, lanes * kr)
 
         if k.keys >= kr:
             with builder.serial(k.keys // kr) as index:
@@ -237,7 +237,3 @@ class _Emitter(attention.Emitter):
                 self.sums.store(result, (d + row) * self.width + v * lanes, lanes)
 
         in_tiles(k.depth_out, k.rows, tile)
-
-
-def _vector(dtype: str, lanes: int) -> str:
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"

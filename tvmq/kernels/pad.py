@@ -77,13 +77,13 @@ class Pad:
                 return
             out.store(converted(x.load(source + at, lanes), x.dtype, out, self.value, lanes), target + at, lanes)
 
-        for_each(count, _LANES[self.out_dtype], move)
+        builder.for_each(count, _LANES[self.out_dtype], move)
 
 
 def fill(out: Flat, start: Expr, count: int, value: float) -> None:
     """Store `count` times what `value` is in `out`."""
     stored = 0 if out.dtype == "int16" else value
-    for_each(
+    builder.for_each(
         count, _LANES[out.dtype], lambda at, n: out.store(builder.number(stored, out.value_dtype, n), start + at, n)
     )
 
@@ -93,12 +93,3 @@ def converted(value: Expr, dtype: str, out: Flat, zero: float, lanes: int) -> Ex
     if out.dtype == "int16" and dtype != "int16":
         return builder.cast(value, "int16", lanes) - builder.number(zero, "int16", lanes)
     return value
-
-
-def for_each(count: int, lanes: int, run: Any) -> None:
-    """`run(offset, n)` over `count` elements: whole vectors in a loop, then one shorter vector for the rest."""
-    if count >= lanes:
-        with builder.serial(count // lanes) as block:
-            run(block * lanes, lanes)
-    if count % lanes:
-        run(tirx.const(count - count % lanes, "int32"), count % lanes)

@@ -18,6 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOATS, Expr, Flat
+from tvmq.kernels.pixels import Pixel, pixel_at
 from tvmq.kernels.vector_epilogue import Place, run_epilogue
 from tvmq.quantize import anchors, numerics
 
@@ -65,12 +66,13 @@ class Pool:
             builder.serial(ow) as column,
         ):
             row, block = (outer, inner) if rows_first else (inner, outer)
+            pixel = pixel_at(self.out_shape, row, column)
             if c >= self.lanes:
                 with builder.when(block < c // self.lanes):
-                    self._pixel(f, x, middle, out, row, column, block, self.lanes)
+                    self._pixel(f, x, middle, out, pixel, block, self.lanes)
             if rest:
                 with builder.when(tirx.EQ(block, tirx.const(c // self.lanes, "int32"))):
-                    self._pixel(f, x, middle, out, row, column, block, rest)
+                    self._pixel(f, x, middle, out, pixel, block, rest)
 
     def _pixel(
         self,
@@ -78,18 +80,15 @@ class Pool:
         x: Flat,
         middle: Sequence[Flat],
         out: Flat,
-        row: Expr,
-        column: Expr,
+        pixel: Pixel,
         block: Expr,
         lanes: int,
     ) -> None:
         _, hp, wp, c = self.x_shape
-        _, oh, ow, _ = self.out_shape
-        image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
         wide = self._sum_dtype(x)
         acc = f.registers(lanes, wide)
         acc.store(builder.number(self._initial(), wide, lanes), 0, lanes)
-        base = ((image * hp + y * self.strides[0]) * wp + column * self.strides[1]) * c + block * self.lanes
+        base = ((pixel.image * hp + pixel.y * self.strides[0]) * wp + pixel.column * self.strides[1]) * c + block * self.lanes
         with builder.serial(self.window[0]) as ky, builder.serial(self.window[1]) as kx:
             value = x.load(base + (ky * self.dilation[0] * wp + kx * self.dilation[1]) * c, lanes)
             if self.kind == "max":
@@ -98,14 +97,14 @@ class Pool:
                 value = run_epilogue(value, x.value_dtype, self.read, (), Place(base, base, lanes))
                 value = value if self.dtype in FLOATS else builder.cast(value, wide, lanes)
                 acc.store(acc.load(0, lanes) + value, 0, lanes)
-        pixel = (row * ow + column) * c + block * self.lanes
+        flat = pixel.flat + block * self.lanes
         result = acc.load(0, lanes)
         if self.kind == "avg":
-            count = middle[0].load(y * ow + column)
+            count = middle[0].load(pixel.index)
             result = self._float(result, lanes) * builder.splat(count, lanes)
-            place = Place(block * self.lanes, pixel, lanes)
+            place = Place(block * self.lanes, flat, lanes)
             result = run_epilogue(result, "float32", self.epilogue, middle[1:], place)
-        out.store(result, pixel, lanes)
+        out.store(result, flat, lanes)
 
     def _sum_dtype(self, x: Flat) -> str:
         return x.value_dtype if self.kind == "max" or self.dtype in FLOATS else "int32"

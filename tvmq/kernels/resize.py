@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr
-from tvmq.kernels.pad import for_each
+from tvmq.kernels.pixels import each_pixel
 from tvmq.kernels.vector_math import VectorMath
 
 
@@ -31,17 +30,16 @@ class Resize:
         return builder.function(self._emit)
 
     def _emit(self, f: builder.Function) -> None:
-        n, oh, ow, c = self.out_shape
+        _, oh, ow, c = self.out_shape
         _, h, w, _ = self.x_shape
         tables = [((size, 2), "int32") if pairs else ((size,), FLOAT) for size in (oh, ow) for pairs in (True, False)]
         x, rows, down, columns, across, out = f.arguments(
             (self.x_shape, self.dtype), *tables, (self.out_shape, self.dtype)
         )
-        with builder.parallel(n * oh) as row, builder.serial(ow) as column:
-            image, y = tirx.floordiv(row, oh), tirx.floormod(row, oh)
-            lines = [T.Bind((image * h + rows.load(y * 2 + side)) * w) for side in (0, 1)]
-            pixels = [T.Bind(columns.load(column * 2 + side)) for side in (0, 1)]
-            share_down, share_across = T.Bind(down.load(y)), T.Bind(across.load(column))
+        with each_pixel(self.out_shape) as pixel:
+            lines = [T.Bind((pixel.image * h + rows.load(pixel.y * 2 + side)) * w) for side in (0, 1)]
+            places = [T.Bind(columns.load(pixel.column * 2 + side)) for side in (0, 1)]
+            share_down, share_across = T.Bind(down.load(pixel.y)), T.Bind(across.load(pixel.column))
 
             def move(at: Expr, lanes: int) -> None:
                 m = VectorMath(lanes)
@@ -49,11 +47,11 @@ class Resize:
                 def lerp(a: Expr, b: Expr, share: Expr) -> Expr:
                     return m.fma(m.sub(b, a), builder.splat(share, lanes), a)
 
-                def element(line: Expr, pixel: Expr) -> Expr:
-                    return T.Bind(builder.cast(x.load((line + pixel) * c + at, lanes), FLOAT, lanes))
+                def element(line: Expr, place: Expr) -> Expr:
+                    return T.Bind(builder.cast(x.load((line + place) * c + at, lanes), FLOAT, lanes))
 
-                top, bottom = (lerp(element(line, pixels[0]), element(line, pixels[1]), share_across) for line in lines)
+                top, bottom = (lerp(element(line, places[0]), element(line, places[1]), share_across) for line in lines)
                 whole = builder.cast(m.rint(lerp(top, bottom, share_down)), "int32", lanes)
-                out.store(builder.cast(whole, self.dtype, lanes), (row * ow + column) * c + at, lanes)
+                out.store(builder.cast(whole, self.dtype, lanes), pixel.flat + at, lanes)
 
-            for_each(c, self.lanes, move)
+            builder.for_each(c, self.lanes, move)

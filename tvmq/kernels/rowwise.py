@@ -17,7 +17,6 @@ from tvmq import functions, ops
 from tvmq.functions import ROW_LANES
 from tvmq.kernels import builder
 from tvmq.kernels.builder import FLOAT, Expr, Flat
-from tvmq.kernels.pad import for_each
 from tvmq.kernels.vector_epilogue import Place, Readable, run_epilogue
 from tvmq.kernels.vector_math import VectorMath
 from tvmq.quantize.numerics import TINY_SCALE
@@ -93,7 +92,7 @@ class _Emitter:
             self._quantize(scratch, row, value, self.last)
         else:
             (out,) = self.results
-            for_each(self.n, ROW_LANES, lambda at, lanes: out.store(value(at, lanes), start + at, lanes))
+            builder.for_each(self.n, ROW_LANES, lambda at, lanes: out.store(value(at, lanes), start + at, lanes))
 
     def _quantize(self, scratch: Flat, row: Expr, value: Values, last: ops.QuantizeRows) -> None:
         """`numerics.quantize_rows`: the row waits until its largest magnitude is known."""
@@ -116,7 +115,7 @@ class _Emitter:
             place = Place(at, row * self.n + at, lanes)
             q.store(run_epilogue(units, FLOAT, (to_integer,), (), place), place.flat, lanes)
 
-        for_each(self.n, ROW_LANES, quantize)
+        builder.for_each(self.n, ROW_LANES, quantize)
 
     def _layer_norm(self, start: Expr, centred: Flat) -> Values:
         f, n = self.f, self.n
@@ -170,7 +169,7 @@ def softmax_row(f: builder.Function, x: Readable, start: Expr, out: Flat, target
         m = VectorMath(lanes)
         out.store(m.mul(out.load(target + at, lanes), builder.splat(inverse, lanes)), target + at, lanes)
 
-    for_each(n, ROW_LANES, scale)
+    builder.for_each(n, ROW_LANES, scale)
 
 
 def row_sum(f: builder.Function, n: int, element: Callable[[Expr, int], Expr]) -> Expr:
@@ -192,7 +191,7 @@ def _reduce(
     """Interleaved partial results, then halves with halves."""
     lanes = f.registers(ROW_LANES, FLOAT)
     lanes.store(builder.number(start, FLOAT, ROW_LANES), 0, ROW_LANES)
-    for_each(n, ROW_LANES, lambda at, count: lanes.store(combine(lanes.load(0, count), element(at, count)), 0, count))
+    builder.for_each(n, ROW_LANES, lambda at, count: lanes.store(combine(lanes.load(0, count), element(at, count)), 0, count))
     width = ROW_LANES
     while width > 1:
         width //= 2

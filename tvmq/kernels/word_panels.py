@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.kernels import builder
-from tvmq.kernels.builder import Expr, Flat, cast, number
+from tvmq.kernels.builder import Expr, Flat, cast, number, vector_dtype
 from tvmq.kernels.micro import Micro
 
 
@@ -63,7 +63,7 @@ def _words(matrix: Matrix, row: Expr, column: Expr, count: int, height: int, kr:
     """The words of `count` columns from `row` on, `height` elements of each, as int8."""
     at = matrix.start + row * matrix.along + column * matrix.across
     if matrix.along == 1 and height == kr:
-        return T.reinterpret(_vector("int8", kr), signed(matrix.flat, at, kr))
+        return T.reinterpret(vector_dtype("int8", kr), signed(matrix.flat, at, kr))
     return joined([signed(matrix.flat, at + i * matrix.along, count) for i in range(height)], kr, count)
 
 
@@ -72,7 +72,7 @@ def signed(flat: Flat, index: Expr, lanes: int) -> Expr:
     bits = flat.bits(index, lanes)
     if flat.dtype == "uint8":
         return bits ^ number(128, "uint8", lanes)
-    return T.reinterpret(_vector("uint8", lanes), bits)
+    return T.reinterpret(vector_dtype("uint8", lanes), bits)
 
 
 def joined(parts: Sequence[Expr], kr: int, count: int) -> Expr:
@@ -81,8 +81,4 @@ def joined(parts: Sequence[Expr], kr: int, count: int) -> Expr:
     word = cast(parts[0], dtype, count)
     for i, part in enumerate(parts[1:], 1):
         word = word | (cast(part, dtype, count) << number(8 * i, dtype, count))
-    return T.reinterpret(_vector("int8", count * kr), word)
-
-
-def _vector(dtype: str, lanes: int) -> str:
-    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+    return T.reinterpret(vector_dtype("int8", count * kr), word)
