@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tvmq.cli.build import read_recipe
+from tvmq.cli.command import read_recipe
 from tvmq.deploy import bundle as bundles
 from tvmq.errors import RecipeError
 from tvmq.recipe_values import Precision

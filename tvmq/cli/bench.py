@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.command import Command, add_device
+from tvmq.cli.command import Command, add_device, add_target
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
@@ -117,7 +117,7 @@ class Bench(Command):
         parser.add_argument(
             "--budget", default="10m", metavar="TIME", help="of tuning: for each tuner and model (default 10m)"
         )
-        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="to compile for (default host)")
+        add_target(parser)
         parser.add_argument(
             "-o", "--out", default="bench-out", metavar="DIR", help="for a benchmark's files (default bench-out)"
         )

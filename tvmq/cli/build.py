@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.command import Command, add_converters, add_dynamic, add_model
+from tvmq.cli.command import (
+    Command,
+    add_converters,
+    add_dynamic,
+    add_model,
+    add_recipe,
+    add_target,
+    check_folder,
+    read_recipe,
+)
 from tvmq.cli.data import read_batches, read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
 from tvmq.cli.progress import progress
-from tvmq.errors import OutputError
-from tvmq.recipe import Recipe
 from tvmq.recipe_values import Precision
 
 if TYPE_CHECKING:
@@ -55,20 +60,8 @@ class Compile(Command):
     def add_arguments(cls, parser: Parser) -> None:
         """Declare the options."""
         add_model(parser)
-        parser.add_argument(
-            "-t",
-            "--target",
-            default="host",
-            metavar="TARGET",
-            help="host (default), a name of `tvmq targets`, or a .toml file",
-        )
-        parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
-        parser.add_argument("--recipe", metavar="R.toml", help="precision, observer, and exceptions by layer")
-        parser.add_argument(
-            "--calibrate",
-            metavar="DATA",
-            help="a .npz, a folder of .npy, package.module:function, or a table.json of `tvmq calibrate`",
-        )
+        add_target(parser)
+        add_recipe(parser)
         parser.add_argument("-o", "--out", metavar="OUT.tvmq", help="default: the model's name in this folder")
         parser.add_argument(
             "--logs",
@@ -223,17 +216,3 @@ def _sufficiency_lines(found: Sufficiency) -> list[Any]:
         f"{enough}; most extremes are set by inferences {setters or 'none'}",
         render.table(columns, rows, right=columns[1:3]),
     ]
-
-
-def read_recipe(path: str | None, precision: str | None) -> Recipe:
-    """The recipe of a file, or the default one, with the precision of the command line where it is given."""
-    recipe = Recipe() if path is None else Recipe.from_toml(path)
-    # Recipe checks the word, and offers the nearest.
-    return recipe if precision is None else dataclasses.replace(recipe, precision=precision)  # type: ignore[arg-type]
-
-
-def check_folder(path: str) -> None:
-    """Raise OutputError where the folder of a result is missing: before the work, not after it."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}", expected="an existing folder", seen=f"no folder {folder}")

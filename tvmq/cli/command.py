@@ -6,10 +6,14 @@ import argparse
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
+from tvmq.errors import OutputError
+from tvmq.recipe import Recipe
+from tvmq.recipe_values import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +83,39 @@ def add_dynamic(parser: Parser) -> None:
         help="a program for each size of an axis, as x:0=1,2,4,8: inputs between them are padded, outputs cut; "
         "ids:1,mask:1=64,128: axes that vary together; x:1==64,128: no other sizes; ';ids:0=1': one size",
     )
+
+
+def add_target(parser: Parser) -> None:
+    """--target."""
+    parser.add_argument(
+        "-t",
+        "--target",
+        default="host",
+        metavar="TARGET",
+        help="host (default), a name of `tvmq targets`, or a .toml file",
+    )
+
+
+def add_recipe(parser: Parser) -> None:
+    """--precision, --recipe and --calibrate."""
+    parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
+    parser.add_argument("--recipe", metavar="R.toml", help="precision, observer, and exceptions by layer")
+    parser.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="a .npz, a folder of .npy, package.module:function, or a table.json of `tvmq calibrate`",
+    )
+
+
+def read_recipe(path: str | None, precision: str | None) -> Recipe:
+    """The recipe of a file, or the default one, with the precision of the command line where it is given."""
+    recipe = Recipe() if path is None else Recipe.from_toml(path)
+    # Recipe checks the word, and offers the nearest.
+    return recipe if precision is None else dataclasses.replace(recipe, precision=precision)  # type: ignore[arg-type]
+
+
+def check_folder(path: str) -> None:
+    """Raise OutputError where the folder of a result is missing: before the work, not after it."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}", expected="an existing folder", seen=f"no folder {folder}")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.build import check_folder
-from tvmq.cli.command import Command, add_device
+from tvmq.cli.command import Command, add_device, check_folder
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser
 from tvmq.cli.progress import progress

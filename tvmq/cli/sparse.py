@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tvmq.cli import render
-from tvmq.cli.build import check_folder, read_recipe
-from tvmq.cli.command import Command, add_device, add_model
+from tvmq.cli.command import Command, add_device, add_model, add_target, check_folder, read_recipe
 from tvmq.cli.data import read_batches
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
@@ -97,7 +96,7 @@ class Sparse(Command):
         """Declare the options."""
         parser.add_argument("action", metavar="|".join(ACTIONS), help="what to do")
         add_model(parser)
-        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="as for tvmq compile")
+        add_target(parser)
         parser.add_argument("--precision", metavar="P", help="what-if: fp32 (default), bf16 or int8; prune: any")
         parser.add_argument(
             "--densities", nargs="+", type=float, default=(), metavar="D", help="what-if, curve: kept fractions"

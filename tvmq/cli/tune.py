@@ -13,13 +13,11 @@ from rich.live import Live
 from rich.table import Table
 
 from tvmq.cli import render
-from tvmq.cli.build import read_recipe
-from tvmq.cli.command import DEVICE_HELP, Command, add_converters, add_dynamic
+from tvmq.cli.command import DEVICE_HELP, Command, add_converters, add_dynamic, add_recipe, add_target, read_recipe
 from tvmq.cli.data import read_calibration
 from tvmq.cli.output import Output
 from tvmq.cli.parser import Parser, UsageError
 from tvmq.cli.progress import progress
-from tvmq.recipe_values import Precision
 
 if TYPE_CHECKING:
     from tvmq.tune.progress import Summary
@@ -75,10 +73,8 @@ class Tune(Command):
         parser.add_argument("--suite", action="store_true", help="the bench suite's models instead, a budget for each")
         parser.add_argument("--models", nargs="+", default=(), metavar="NAME", help="of the suite (default: all)")
         parser.add_argument("--precisions", nargs="+", default=(), metavar="P", help="of the suite (default: all)")
-        parser.add_argument("-t", "--target", default="host", metavar="TARGET", help="as of tvmq compile")
-        parser.add_argument("--precision", metavar="P", help=f"{', '.join(Precision)}; before the recipe's")
-        parser.add_argument("--recipe", metavar="R.toml", help="as of tvmq compile")
-        parser.add_argument("--calibrate", metavar="DATA", help="as of tvmq compile")
+        add_target(parser)
+        add_recipe(parser)
         parser.add_argument(
             "-o", "--out", metavar="DIR", help="the folder of the records (default: your own, which compile reads)"
         )
