@@ -176,6 +176,19 @@ def test_tasks_that_stock_did_not_get_to_are_told(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_stock_that_fails_is_told_beside_what_tvmq_came_to(monkeypatch):
+    def fails(*_args: object) -> stock.Found:
+        raise CheckFailed("stock MetaSchedule", expected="to tune until told", seen="its end")
+
+    monkeypatch.setattr(stock, "missing", lambda: "")
+    monkeypatch.setattr(stock, "tune", fails)
+    found = tuning_bench.run(["tiny"], ["fp32"], threads=1, rounds=1)
+    (row,) = found.rows
+    assert row.tvmq.ms > 0 and row.tvmq.untuned_ms > 0 and row.stock.ms is None
+    assert found.to_markdown().rstrip().endswith("| stock MetaSchedule: expected to tune until told, saw its end |")
+
+
+@pytest.mark.usefixtures("tiny")
 def test_records_of_another_machine_are_refused_before_anything_is_tuned(tmp_path, monkeypatch):
     (tmp_path / "host-tiny-fp32").mkdir()
     (tmp_path / "host-tiny-fp32" / TARGET).write_text(json.dumps({**identity(load_target("host")), "cpu": "i386"}))

@@ -20,6 +20,7 @@ from tvm import relax
 from tvmq import pipeline, zoo
 from tvmq.deploy.executor import load
 from tvmq.detect import detect_host
+from tvmq.errors import CheckFailed
 from tvmq.files import scratch_folder
 from tvmq.importer.load import import_model
 from tvmq.measure import stock
@@ -134,8 +135,8 @@ def run(
     """Tune each model in each precision with both tuners, `seconds` each.
 
     logs: where tvmq's records are kept, in a folder a model and precision, "TARGET-MODEL-PRECISION", beside those that
-    it holds already; None means nowhere. Raises InputError for an unknown model or precision, TargetError, CheckFailed
-    where stock cannot tune, TuningError where such a folder is of another target.
+    it holds already; None means nowhere. Where stock cannot tune, its side says why. Raises InputError for an unknown
+    model or precision, TargetError, TuningError where such a folder is of another target.
     """
     check_names(models, precisions)
     host = detect_host()
@@ -214,7 +215,11 @@ class _Match:
         module = pipeline.quantize(self.model, self.recipe, self.data).qdq
         folder = self.folder / "stock"
         folder.mkdir()
-        found = stock.tune(stock.prepared(module, self.target), self.target, self.seconds, folder)
+        try:
+            found = stock.tune(stock.prepared(module, self.target), self.target, self.seconds, folder)
+        except CheckFailed as error:
+            # What tvmq came to in its time is told all the same.
+            return Side(note=str(error))
         with self.target.tvm_target():
             library = tvm.compile(found.module, target=self.target.tvm_target())
         machine = relax.VirtualMachine(library, tvm.cpu())
