@@ -21,6 +21,14 @@ from tvmq.deploy.board_root import RUNNER, SOURCE
 from tvmq.deploy.crosslink import zig_cc
 
 PATIENCE_S = 60.0
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+def secret_file(path: Path, text: str = SECRET, mode: int = 0o600) -> Path:
+    """A file with a secret."""
+    path.write_text(text)
+    path.chmod(mode)
+    return path
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
@@ -138,6 +146,10 @@ class NativeServing(Serving):
         self.runner.kill()
         self.runner.communicate(timeout=PATIENCE_S)
         self.log.unlink()
+
+
+# Starts a server: the words of its command line, `limit`, and variables of its environment.
+Serve = Callable[..., Serving]
 
 
 def compile_runner(folder: Path, *options: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import NativeServing, Serving, compile_runner, wait_until
+from serving import NativeServing, Serve, Serving, compile_runner, secret_file, wait_until
 
 from tvmq.deploy import server as servers
 from tvmq.deploy.bundle import read
@@ -25,27 +25,6 @@ from tvmq.deploy.handshake import MAGIC, TVM_MAGIC
 from tvmq.deploy.server import Server
 from tvmq.deploy.session import connect
 from tvmq.errors import DeviceError
-
-SECRET = "0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("secret") / "s"
-    path.write_text(SECRET)
-    path.chmod(0o600)
-    return path
-
-
-Serve = Callable[..., Serving]
-
-
-@pytest.fixture(scope="module", params=["python", "native"])
-def serve(request: pytest.FixtureRequest) -> Serve:
-    """A board's server: `tvmq board serve`, or the native runner."""
-    if request.param == "python":
-        return Serving
-    return functools.partial(NativeServing, request.getfixturevalue("native_runner"))
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +73,11 @@ def test_a_session_killed_in_the_middle_leaves_the_server(guarded: Serving, secr
 
 
 def test_a_wrong_secret_starts_nothing(guarded: Serving, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.write_text("f" * 32)
-    other.chmod(0o600)
+    other = secret_file(tmp_path / "other", "f" * 32)
     wait_until(lambda: not guarded.sessions())
-    with pytest.raises(DeviceError, match="expected a board with this secret"):
+    with pytest.raises(DeviceError, match="expected a board with this secret, saw another; is its file the board's"):
         connect(f"{guarded.url}?secret={other}")
-    guarded.wait_for("refused: a wrong secret")
+    guarded.wait_for("refused: a wrong secret$")
     assert guarded.sessions() == []
 
 
