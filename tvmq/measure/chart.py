@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tvmq.errors import InputError
-from tvmq.files import atomic_path
+from tvmq.measure import canvas
 from tvmq.measure.suite_report import OURS, Row, Suite
 
 NOT_INSTALLED = "no chart: matplotlib is not installed (pip install 'tvmq[chart]')"
@@ -34,16 +34,12 @@ def check(path: str) -> None:
 
 def draw(suite: Suite, path: Path) -> None:
     """Write the chart as PNG: medians, with whiskers from the smallest to the largest round. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys(row.model for row in suite.rows))
     columns = min(_COLUMNS, len(models))
     lines = -(-len(models) // columns)
     tallest = max(_places(_measured(suite, model))[-1] if _measured(suite, model) else 0 for model in models)
     size = (_WIDTH * columns, (_FRAME + _BAR * (tallest + 1)) * lines + 0.5)
-    drawing = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = canvas.blank(*size)
     panels = drawing.subplots(lines, columns, squeeze=False).ravel()
     for panel, model in zip(panels, models, strict=False):
         _panel(panel, model, _measured(suite, model))
@@ -54,8 +50,7 @@ def draw(suite: Suite, path: Path) -> None:
         f"{suite.rounds} interleaved rounds; whiskers: smallest and largest.",
         fontsize=10,
     )
-    with atomic_path(path) as temporary:
-        drawing.savefig(temporary, format="png")
+    canvas.save(drawing, path)
 
 
 def _measured(suite: Suite, model: str) -> list[Row]:

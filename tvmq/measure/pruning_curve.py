@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.errors import CalibrationError
-from tvmq.files import atomic_path
 from tvmq.graph.channels_last import channels_last
+from tvmq.measure import canvas
 from tvmq.measure.report import figure, table
 from tvmq.model import Model, Signature
 from tvmq.oracle import interpret
@@ -176,11 +176,7 @@ def top1(model: Model, samples: Sequence[tuple[tuple[Array, ...], Array]]) -> fl
 
 def draw(found: Curve, path: Path) -> None:
     """Write the curves as PNG: accuracy against density, updated methods dashed. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(7.5, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = canvas.blank(7.5, 4.8)
     axes = drawing.subplots()
     methods = list(dict.fromkeys(point.method for point in found.points))
     for name, points in found.series().items():
@@ -191,5 +187,4 @@ def draw(found: Curve, path: Path) -> None:
     axes.set(xlabel="density of the weights", ylabel="top-1, %")
     axes.set_title(f"{found.model}, {found.samples} samples, one-shot pruning", fontsize=10)
     axes.legend(fontsize=7)
-    with atomic_path(path) as temporary:
-        drawing.savefig(temporary, format="png")
+    canvas.save(drawing, path)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tvm
 
 from tvmq import ir
-from tvmq.measure import report
+from tvmq.measure import canvas, report
 from tvmq.model import Model
 from tvmq.oracle import interpret
 from tvmq.pipeline import Quantized
@@ -233,14 +233,8 @@ def _used(entry: Entry | None) -> tuple[float, float] | None:
 
 def draw(found: AccuracyReport, path: str) -> None:
     """Write a bar chart of the SQNRs, an operator a row, as PNG. Needs matplotlib. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from tvmq.files import atomic_path
-
     rows = list(reversed(found.ops))
-    drawing = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), dpi=130, layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = canvas.blank(9, 1.2 + 0.32 * len(rows))
     panel = drawing.subplots()
     places = np.arange(len(rows))
     bars = (("of the outputs, only this quantized", "sensitivity_db", 0.27), ("alone", "isolated_db", 0.0))
@@ -250,5 +244,4 @@ def draw(found: AccuracyReport, path: str) -> None:
     panel.set_xlabel("SQNR, dB (longer is better)")
     panel.legend(fontsize=8)
     panel.set_title(f"{found.model}: outputs {found.output_db:.1f} dB over {found.samples} samples", fontsize=10)
-    with atomic_path(path) as temporary:
-        drawing.savefig(temporary, format="png")
+    canvas.save(drawing, path)

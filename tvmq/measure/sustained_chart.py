@@ -5,17 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tvmq.deploy.condition import EMULATED
-from tvmq.files import atomic_path
+from tvmq.measure import canvas
 from tvmq.measure.bundle_bench import BundleBench
 
 
 def draw(bench: BundleBench, path: Path) -> None:
     """Write the chart as PNG. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = canvas.blank(8, 4.2)
     panel = drawing.subplots()
     for one in bench.sustained:
         panel.plot(one.seconds, one.ms, linewidth=1, label=f"{one.bundle} ({100 * one.drift:+.1f} %)")
@@ -27,5 +23,4 @@ def draw(bench: BundleBench, path: Path) -> None:
     panel.legend(fontsize=8)
     title = f"Latency over time on {bench.device}; in brackets: the last tenth beside the first"
     drawing.suptitle(f"{title}\n{EMULATED}" if bench.emulated else title, fontsize=9)
-    with atomic_path(path) as temporary:
-        drawing.savefig(temporary, format="png")
+    canvas.save(drawing, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tvmq.files import atomic_path
+from tvmq.measure import canvas
 from tvmq.measure.tuning_bench import Contest, Side, TuningBench
 
 _COLOURS = {"tvmq": "#d1495b", "stock MetaSchedule": "#5f7f9e"}
@@ -14,13 +14,9 @@ _COLUMNS = 2
 
 def draw(bench: TuningBench, path: Path) -> None:
     """Write the chart as PNG; stars are the whole model, timed at the end. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(_COLUMNS, len(bench.rows))
     lines = -(-len(bench.rows) // columns)
-    drawing = Figure(figsize=(5.6 * columns, 3.8 * lines + 0.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(drawing)
+    drawing = canvas.blank(5.6 * columns, 3.8 * lines + 0.4)
     panels = drawing.subplots(lines, columns, squeeze=False).ravel()
     for panel, row in zip(panels, bench.rows, strict=False):
         _panel(panel, row)
@@ -31,8 +27,7 @@ def draw(bench: TuningBench, path: Path) -> None:
         "Stock's line begins when each of its tasks has a trial.",
         fontsize=9,
     )
-    with atomic_path(path) as temporary:
-        drawing.savefig(temporary, format="png")
+    canvas.save(drawing, path)
 
 
 def _panel(panel: Any, row: Contest) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.executor import load
 from tvmq.errors import InputError
-from tvmq.files import atomic_path, scratch_folder
+from tvmq.files import scratch_folder
+from tvmq.measure import canvas
 from tvmq.measure import counts as counting
 from tvmq.measure.benchmark import interleaved
 from tvmq.measure.what_if import Counted, WhatIf
@@ -100,11 +101,7 @@ def _masked(model: Model, found: WhatIf, density: float) -> Model:
 
 def draw(found: WhatIf, path: Path) -> None:
     """Write the chart as PNG: how many times as fast all products are at each density. Raises OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas.blank(7, 4.5)
     axes = figure.subplots()
     for layer in found.layers:
         axes.plot(found.densities, [layer.dense_ms / o.ms for o in layer.options], color="#c3ccd5", linewidth=1)
@@ -117,5 +114,4 @@ def draw(found: WhatIf, path: Path) -> None:
     axes.set(xlabel="density", ylabel="times as fast as dense", xscale="log", yscale="log")
     axes.set_title(f"{found.model} for {found.target}, {found.precision} (grey: single layers)", fontsize=10)
     axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    canvas.save(figure, path)
