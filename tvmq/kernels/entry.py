@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.kernels import builder, inline_llvm
 from tvmq.kernels.builder import Expr, Flat
-from tvmq.kernels.pad import Pad, converted, fill
+from tvmq.kernels.pad import Pad, converted
 from tvmq.kernels.vector_epilogue import Place, run_epilogue
 
 # Images with more channels are transposed on their own: one vector a channel is held in registers.
@@ -52,19 +52,12 @@ class Entry:
         if out.rounding:
             f.import_llvm(self.rounding)
         _, c, h, w = self.x_shape
-        n, hp, wp, _ = self.pad.out_shape
-        top, left, _, right = self.pad.padding
-        with builder.parallel(n * hp) as row:
-            image, y = tirx.floordiv(row, hp), tirx.floormod(row, hp) - top
-            inside = tirx.And(y >= 0, y < h)
-            start = row * (wp * c)
-            with builder.when(inside):
-                source = (image * (c * h) + y) * w
-                fill(out, start, left * c, self.pad.value)
-                builder.for_each(w, self.lanes, lambda at, n: self._pixels(x, source + at, out, start + (left + at) * c, n))
-                fill(out, start + (left + w) * c, right * c, self.pad.value)
-            with builder.when(tirx.Not(inside)):
-                fill(out, start, wp * c, self.pad.value)
+
+        def copy(image: Expr, y: Expr, target: Expr) -> None:
+            source = (image * (c * h) + y) * w
+            builder.for_each(w, self.lanes, lambda at, n: self._pixels(x, source + at, out, target + at * c, n))
+
+        self.pad.each_row(out, copy)
 
     def _pixels(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
         """`count` pixels of a row: the elements of c vectors in turns are c vectors again."""

@@ -8,6 +8,7 @@ A row of pixels is copied as one run. Convolutions read a padded image, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +51,34 @@ class Pad:
     def _emit(self, f: builder.Function) -> None:
         x, out = f.arguments((self.x_shape, self.x_dtype), (self.out_shape, self.out_dtype))
         _, h, w, c = self.x_shape
-        n, hp, wp, cp = self.out_shape
+        channels = self.channels
+
+        def copy(image: Expr, y: Expr, target: Expr) -> None:
+            source = (image * h + y) * (w * c)
+            if c == channels:
+                self._copy(x, source, out, target, w * c)
+                return
+            with builder.serial(w) as pixel:
+                self._copy(x, source + pixel * c, out, target + pixel * channels, c)
+                fill(out, target + pixel * channels + c, channels - c, self.value)
+
+        self.each_row(out, copy)
+
+    def each_row(self, out: Flat, copy: Callable[[Expr, Expr, Expr], None]) -> None:
+        """Store `out`, its rows in parallel: `copy(image, y, target)` stores row y of an image, the rest is `value`."""
+        _, h, w, _ = self.x_shape
+        n, height, width, channels = self.out_shape
         top, left, _, right = self.padding
-        with builder.parallel(n * hp) as row:
-            image, y = tirx.floordiv(row, hp), tirx.floormod(row, hp) - top
+        with builder.parallel(n * height) as row:
+            image, y = tirx.floordiv(row, height), tirx.floormod(row, height) - top
             inside = tirx.And(y >= 0, y < h)
-            start = row * (wp * cp)
+            start = row * (width * channels)
             with builder.when(inside):
-                source = (image * h + y) * (w * c)
-                fill(out, start, left * cp, self.value)
-                if c == cp:
-                    self._copy(x, source, out, start + left * cp, w * c)
-                else:
-                    with builder.serial(w) as pixel:
-                        target = start + (pixel + left) * cp
-                        self._copy(x, source + pixel * c, out, target, c)
-                        fill(out, target + c, cp - c, self.value)
-                fill(out, start + (left + w) * cp, right * cp, self.value)
+                fill(out, start, left * channels, self.value)
+                copy(image, y, start + left * channels)
+                fill(out, start + (left + w) * channels, right * channels, self.value)
             with builder.when(tirx.Not(inside)):
-                fill(out, start, wp * cp, self.value)
+                fill(out, start, width * channels, self.value)
 
     def _copy(self, x: Flat, source: Expr, out: Flat, target: Expr, count: int) -> None:
         def move(at: Expr, lanes: int) -> None:
