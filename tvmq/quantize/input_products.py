@@ -35,7 +35,7 @@ def input_products(
 
     def watch(name: str, value: Array) -> None:
         for chain in by_tensor[name]:
-            rows = _rows(value, chain)
+            rows = input_rows(chain.call, value)
             taken = rows if len(rows) <= ROWS else rows[rng.choice(len(rows), ROWS, replace=False)]
             wide = np.asarray(taken, np.float64)
             anchor = str(chain.anchor.name)
@@ -47,12 +47,12 @@ def input_products(
     return products
 
 
-def _rows(x: Array, chain: Chain) -> Array:
-    """The inputs of each result as rows [.., K]."""
-    if chain.kind == "matmul":
+def input_rows(call: Any, x: Array) -> Array:
+    """The inputs `x` of each result of a matmul or a channels-last convolution, [rows, K] as its matrix has them."""
+    if ir.is_call(call, "matmul"):
         return x.reshape(-1, x.shape[-1])
-    a = chain.call.attrs
+    a = call.attrs
     geometry = {name: [int(v) for v in getattr(a, name)] for name in ("strides", "padding", "dilation")}
-    taps = ir.shape_of(chain.call.args[1])[1:3]
+    taps = ir.shape_of(call.args[1])[1:3]
     image = anchors.windows(x, taps, pad_value=0.0, **geometry)
     return image.reshape(-1, taps[0] * taps[1] * x.shape[-1])

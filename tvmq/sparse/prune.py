@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import tvm
 
@@ -25,6 +24,7 @@ from tvmq.importer.canonical import fold_constants
 from tvmq.model import Model
 from tvmq.oracle import interpret
 from tvmq.quantize.data import inferences
+from tvmq.quantize.input_products import input_rows
 from tvmq.sparse import channels, masks, obs
 from tvmq.sparse.layers import Layer, layers, with_matrices
 from tvmq.sparse.masks import SINGLE, Block, Mask
@@ -177,20 +177,7 @@ def _grams(module: tvm.IRModule, model: Model, chosen: Sequence[Layer], calibrat
         tensors = {spec.name: array for spec, array in zip(model.signature.inputs, inputs, strict=True)}
         program.run(inputs, tensors.__setitem__)
         for name, call in calls.items():
-            sums[name] = sums.get(name, 0.0) + obs.gram(_rows(call, tensors[str(call.args[0].name)]))
+            sums[name] = sums.get(name, 0.0) + obs.gram(input_rows(call, tensors[str(call.args[0].name)]))
     if chosen and not sums:
         raise CalibrationError("calibration data", expected="at least one batch", seen="none")
     return [sums[layer.name] for layer in chosen]
-
-
-def _rows(call: Any, x: Array) -> Array:
-    """The inputs of a layer's products, [rows, K]: those of a convolution in the order of its matrix."""
-    if ir.is_call(call, "matmul"):
-        return x.reshape(-1, x.shape[-1])
-    _, height, width, _ = ir.shape_of(call.args[1])
-    top, left, bottom, right = (int(n) for n in call.attrs.padding)
-    (sy, sx), (dy, dx) = ([int(n) for n in values] for values in (call.attrs.strides, call.attrs.dilation))
-    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    span = ((height - 1) * dy + 1, (width - 1) * dx + 1)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(1, 2))[:, ::sy, ::sx, :, ::dy, ::dx]
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, height * width * x.shape[3])
