@@ -80,7 +80,8 @@ class _Emitter(attention.Emitter):
             source = first + step * (kr * pitch) + d
             if self.m.a_dtype == k.dtype:
                 parts = [
-                    T.reinterpret(vector_dtype("uint8", count), self.v.bits(source + i * pitch, count)) for i in range(keys)
+                    T.reinterpret(vector_dtype("uint8", count), self.v.bits(source + i * pitch, count))
+                    for i in range(keys)
                 ]
                 bits = T.reinterpret(vector_dtype(k.dtype, count * kr), joined(parts, kr, count))
                 packed.store_bits(bits, at, count * kr)

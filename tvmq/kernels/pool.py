@@ -88,7 +88,9 @@ class Pool:
         wide = self._sum_dtype(x)
         acc = f.registers(lanes, wide)
         acc.store(builder.number(self._initial(), wide, lanes), 0, lanes)
-        base = ((pixel.image * hp + pixel.y * self.strides[0]) * wp + pixel.column * self.strides[1]) * c + block * self.lanes
+        base = (
+            (pixel.image * hp + pixel.y * self.strides[0]) * wp + pixel.column * self.strides[1]
+        ) * c + block * self.lanes
         with builder.serial(self.window[0]) as ky, builder.serial(self.window[1]) as kx:
             value = x.load(base + (ky * self.dilation[0] * wp + kx * self.dilation[1]) * c, lanes)
             if self.kind == "max":

@@ -191,7 +191,9 @@ def _reduce(
     """Interleaved partial results, then halves with halves."""
     lanes = f.registers(ROW_LANES, FLOAT)
     lanes.store(builder.number(start, FLOAT, ROW_LANES), 0, ROW_LANES)
-    builder.for_each(n, ROW_LANES, lambda at, count: lanes.store(combine(lanes.load(0, count), element(at, count)), 0, count))
+    builder.for_each(
+        n, ROW_LANES, lambda at, count: lanes.store(combine(lanes.load(0, count), element(at, count)), 0, count)
+    )
     width = ROW_LANES
     while width > 1:
         width //= 2
