@@ -66,9 +66,11 @@ def test_clients_of_tvm_itself(opened: Serving) -> None:
     assert remote.download("a file") == b"x"
     assert remote.get_function("runtime.NumThreads")() == len(os.sched_getaffinity(0))
     del remote
-    second = tvm.rpc.connect("127.0.0.1", opened.port, session_timeout=0.2)
+    second = tvm.rpc.connect("127.0.0.1", opened.port)
     with pytest.raises(tvm.error.RPCError, match="a file"):
         second.download("a file")
+    del second
+    _third = tvm.rpc.connect("127.0.0.1", opened.port, session_timeout=0.2)
     opened.wait_for(f"ended by (SIGALRM|signal {signal.SIGALRM:d})$")
 
 
