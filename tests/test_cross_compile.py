@@ -48,6 +48,25 @@ def test_a_board_gives_the_bits_of_this_machine(
 
 
 @pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("target", "cpu"),
+    [
+        pytest.param("raspberry-pi-3b", "cortex-a53", marks=pytest.mark.slow),
+        pytest.param("raspberry-pi-5", "cortex-a76", marks=pytest.mark.slow),
+        ("graviton3", "max"),
+    ],
+)
+def test_a_cnn_and_a_transformer_on_each_level(
+    board_root: Path, bundle_of: Callable[..., Path], target: str, cpu: str
+) -> None:
+    """No dot product, sdot, smmla: int8 is the oracle's bit for bit."""
+    with EmulatedBoard(board_root).start(cpu=cpu) as board:
+        for name in ("depthwise_separable", "transformer"):
+            result = verify(bundle_of(name, target=target), board.url)
+            assert result.ok, str(result)
+
+
+@pytest.mark.emulated
 @pytest.mark.parametrize("name", ["residual", "transformer", "split"])
 def test_verification_over_rpc(board: EmulatedBoard, bundle_of: Callable[..., Path], name: str) -> None:
     result = verify(bundle_of(name, target="raspberry-pi-4b"), board.url)

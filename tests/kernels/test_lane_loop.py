@@ -18,7 +18,7 @@ from tvmq.target import Target
 FMLA = "fmla v{acc}.4s, v{w}.4s, v{a}.s[{lane}]"
 PANEL, NEAR = 1 << 20, 1 << 30
 # Tiles of pixels and vectors that fill the registers, and small ones.
-TILES = [(10, 2), (6, 4), (15, 1), (5, 4), (7, 3), (3, 7), (1, 8), (2, 1), (1, 1)]
+TILES = [(10, 2), (6, 4), (15, 1), (7, 3), (1, 8), (1, 1)]
 
 
 class Machine:
@@ -89,7 +89,7 @@ def data(rows: tuple[int, ...], vectors: int, steps: int) -> tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("steps", [4, 5, 6, 7, 8, 9, 14, 16, 35])
+@pytest.mark.parametrize("steps", [4, 5, 8, 14, 35])
 @pytest.mark.parametrize("tile", TILES)
 def test_a_loop_is_the_product_and_reads_the_run_alone(tile: tuple[int, int], steps: int, paired: bool) -> None:
     pixels, vectors = tile
