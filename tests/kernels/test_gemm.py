@@ -311,5 +311,17 @@ def test_a_chosen_tile_fits_the_registers(n: int, h: int, w: int, o: int, i: int
             assert blocking.rows_per_task >= 1
 
 
+@pytest.mark.parametrize(("channels", "stride"), [(1024, 1), (3072, 1), (512, 2)])
+def test_few_pixels_share_a_set_of_the_cache(channels: int, stride: int) -> None:
+    """Of a float32 tile whose pixels lie a multiple of 4096 bytes apart; a vector more between them, and all registers work."""
+    micro = float_micro(target_of("avx512-vnni").isa)
+    tiles = []
+    for length in (channels, channels + micro.lanes):
+        shapes = (1, 28 * stride, 28 * stride, length), (512, 1, 1, length), (1, 28, 28, 512)
+        tiles.append(gemm_blocking.choose(conv_geometry(*shapes, (stride, stride), (1, 1), 1), micro, 2, 1 << 20).tile)
+    assert tiles[0].pixels <= 10
+    assert tiles[1].pixels == 14
+
+
 def test_a_tile_counts_its_pixels() -> None:
     assert Tile(3, 4, 2).pixels == 12
