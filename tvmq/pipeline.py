@@ -39,17 +39,17 @@ from tvmq.oracle import interpret
 from tvmq.quantize import levels
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.auto import Rates
-from tvmq.quantize.calibration import calibrate, for_all_sizes, prepared, read_again, samples_of
+from tvmq.quantize.calibration import for_all_sizes, prepared, ranges_of, read_again, samples_of
 from tvmq.quantize.decisions import Decision, float_decisions, source_decisions
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
-from tvmq.quantize.refine import products_of, unused_algorithms, with_corrected_biases
+from tvmq.quantize.refine import mean_errors_of, products_of, unused_algorithms, with_corrected_biases, without_errors
 from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sources import with_own_rows
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, wanted_precisions, wants_integers
-from tvmq.recipe_values import Precision
+from tvmq.recipe_values import Algorithm, Precision
 from tvmq.target import Target, load_target
 from tvmq.triple import Family
 from tvmq.tune import records
@@ -63,8 +63,8 @@ STAGES = ("layout", "calibrate", "plan", "annotate", "realize", "lower", "schedu
 class Quantized:
     """A model after quantization, before any target: the float module, the QDQ module, and what was decided.
 
-    unused_rules: the patterns of the recipe's rules that name no operator. unused_algorithms: those of its algorithms
-    that found nothing to do.
+    module: what the model computes, its biases as they were. unused_rules: the patterns of the recipe's rules that name
+    no operator. unused_algorithms: those of its algorithms that found nothing to do.
     """
 
     module: tvm.IRModule
@@ -227,17 +227,17 @@ def quantize(
     """
     report, stages = progress or (lambda _stage, _n: None), stages or Dump(None)
     report("layout", 0)
-    asked = tuple(algorithm.value for algorithm in recipe.all_algorithms)
+    asked = tuple(algorithm.value for algorithm in recipe.all_algorithms if algorithm is not Algorithm.AUTO)
     if is_quantized(source := with_own_rows(model.module)) or is_quantized(model.module):
         module = stages("layout", without_repeats(channels_last(source)))
         return Quantized(module, module, None, source_decisions(module), unused_algorithms=asked)
     calibration = read_again(calibration, recipe)
     samples = samples_of(model, calibration)
-    module = stages("layout", prepared(model, recipe, calibration))
-    table = None
+    ready = prepared(model, recipe, calibration)
+    module, table = stages("layout", ready.module), None
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
         report("calibrate", 0)
-        table = calibrate(model, recipe, calibration, lambda n: report("calibrate", n), module)
+        table = ranges_of(model, recipe, calibration, lambda n: report("calibrate", n), ready)
     report("plan", 0)
     plan = make_plan(module, table, recipe, model.paths, rates)
     unused = unused_algorithms(module, plan, recipe)
@@ -247,9 +247,13 @@ def quantize(
         decisions = float_decisions(module, "the recipe asks for float", recipe, plan.recipes)
         return Quantized(module, module, None, decisions, plan.unused, unused)
     products = products_of(module, plan, recipe, samples)
-    better = with_corrected_biases(module, plan, recipe, products, samples)
+    better = module
+    if table is not None:
+        errors = mean_errors_of(module, plan, recipe, products, samples, table.mean_errors)
+        unused = (*unused, *without_errors(plan, recipe, errors, unused))
+        table, better = dataclasses.replace(table, mean_errors=errors), with_corrected_biases(module, plan, errors)
     if better is not module:
-        module, plan = better, make_plan(better, table, recipe, model.paths, rates)
+        plan = make_plan(better, table, recipe, model.paths, rates)
     report("annotate", 0)
-    annotated = stages("annotate", annotate(module, plan, recipe, products))
+    annotated = stages("annotate", annotate(better, plan, recipe, products))
     return Quantized(module, annotated, table, plan.decisions, plan.unused, unused)

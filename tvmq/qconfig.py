@@ -97,8 +97,10 @@ def _only(*allowed: Any, why: str) -> Callable[[str, Any, Mapping[str, Any]], _P
 
 def _mode(name: str, value: Any, _fields: Mapping[str, Any]) -> _Part:
     _require(name, value in _OBSERVERS, f"one of {', '.join(_OBSERVERS)}", value)
-    chosen = [("precision", "int8"), ("symmetric", True), *_OBSERVERS[value].items()]
-    return chosen, f"{', '.join(f'{k} = {v!r}' for k, v in _OBSERVERS[value].items())}, symmetric = True"
+    # relay did nothing else for accuracy.
+    chosen = [("precision", "int8"), ("symmetric", True), ("algorithms", ()), *_OBSERVERS[value].items()]
+    said = "".join(f"{key} = {given!r}, " for key, given in _OBSERVERS[value].items())
+    return chosen, f"{said}symmetric = True, algorithms = []"
 
 
 def _global_scale(name: str, value: Any, fields: Mapping[str, Any]) -> _Part:

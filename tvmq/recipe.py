@@ -113,13 +113,13 @@ class Recipe:
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
     operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm`,
-    `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; smoothing:
-    SmoothQuant's alpha, the share that goes by activations. weight_levels: of fp32 layers a simulation, whose weights
-    are rounded to few values, see `quantize.levels`; of int4-weight ones what 4 bits mean, see `quantize.tables`.
-    integer_io: the bundle takes and returns int8, and the conversions are apart (`Executor.quantize`,
-    `Executor.dequantize`). simulate: round to integers and back, and compute in float. winograd: float 3x3
-    convolutions may use it where it is faster; its sums are rounded more. sparse: whether products leave out weights
-    that are zero. rules: exceptions.
+    `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; nothing where
+    empty. smoothing: SmoothQuant's alpha, the share that goes by activations. weight_levels: of fp32 layers a
+    simulation, whose weights are rounded to few values, see `quantize.levels`; of int4-weight ones what 4 bits mean,
+    see `quantize.tables`. integer_io: the bundle takes and returns int8, and the conversions are apart
+    (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float. winograd:
+    float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether products leave out
+    weights that are zero. rules: exceptions.
     """
 
     precision: Precision = Precision.FP32
@@ -135,7 +135,7 @@ class Recipe:
     per_channel: bool = True
     group_size: int | None = None
     kinds: tuple[str, ...] = DEFAULT_KINDS
-    algorithms: tuple[Algorithm, ...] = ()
+    algorithms: tuple[Algorithm, ...] = (Algorithm.AUTO,)
     smoothing: float = 0.5
     weight_levels: WeightLevels = WeightLevels.NONE
     integer_io: bool = False
@@ -240,6 +240,12 @@ class Recipe:
         data["algorithms"] = [algorithm.value for algorithm in self.algorithms]
         data["rules"] = [rule.to_dict() for rule in self.rules]
         return data
+
+    def asks(self, algorithm: Algorithm) -> bool:
+        """Whether `algorithm` is for a layer of this recipe, by name or as part of `auto`."""
+        if algorithm is Algorithm.BIAS_CORRECTION and Algorithm.AUTO in self.algorithms:
+            return Algorithm.BIAS_CORRECTION_ANALYTIC not in self.algorithms
+        return algorithm in self.algorithms
 
     @property
     def all_algorithms(self) -> tuple[Algorithm, ...]:

@@ -70,6 +70,8 @@ class Aggregate(str, enum.Enum):
 class Algorithm(str, enum.Enum):
     """What may be done so that quantization costs less accuracy."""
 
+    AUTO = "auto"
+    """Of int8: `equalize` tensors and `smooth` layer norms whose channels are uneven, and `bias_correction`."""
     EQUALIZE = "equalize"
     """Cross-layer equalization: like ranges for the channels of a tensor. No data."""
     SMOOTH = "smooth"

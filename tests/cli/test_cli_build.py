@@ -179,3 +179,14 @@ def test_a_rule_and_an_algorithm_without_effect_are_reported(files, tvmq, tmp_pa
     assert made.code == 0
     assert "the recipe's rule 'no.such.layer' names no layer" in made.out
     assert "the recipe's algorithm 'squant' finds nothing to do" in made.out
+
+
+def test_biases_that_a_table_cannot_correct_are_told(files, tvmq, tmp_path):
+    table, recipe = tmp_path / "t.json", tmp_path / "r.toml"
+    recipe.write_text("weight_bits = 6\n", encoding="utf-8")
+    assert tvmq("calibrate", files.model, "--calibrate", files.data, "-o", table).code == 0
+    common = ("compile", files.model, "--precision", "int8", "--recipe", recipe, "-o", tmp_path / "m.tvmq")
+    by_table, by_data = (tvmq(*common, "--calibrate", data) for data in (table, files.data))
+    said = "without bias_correction, which takes calibration data, or a table of this recipe"
+    assert (by_table.code, by_data.code) == (0, 0)
+    assert said in by_table.out and said not in by_data.out

@@ -22,12 +22,15 @@ import torch
 
 import tvmq
 from tests.cifar import DATA, cifar10
-from tests.quantize.accuracy_peers import PEERS, Predict
+from tests.quantize import minilm_accuracy
+from tests.quantize.accuracy_peers import PEERS, TEXT_PEERS, Predict
 from tests.uneven import uneven_mobilenetv2, uneven_resnet20
 from tvmq.files import atomic_write_text
 from tvmq.measure.report import table
 
 BATCH, CALIBRATION = 64, 512
+# The network of the second table, and the sentences that test and calibrate it.
+TEXT_NETWORK, SENTENCES, TEXT_CALIBRATION = "all-MiniLM-L6-v2", 500, 100
 
 
 def levels(kind: str) -> dict[str, Any]:
@@ -35,15 +38,17 @@ def levels(kind: str) -> dict[str, Any]:
     return {"precision": "fp32", "weight_levels": kind, "weight_bits": 4, "group_size": 32}
 
 
+PLAIN: dict[str, Any] = {"algorithms": []}
 ROWS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "symmetric": {"symmetric": True},
-    "per tensor": {"per_channel": False},
-    "percentile": {"observer": "percentile", "percentile": 99.999},
-    "entropy": {"observer": "entropy"},
-    "mse": {"observer": "mse"},
-    "octav": {"observer": "octav"},
-    "mean of extremes": {"aggregate": "mean"},
+    "default": {},
+    "plain": PLAIN,
+    "symmetric": {**PLAIN, "symmetric": True},
+    "per tensor": {**PLAIN, "per_channel": False},
+    "percentile": {**PLAIN, "observer": "percentile", "percentile": 99.999},
+    "entropy": {**PLAIN, "observer": "entropy"},
+    "mse": {**PLAIN, "observer": "mse"},
+    "octav": {**PLAIN, "observer": "octav"},
+    "mean of extremes": {**PLAIN, "aggregate": "mean"},
     "equalize": {"algorithms": ["equalize"]},
     "smooth": {"algorithms": ["smooth"]},
     "clip_weights": {"algorithms": ["clip_weights"]},
@@ -58,7 +63,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "observer": "mse",
         "algorithms": ["equalize", "gptq", "bias_correction"],
     },
-    "4-bit weights": {"weight_bits": 4},
+    "4-bit weights": {**PLAIN, "weight_bits": 4},
     "4-bit weights, together": {"weight_bits": 4, "algorithms": ["clip_weights", "gptq", "bias_correction"]},
     "weight-only int4 g32": levels("uniform"),
     "weight-only int4 g32, together": {**levels("uniform"), "algorithms": ["clip_weights", "gptq"]},
@@ -77,12 +82,24 @@ float layers whose weights are rounded. `uneven` is the same network after half 
 either way, which changes nothing that it computes. Peers were measured on the same images. Empty cells were not measured;
 others may be of an earlier run, which this one went on from.
 
-`plain` is the default: batch norms folded (as in every row), extremes as ranges, asymmetric activations and symmetric
-weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points). `squant` is a closed form of
+`default` is what a recipe of int8 does by itself (`auto`): biases are corrected, and channels equalized where they are
+uneven. `plain` is without algorithms: batch norms folded (as in every row), extremes as ranges, asymmetric activations and
+symmetric weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points); rows below it
+add to it. `squant` is a closed form of
 what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search for limits of activations, `clip_weights` for those of
 weights. Made by
 
     python -m tests.quantize.accuracy_table{choice} --known figures.json -o docs/accuracy.md
+
+{table}
+"""
+TEXT_PAGE = """
+# Accuracy of sentence embeddings
+
+{network}: {sentences} sentences, of everyday life and of the Python reference; {calibration} others calibrate. The cosine of
+embeddings with those of fp32, their mean and the least; each of {queries} sentences looks for the {top} most similar among
+{few}, and among all: the share of those of fp32 that are found again, and of their pairs that stay in order. Rows are
+recipes of bundles, each of them compiled and run; peers were measured on the same sentences. Made by the command above.
 
 {table}
 """
@@ -162,7 +179,7 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if row in PEERS:
-                predict = PEERS[row](network, calibration, folder)
+                predict = PEERS[row](network, [(batch,) for batch in calibration], folder)
             else:
                 predict = bundle(model, ROWS[row], calibration, folder, stack)
             got = logits(predict, x).argmax(1)
@@ -170,11 +187,32 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
         measured.add(name, row, f"{mine:.2f} ({top1 - mine:+.2f}), {agreement:.2f}")
 
 
+def measure_text(rows: Sequence[str], measured: Measured) -> None:
+    """The figures of the network of text, where they are not known."""
+    todo = [row for row in rows if row not in measured.figures.get(TEXT_NETWORK, {})]
+    for row, made in minilm_accuracy.measure(todo, SENTENCES, TEXT_CALIBRATION) if todo else ():
+        measured.add(TEXT_NETWORK, row, " ".join(f"{value:.4f}" for value in made.values()))
+
+
 def document(measured: Measured, models: Sequence[str], rows: Sequence[str], choice: str = "") -> str:
-    """The table as a page of the documentation; choice: the options that say which part of it."""
-    lines = [(row, *(measured.cell(name, row) for name in models)) for row in ("fp32", *rows)]
+    """The tables as a page of the documentation; choice: the options that say which part of them."""
+    images = [name for name in models if name != TEXT_NETWORK]
+    lines = [(row, *(measured.cell(name, row) for name in images)) for row in ("fp32", *rows)]
     known = [line for line in lines if any(line[1:])]
-    return TEXT.format(images=measured.images, choice=choice, table=table(("", *models), known))
+    page = TEXT.format(images=measured.images, choice=choice, table=table(("", *images), known))
+    found = [(row, *measured.cell(TEXT_NETWORK, row).split()) for row in rows]
+    found = [line for line in found if len(line) > 1]
+    if TEXT_NETWORK not in models or not found:
+        return page
+    return page + TEXT_PAGE.format(
+        network=TEXT_NETWORK,
+        sentences=SENTENCES,
+        calibration=TEXT_CALIBRATION,
+        queries=minilm_accuracy.QUERIES,
+        top=minilm_accuracy.TOP,
+        few=minilm_accuracy.FEW,
+        table=table(("", *minilm_accuracy.COLUMNS), found),
+    )
 
 
 def main() -> None:
@@ -190,10 +228,14 @@ def main() -> None:
     options = parser.parse_args()
     data, measured = cifar10(options.data), Measured(options.known, options.images)
     known = networks(data)
-    models = options.models.split(";") if options.models else list(known)
-    rows = options.rows.split(";") if options.rows else [*ROWS, *PEERS]
+    models = options.models.split(";") if options.models else [*known, TEXT_NETWORK]
+    every = [*ROWS, *minilm_accuracy.ROWS, *PEERS, *TEXT_PEERS]
+    rows = options.rows.split(";") if options.rows else list(dict.fromkeys(every))
     for name in [] if options.only_known else models:
-        measure(name, known[name], rows, data, measured)
+        if name == TEXT_NETWORK:
+            measure_text([row for row in rows if row in (*minilm_accuracy.ROWS, *TEXT_PEERS)], measured)
+        else:
+            measure(name, known[name], [row for row in rows if row in (*ROWS, *PEERS)], data, measured)
     chosen = (("models", options.models), ("rows", options.rows))
     choice = "".join(f' --{name} "{value}"' for name, value in chosen if value)
     page = document(measured, models, rows, choice)

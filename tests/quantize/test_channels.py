@@ -5,17 +5,22 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import tvm
 from torch import nn
 from torch.nn import functional
 
-from tvmq import ir
+from tvmq import ir, pipeline
+from tvmq.errors import CalibrationError
+from tvmq.importer.load import import_model
 from tvmq.oracle import interpret
-from tvmq.quantize import numerics
+from tvmq.quantize import numerics, refine
+from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.channels import Channels
-from tvmq.quantize.equalize import equalize
+from tvmq.quantize.equalize import equalize, gain
 from tvmq.quantize.refine import unused_algorithms
-from tvmq.quantize.smooth import channel_maxima, smooth
-from tvmq.recipe import Recipe
+from tvmq.quantize.smooth import channel_maxima, smooth, smooth_norms
+from tvmq.quantize.table import CalibrationTable
+from tvmq.recipe import Recipe, Rule
 
 EQUALIZABLE = (
     "residual",
@@ -79,6 +84,42 @@ class Uneven(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.b(functional.relu(self.a(x)))
+
+
+def test_the_gain_of_equalizing() -> None:
+    even = np.ones(3)
+    assert gain(even, even) == gain(2 * even, 3 * even) == 1
+    # Each tensor is as wide as its widest channel: fifty times what both could be.
+    assert gain(np.array([50.0, 1, 1]), np.array([1 / 50, 1, 1])) == pytest.approx(50)
+    assert gain(np.array([50.0, 1, 1]), np.array([1 / 50, 50, 1])) == pytest.approx(50)
+    assert gain(np.array([50.0, 1 / 50, 1]), np.array([1 / 50, 50, 1])) == pytest.approx(2500)
+    # What is wide on both sides, dead, or read by nobody is not gained.
+    assert gain(np.array([50.0, 1, 1]), np.array([50.0, 1, 1])) == 1
+    assert gain(np.array([1.0, 0, 1]), np.array([1.0, 50, 1])) == gain(0 * even, even) == 1
+
+
+@pytest.mark.parametrize("name", EQUALIZABLE)
+def test_by_default_even_channels_are_left_alone(model_of, name: str) -> None:
+    case = model_of(name)
+    assert refine.reshaped(case.module, Recipe(precision="int8"), lambda: case.batches) == (case.module, {})
+
+
+def test_by_default_uneven_channels_are_rescaled_where_they_are_read_as_integers(make_a_case) -> None:
+    torch.manual_seed(0)
+    case = make_a_case(Uneven(), (1, 4, 9, 9))
+
+    def reshaped_by(**fields) -> tvm.IRModule:
+        return refine.reshaped(case.module, Recipe(**fields), lambda: case.batches)[0]
+
+    better = reshaped_by(precision="int8")
+    assert better is not case.module
+    _assert_same(case, better)
+    reference, after = case.reference()[0], dataclasses.replace(case, module=better, known={})
+    before, now = (numerics.sqnr_db(reference, c.run(c.realized())[0]) for c in (case, after))
+    assert now > before + 10
+    for fields in ({"precision": "int8", "algorithms": []}, {"precision": "int8-weight"}, {}):
+        assert reshaped_by(**fields) is case.module
+    assert reshaped_by(rules=[Rule("conv2d#0", "int8")]) is not case.module
 
 
 @pytest.mark.parametrize("algorithm", ["equalize", "smooth"])
@@ -152,6 +193,49 @@ def test_smoothing_gives_linear_readers_a_layer_norm_of_their_own(make_a_case) -
         numerics.sqnr_db(reference, c.run(c.realized(Recipe(precision="int8")))[0]) for c in (case, after)
     )
     assert smoothed > plain + 3
+
+
+def test_by_default_outlying_channels_of_layer_norms_are_smoothed(make_a_case) -> None:
+    torch.manual_seed(0)
+    case = make_a_case(PostNorm(), (2, 5, 16))
+    module, smoothed = refine.reshaped(case.module, Recipe(precision="int8"), lambda: case.batches)
+    assert len(smoothed) == 1
+    _assert_same(case, module)
+    reference, after = case.reference()[0], dataclasses.replace(case, module=module, known={})
+    before, now = (numerics.sqnr_db(reference, c.run(c.realized())[0]) for c in (case, after))
+    assert now > before + 3
+    # What was found goes into a table, and is all that is needed to do it again.
+    again, _ = refine.reshaped(case.module, Recipe(precision="int8"), tuple, smoothed)
+    np.testing.assert_array_equal(interpret.run(again, case.inputs)[0], interpret.run(module, case.inputs)[0])
+    for recipe in (Recipe(precision="int8", algorithms=[]), Recipe()):
+        assert refine.reshaped(case.module, recipe, lambda: case.batches) == (case.module, {})
+
+
+def test_a_table_of_smoothed_norms_gives_the_model_that_its_data_gave() -> None:
+    torch.manual_seed(0)
+    model = import_model(PostNorm().eval(), (torch.zeros(2, 5, 16),))
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((2, 5, 16)).astype(np.float32) for _ in range(6)]
+    recipe = Recipe(precision="int8")
+    table = CalibrationTable.from_json(calibrate(model, recipe, iter(batches)).to_json())
+    by_table, by_data = (pipeline.quantize(model, recipe, given) for given in (table, batches))
+    assert table.smoothed and by_data.table == by_table.table == table
+    np.testing.assert_array_equal(by_table.simulate(batches[0])[0], by_data.simulate(batches[0])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "factors", "said"),
+    [
+        ("norm", np.ones(3), "the 16 channels of a layer norm of the model, saw 3 numbers, the least 1"),
+        ("norm", np.zeros(16), "saw 16 numbers, the least 0"),
+        ("other", np.ones(16), "smoothed 'other': expected a number above 0 for each of the 0 channels"),
+    ],
+)
+def test_factors_that_fit_no_norm_are_refused(make_a_case, name: str, factors: np.ndarray, said: str) -> None:
+    case = make_a_case(PostNorm(), (2, 5, 16))
+    norm = next(str(var.name) for var, call in ir.calls(case.module) if ir.is_call(call, "nn.layer_norm"))
+    with pytest.raises(CalibrationError, match=said):
+        smooth_norms(case.module, {norm if name == "norm" else name: factors})
 
 
 @pytest.mark.parametrize(

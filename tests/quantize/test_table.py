@@ -3,9 +3,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tvmq.errors import CalibrationError, OutputError
+from tvmq.quantize import packed
+from tvmq.quantize.mean_errors import MeanErrors
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import SCHEMA, CalibrationTable, Entry
 from tvmq.recipe_values import Precision
@@ -158,3 +161,32 @@ def test_an_edited_scale_is_used(model_of):
     document["tensors"]["relu"].update(scale=0.5, zero_point=-128)
     table = CalibrationTable.from_json(json.dumps(document))
     assert QParams(0.5, -128) in case.plan(table=table).qparams.values()
+
+
+def test_numbers_of_channels_round_trip():
+    errors = MeanErrors("0123456789abcdef", packed.pack(np.array([0.25, -1e-3, 3e5])))
+    table = dataclasses.replace(TABLE, mean_errors={"conv": errors}, smoothed={"norm": packed.pack(np.ones(3))})
+    assert CalibrationTable.from_json(table.to_json()) == table
+    np.testing.assert_array_equal(errors.values(), np.float32([0.25, -1e-3, 3e5]))
+    assert not {"mean_errors", "smoothed"} & set(json.loads(TABLE.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ([], ["mean_errors", "an object", "list"]),
+        ({"conv": 1.0}, ["'conv'", "of and float32", "1.0"]),
+        ({"conv": {"of": "a"}}, ["'conv'", "of and float32"]),
+        ({"conv": {"of": "a", "float32": 1.0}}, ["'conv'", "base64", "calibrate anew"]),
+        ({"conv": {"of": "a", "float32": "?"}}, ["'conv'", "base64"]),
+        ({"conv": {"of": "a", "float32": "AAAA"}}, ["'conv'", "base64"]),  # three bytes
+        ({"conv": {"of": "a", "float32": "AADAfw=="}}, ["'conv'", "finite"]),  # NaN
+    ],
+)
+def test_mean_errors_that_are_none(changes: object, parts: list):
+    _one_line(json.dumps(_document(mean_errors=changes)), *parts)
+
+
+def test_channels_that_are_none():
+    _one_line(json.dumps(_document(smoothed=[])), "smoothed", "an object")
+    _one_line(json.dumps(_document(smoothed={"norm": "?"})), "'norm'", "base64")

@@ -26,6 +26,7 @@ from tvmq.recipe_values import Precision
 
 if TYPE_CHECKING:
     from tvmq.quantize.sufficiency import Sufficiency
+    from tvmq.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ class Compile(Command):
         summary += f"; kernels with choices: {kernels}" if kernels else ""
         summary += f"; see tvmq explain {done.path}"
         rules = (f"the recipe's rule {rule!r} names no layer that is left to it" for rule in done.unused_rules)
-        idle = (f"the recipe's algorithm {name!r} finds nothing to do" for name in done.unused_algorithms)
+        idle = (_idle(name, recipe) for name in done.unused_algorithms)
         who = render.converters(model.converters) if self.verbose else []
         out.result(document, summary, *rules, *idle, *done.tuning_notes, *who)
         return 0
@@ -199,6 +200,13 @@ class Calibrate(Command):
         summary = f"{self.out}: {len(table.tensors)} tensors over {table.samples} inferences"
         out.result(document, summary, *_sufficiency_lines(found))
         return 0
+
+
+def _idle(name: str, recipe: Recipe) -> str:
+    """What is said of an algorithm that did nothing: of one that was named, or of a part of `auto`."""
+    if name in [algorithm.value for algorithm in recipe.all_algorithms]:
+        return f"the recipe's algorithm {name!r} finds nothing to do"
+    return f"without {name}, which takes calibration data, or a table of this recipe"
 
 
 def _sufficiency_lines(found: Sufficiency) -> list[Any]:

@@ -1,8 +1,13 @@
 """Bias correction: the mean error that quantization gives each output channel is taken off its bias.
 
-analytic   E[y_q - y] = sum over inputs of (w_q - w) E[x]: M. Nagel et al., "Data-Free Quantization Through Weight
-           Equalization and Bias Correction", ICCV 2019, section 4.2, with the means of calibration data
-empirical  the mean of y_q - y itself, y_q from quantized inputs too; sees padding and clipping (ibid., appendix D)
+    E[y_q - y] = sum over taps and inputs of w_q E[x_q] - w E[x]        with the means over all that a tap multiplies
+
+empirical  x_q are the quantized inputs; sees clipping and rounding of inputs
+analytic   x_q are the inputs themselves: the error that is due to weights alone
+
+M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2 and
+appendix D, with the means of calibration data. A sum of products is linear in both, so that means of inputs tell the
+mean of results exactly, padding included, and no product of whole tensors is computed.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from tvmq import ir
 from tvmq.graph.fusion import AddBias, Chain
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
+from tvmq.quantize.data import first
 from tvmq.quantize.numerics import QParams
 
 Array = npt.NDArray[Any]
@@ -35,30 +41,77 @@ def mean_errors(
 ) -> dict[Any, Array]:
     """The mean error of each output channel of the anchors in `chains`, float64 [channels], by anchor.
 
-    weights: the dequantized weight of each anchor; qparams: how what it reads is quantized.
+    weights: the dequantized weight of each anchor; qparams: how what it reads is quantized. Looks at the `first` of the
+    samples; without any there are no errors.
     """
     by_tensor: dict[str, list[Chain]] = {}
     for chain in chains:
         by_tensor.setdefault(str(chain.x.name), []).append(chain)
-    totals: dict[Any, Array] = {}
+    totals: dict[Any, list[Array]] = {}
     count = 0
 
     def watch(name: str, value: Array) -> None:
+        seen = _rounded(value, qparams[by_tensor[name][0].x]) if empirical else value
         for chain in by_tensor[name]:
-            if empirical:
-                found = _difference(chain, value, weights[chain.anchor], qparams[chain.x])
-            else:
-                found = value.reshape(-1, value.shape[-1]).mean(0, dtype=np.float64)
-            totals[chain.anchor] = totals.get(chain.anchor, 0.0) + found
+            total = totals.setdefault(chain.anchor, [np.zeros(()), np.zeros(())])
+            means = tap_means(value, chain.call)
+            total[0] = total[0] + means
+            total[1] = total[1] + (tap_means(seen, chain.call) if empirical else means)
 
     program = interpret.Program(module, by_tensor)
-    for inputs in samples:
+    for inputs in first(samples):
         program.run(inputs, watch)
         count += 1
-    means = {anchor: total / count for anchor, total in totals.items()}
-    if empirical:
-        return means
-    return {c.anchor: _propagated(c, weights[c.anchor], means[c.anchor]) for c in chains if c.anchor in means}
+    errors = {}
+    for chain in chains:
+        if chain.anchor in totals:
+            plain, met = (total / count for total in totals[chain.anchor])
+            wanted = _products(plain, ir.to_numpy(chain.call.args[1]), chain)
+            errors[chain.anchor] = _products(met, weights[chain.anchor], chain) - wanted
+    return errors
+
+
+def tap_means(x: Array, call: Any) -> Array:
+    """The mean of what each tap of a weight multiplies, over all results, zeros of padding included.
+
+    Float64 [1, 1, K] for a linear layer that reads x [.., K]; [kh, kw, C] for a convolution of NHWC x.
+    """
+    if ir.is_call(call, "matmul"):
+        return np.asarray(x.reshape(-1, x.shape[-1]).mean(0, dtype=np.float64).reshape(1, 1, -1))
+    a = call.attrs
+    taps, results = ir.shape_of(call.args[1])[1:3], ir.shape_of(call)[1:3]
+    picture = x.sum(axis=0, dtype=np.float64)
+    rows, columns = (
+        [
+            _met(outside + tap * int(a.dilation[axis]), int(a.strides[axis]), results[axis], x.shape[1 + axis])
+            for tap in range(taps[axis])
+        ]
+        for axis, outside in enumerate((-int(a.padding[0]), -int(a.padding[1])))
+    )
+    sums = [[strip[across].sum(axis=0) for across in columns] for strip in (picture[down].sum(axis=0) for down in rows)]
+    return np.asarray(np.array(sums) / (x.shape[0] * results[0] * results[1]))
+
+
+def _met(start: int, stride: int, count: int, extent: int) -> slice:
+    """Those of `count` places from `start` on that lie within an axis; the others are padding."""
+    end = start + stride * (count - 1) + 1
+    return slice(start if start >= 0 else start % stride, max(0, min(extent, end)), stride)
+
+
+def _products(means: Array, weight: Array, chain: Chain) -> Array:
+    """The sum over taps and inputs of a weight times the means of what it multiplies: float64 [channels]."""
+    if chain.kind == "matmul":
+        return np.asarray(means.reshape(-1) @ weight.astype(np.float64))
+    groups = int(chain.call.attrs.groups)
+    by_group = weight.astype(np.float64).reshape(groups, -1, *weight.shape[1:])
+    parts = np.einsum("gohwi,hwgi->go", by_group, means.reshape(*means.shape[:2], groups, -1))
+    return np.asarray(parts.reshape(-1))
+
+
+def _rounded(x: Array, params: QParams) -> Array:
+    """What the integers of x stand for."""
+    q = numerics.quantize(x, params.scale, params.zero_point, qmin=params.qmin, qmax=params.qmax)
+    return numerics.dequantize(q, params.scale, params.zero_point)
 
 
 def corrected(module: tvm.IRModule, chains: Sequence[Chain], errors: Mapping[Any, Array]) -> tvm.IRModule:
@@ -82,24 +135,3 @@ def corrected(module: tvm.IRModule, chains: Sequence[Chain], errors: Mapping[Any
 
 def _has_bias(chain: Chain) -> bool:
     return bool(chain.followers) and isinstance(chain.followers[0], AddBias)
-
-
-def _difference(chain: Chain, x: Array, weight: Array, params: QParams) -> Array:
-    """The mean of y_q - y over all but channels."""
-    call = chain.call
-    rounded = numerics.quantize(x, params.scale, params.zero_point, qmin=params.qmin, qmax=params.qmax)
-    seen = numerics.dequantize(rounded, params.scale, params.zero_point)
-    quantized = relax.Call(call.op, [call.args[0], ir.constant(weight)], call.attrs, call.ty_args)
-    quantized = relax.BlockBuilder().normalize(quantized)
-    error = interpret.evaluate(quantized, {call.args[0]: seen}) - interpret.evaluate(call, {call.args[0]: x})
-    return np.asarray(error.reshape(-1, error.shape[-1]).mean(0, dtype=np.float64))
-
-
-def _propagated(chain: Chain, weight: Array, mean: Array) -> Array:
-    error = weight.astype(np.float64) - ir.to_numpy(chain.call.args[1])
-    if chain.kind == "matmul":
-        return np.asarray(mean @ error)
-    taps = error.sum(axis=(1, 2))  # [O, I / groups]
-    groups = int(chain.call.attrs.groups)
-    inputs = np.repeat(mean.reshape(groups, -1), len(taps) // groups, axis=0)
-    return np.asarray((taps * inputs).sum(axis=1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,27 +17,39 @@ from tvmq.graph.channels_last import channels_last
 from tvmq.importer.quantized import is_quantized
 from tvmq.model import Model
 from tvmq.quantize.calibrate import calibrate as observe
-from tvmq.quantize.data import inferences, of_fitting_size
-from tvmq.quantize.refine import Samples, reshaped
+from tvmq.quantize.data import Revisited, inferences, of_fitting_size
+from tvmq.quantize.plan import make_plan
+from tvmq.quantize.refine import Samples, mean_errors_of, reshaped
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, wanted_precisions
-from tvmq.recipe_values import WITH_DATA, Observer, Precision
+from tvmq.recipe_values import WITH_DATA, Algorithm, Observer, Precision
 
 Progress = Callable[[str, int], None]
 
 
-def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> tvm.IRModule:
-    """The float module that is calibrated and planned: channels-last, and rescaled as the recipe's algorithms ask."""
-    return reshaped(channels_last(model.module), recipe, samples_of(model, calibration))
+@dataclass(frozen=True)
+class Prepared:
+    """The float module that is calibrated and planned, and by what its layer norms were divided by default (packed)."""
+
+    module: tvm.IRModule
+    smoothed: Mapping[str, bytes]
+
+
+def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> Prepared:
+    """A model channels-last, and rescaled as the recipe's algorithms ask, or as a finished table says."""
+    known = calibration.smoothed if isinstance(calibration, CalibrationTable) else None
+    return Prepared(*reshaped(channels_last(model.module), recipe, samples_of(model, calibration), known))
 
 
 def read_again(
     calibration: Iterable[Any] | CalibrationTable | None, recipe: Recipe
 ) -> Iterable[Any] | CalibrationTable | None:
-    """Calibration data that can be read several times, where an algorithm needs that. Raises CalibrationError."""
+    """Calibration data that can be read again, as much as algorithms need that. Raises CalibrationError."""
     wanted = [algorithm.value for algorithm in recipe.all_algorithms if algorithm in WITH_DATA]
     if not wanted:
+        if isinstance(calibration, Iterator) and Algorithm.AUTO in recipe.algorithms:
+            return Revisited(calibration)
         return calibration
     if calibration is None or isinstance(calibration, CalibrationTable):
         seen = "none" if calibration is None else "a finished table"
@@ -54,18 +68,37 @@ def calibrate(
     recipe: Recipe,
     calibration: Iterable[Any] | CalibrationTable | None,
     progress: Callable[[int], None] | None = None,
-    module: tvm.IRModule | None = None,
+    ready: Prepared | None = None,
     extremes: Extremes | None = None,
 ) -> CalibrationTable:
     """The calibration table of a model; a finished table is checked and passed on. Raises CalibrationError.
 
-    extremes: learns the range of each tensor in each inference, for `quantize.sufficiency.judge`.
+    ready: what `prepared` made of the model, the recipe and the data; None makes it. extremes: learns the range of each
+    tensor in each inference, for `quantize.sufficiency.judge`.
     """
-    if module is None:
-        calibration = read_again(calibration, recipe)
-        module = prepared(model, recipe, calibration)
+    calibration = read_again(calibration, recipe)
+    ready = prepared(model, recipe, calibration) if ready is None else ready
+    table = ranges_of(model, recipe, calibration, progress, ready, extremes)
+    # A plan of `auto` takes a target, and algorithms that look at data refuse a table: errors are found by compiling.
+    later = Precision.AUTO in wanted_precisions(recipe) or set(recipe.all_algorithms) & set(WITH_DATA)
+    if later or isinstance(calibration, CalibrationTable):
+        return table
+    plan = make_plan(ready.module, table, recipe, model.paths)
+    errors = mean_errors_of(ready.module, plan, recipe, {}, samples_of(model, calibration), {})
+    return dataclasses.replace(table, mean_errors=errors)
+
+
+def ranges_of(
+    model: Model,
+    recipe: Recipe,
+    calibration: Iterable[Any] | CalibrationTable | None,
+    progress: Callable[[int], None] | None,
+    ready: Prepared,
+    extremes: Extremes | None = None,
+) -> CalibrationTable:
+    """As `calibrate`, but without mean errors, where data are given."""
     if isinstance(calibration, CalibrationTable):
-        known = {str(var.name) for var in [*ir.main(module).params, *(var for var, _ in ir.calls(module))]}
+        known = {str(var.name) for var in [*ir.main(ready.module).params, *(var for var, _ in ir.calls(ready.module))]}
         unknown = sorted(set(calibration.tensors) - known)
         if unknown:
             hint = "it belongs to another model, or to another version of this one"
@@ -80,8 +113,9 @@ def calibrate(
         raise CalibrationError(
             "calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint
         )
-    name = model.name
-    return observe(module, model.signature, calibration, recipe, name=name, progress=progress, extremes=extremes)
+    options: dict[str, Any] = {"name": model.name, "progress": progress, "extremes": extremes}
+    table = observe(ready.module, model.signature, calibration, recipe, **options)
+    return dataclasses.replace(table, smoothed=ready.smoothed)
 
 
 def for_all_sizes(

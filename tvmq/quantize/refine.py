@@ -1,13 +1,13 @@
 """The algorithms of a recipe, in order: those that reshape the float model before ranges are taken, and those that
 choose weights and biases once a plan is made.
 
-equalize, smooth        ->  a module with the same results, easier to quantize
+equalize, smooth        ->  a module with the same results, easier to quantize; by default where channels are uneven
 gptq, bias_correction   ->  what annotate needs to know of inputs, and a module with other biases
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -16,29 +16,43 @@ import tvm
 from tvmq import ir
 from tvmq.graph.fusion import Chain
 from tvmq.graph.pairs import CHANNEL_AXIS
-from tvmq.quantize import weights
+from tvmq.quantize import packed, weights
 from tvmq.quantize.annotate import weight_floor
 from tvmq.quantize.bias_correction import corrected, mean_errors
 from tvmq.quantize.channels import Channels
-from tvmq.quantize.equalize import equalize
+from tvmq.quantize.equalize import UNEVEN, equalize
 from tvmq.quantize.input_products import input_products
 from tvmq.quantize.levels import layers_with
+from tvmq.quantize.mean_errors import MeanErrors, fingerprint
 from tvmq.quantize.plan import Plan
-from tvmq.quantize.smooth import smooth
-from tvmq.recipe import Recipe
+from tvmq.quantize.smooth import norm_factors, smooth, smooth_norms
+from tvmq.recipe import Recipe, wanted_precisions
 from tvmq.recipe_values import Algorithm, Precision, WeightLevels
 
 Array = npt.NDArray[Any]
 Samples = Callable[[], Iterable[tuple[Array, ...]]]
 
 
-def reshaped(module: tvm.IRModule, recipe: Recipe, samples: Samples) -> tvm.IRModule:
-    """The float module after equalization and smoothing, where the recipe asks for them."""
+def reshaped(
+    module: tvm.IRModule, recipe: Recipe, samples: Samples, known: Mapping[str, bytes] | None = None
+) -> tuple[tvm.IRModule, dict[str, bytes]]:
+    """The float module after equalization and smoothing, and by what layer norms were smoothed by default (packed).
+
+    known: that, of a table, whose ranges are of such norms; None where the recipe decides.
+    """
+    by_default = Algorithm.AUTO in recipe.algorithms and bool(
+        wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}
+    )
     if Algorithm.EQUALIZE in recipe.algorithms:
         module = equalize(module)
+    elif by_default:
+        module = equalize(module, UNEVEN)
     if Algorithm.SMOOTH in recipe.algorithms:
-        module = smooth(module, samples(), recipe.smoothing)
-    return module
+        return smooth(module, samples(), recipe.smoothing), {}
+    if known is None and by_default:
+        known = {name: packed.pack(f) for name, f in norm_factors(module, samples(), recipe.smoothing).items()}
+    smoothed = dict(known or {})
+    return smooth_norms(module, {name: packed.unpack(data) for name, data in smoothed.items()}), smoothed
 
 
 def products_of(module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Samples) -> dict[str, Array]:
@@ -49,32 +63,71 @@ def products_of(module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Sampl
     return input_products(module, asked, samples()) if asked else {}
 
 
-def with_corrected_biases(
-    module: tvm.IRModule, plan: Plan, recipe: Recipe, products: dict[str, Array], samples: Samples
-) -> tvm.IRModule:
-    """The module with biases that make up for mean errors, where the recipe asks for it."""
-    static = [chain for chain in _weighted(plan) if chain.end in plan.integer]
-    errors: dict[Any, Array] = {}
+def mean_errors_of(
+    module: tvm.IRModule,
+    plan: Plan,
+    recipe: Recipe,
+    products: Mapping[str, Array],
+    samples: Samples,
+    known: Mapping[str, MeanErrors],
+) -> dict[str, MeanErrors]:
+    """The mean errors of the layers whose biases are to be corrected, by the names of their anchors.
+
+    known: those that a table has, which are not measured again where they are of the same integers. Layers without
+    either are left out.
+    """
+    found: dict[str, MeanErrors] = {}
     for algorithm in (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION):
-        chains = [chain for chain in static if algorithm in plan.recipes.get(chain.anchor, recipe).algorithms]
-        if chains:
-            chosen = {chain.anchor: _as_chosen(chain, plan, recipe, products) for chain in chains}
-            empirical = algorithm is Algorithm.BIAS_CORRECTION
-            errors |= mean_errors(module, chains, chosen, plan.qparams, samples(), empirical=empirical)
-    return corrected(module, static, errors) if errors else module
+        chains = to_correct(plan, recipe, algorithm)
+        chosen = {chain.anchor: _as_chosen(chain, plan, recipe, products) for chain in chains}
+        of = {chain.anchor: fingerprint(*chosen[chain.anchor], plan.qparams[chain.x]) for chain in chains}
+        new = []
+        for chain in chains:
+            name = str(chain.anchor.name)
+            if name in known and known[name].fits(of[chain.anchor], ir.shape_of(chain.call)[-1]):
+                found[name] = known[name]
+            else:
+                new.append(chain)
+        weights_of = {
+            chain.anchor: weights.dequantized(*chosen[chain.anchor], CHANNEL_AXIS[chain.kind]) for chain in new
+        }
+        empirical = algorithm is Algorithm.BIAS_CORRECTION
+        errors = mean_errors(module, new, weights_of, plan.qparams, samples(), empirical=empirical) if new else {}
+        found |= {str(anchor.name): MeanErrors(of[anchor], packed.pack(values)) for anchor, values in errors.items()}
+    return found
 
 
-def _as_chosen(chain: Chain, plan: Plan, recipe: Recipe, products: dict[str, Array]) -> Array:
-    """The weight of an integer layer as its integers stand for it, float32."""
-    axis = CHANNEL_AXIS[chain.kind]
-    q, scales = weights.choose(
+def to_correct(plan: Plan, recipe: Recipe, algorithm: Algorithm) -> list[Chain]:
+    """The integer layers whose biases `algorithm` is to correct."""
+    static = [chain for chain in _weighted(plan) if chain.end in plan.integer]
+    return [chain for chain in static if plan.recipes.get(chain.anchor, recipe).asks(algorithm)]
+
+
+def without_errors(
+    plan: Plan, recipe: Recipe, errors: Mapping[str, MeanErrors], known: Container[str]
+) -> tuple[str, ...]:
+    """`bias_correction`, where it is asked for a layer that has no mean errors, and is not among those `known`."""
+    name = Algorithm.BIAS_CORRECTION.value
+    asked = [str(chain.anchor.name) for chain in to_correct(plan, recipe, Algorithm.BIAS_CORRECTION)]
+    return () if name in known or all(anchor in errors for anchor in asked) else (name,)
+
+
+def with_corrected_biases(module: tvm.IRModule, plan: Plan, errors: Mapping[str, MeanErrors]) -> tvm.IRModule:
+    """The module with biases that make up for the mean errors of layers, given by the names of their anchors."""
+    chains = [chain for chain in _weighted(plan) if str(chain.anchor.name) in errors]
+    by_anchor = {chain.anchor: errors[str(chain.anchor.name)].values() for chain in chains}
+    return corrected(module, chains, by_anchor) if chains else module
+
+
+def _as_chosen(chain: Chain, plan: Plan, recipe: Recipe, products: Mapping[str, Array]) -> tuple[Array, Array]:
+    """The integers and the scales of the weight of an integer layer."""
+    return weights.choose(
         ir.to_numpy(chain.call.args[1]),
-        axis,
+        CHANNEL_AXIS[chain.kind],
         plan.recipes.get(chain.anchor, recipe),
         floor=weight_floor(chain, plan.qparams[chain.x].scale),
         products=products.get(str(chain.anchor.name)),
     )
-    return weights.dequantized(q, scales, axis)
 
 
 def _one_by_one(layer: Recipe) -> bool:
@@ -105,6 +158,8 @@ def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple
     }
 
     def used(algorithm: Algorithm) -> bool:
+        if algorithm is Algorithm.AUTO:
+            return True  # it does what there is to do
         if algorithm in useful:
             return any(algorithm in layer.algorithms for layer in useful[algorithm])
         return bool(static or plan.linear or simulated) and bool(Channels(module).groups)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,15 @@ import numpy as np
 
 from tvmq.errors import CalibrationError, nearest
 from tvmq.files import atomic_write_text
+from tvmq.quantize import packed
+from tvmq.quantize.mean_errors import MeanErrors
 from tvmq.quantize.numerics import QParams
 
 SCHEMA = 1
-ABOUT = "int8 calibration: value = (q - zero_point) * scale. Delete a tensor, or set keep_float, to keep it float."
+ABOUT = (
+    "int8 calibration: value = (q - zero_point) * scale. Delete a tensor, or set keep_float, to keep it float; delete "
+    "mean_errors to leave biases as they are."
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,17 @@ class Entry:
 class CalibrationTable:
     """The entries by tensor name; `samples` counts the inferences behind them.
 
-    A tensor without an entry stays float.
+    A tensor without an entry stays float. mean_errors: by the name of a convolution or linear layer, what its biases
+    are corrected by. smoothed: by the name of a layer norm, packed, what each channel of its result was divided by;
+    ranges are of what it makes since.
     """
 
     model: str
     observer: str
     samples: int
     tensors: Mapping[str, Entry]
+    mean_errors: Mapping[str, MeanErrors] = field(default_factory=dict)
+    smoothed: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -66,6 +75,10 @@ class CalibrationTable:
             "samples": self.samples,
             "tensors": tensors,
         }
+        if self.mean_errors:
+            document["mean_errors"] = {name: errors.to_dict() for name, errors in self.mean_errors.items()}
+        if self.smoothed:
+            document["smoothed"] = {name: packed.to_text(data) for name, data in self.smoothed.items()}
         return json.dumps(document, indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -103,14 +116,29 @@ class CalibrationTable:
         if isinstance(samples, bool) or not isinstance(samples, int):
             raise CalibrationError(f"{name}: samples", expected="an integer", seen=repr(samples))
         tensors = {tensor: _entry(name, tensor, value) for tensor, value in data["tensors"].items()}
-        return cls(str(data.get("model", "")), str(data.get("observer", "")), samples, tensors)
+        errors = {
+            layer: MeanErrors.from_dict(f"{name}: mean_errors of {layer!r}", value)
+            for layer, value in _object(name, data, "mean_errors").items()
+        }
+        smoothed = {
+            norm: packed.from_text(f"{name}: smoothed {norm!r}", text)
+            for norm, text in _object(name, data, "smoothed").items()
+        }
+        return cls(str(data.get("model", "")), str(data.get("observer", "")), samples, tensors, errors, smoothed)
 
 
-_DOCUMENT = ("schema", "about", "model", "observer", "samples", "tensors")
+_DOCUMENT = ("schema", "about", "model", "observer", "samples", "tensors", "mean_errors", "smoothed")
 _KEYS = ("min", "max", "scale", "zero_point", "qmin", "qmax", "keep_float")
 _FULL = (("qmin", -128), ("qmax", 127))
 # Between these a scale and its reciprocal are normal float32 numbers.
 _SCALE_MIN, _SCALE_MAX = 1e-30, 1e37
+
+
+def _object(table: str, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = data.get(key, {})
+    if not isinstance(found, dict):
+        raise CalibrationError(f"{table}: {key}", expected="an object", seen=type(found).__name__)
+    return found
 
 
 def _known(where: str, value: Mapping[str, Any], keys: tuple[str, ...]) -> None:
