@@ -51,8 +51,8 @@ def tasks(model: object, target: Target, recipe: Recipe = FLOAT, data: object = 
 
 def test_tuned_and_compiled(model, tmp_path):
     logs = tmp_path / "logs"
-    summary = tune(model, "host", INT8, calibration_of(model), trials=12, budget=None, logs=logs)
-    assert summary.trials == 12
+    summary = tune(model, "host", INT8, calibration_of(model), trials=22, budget=None, logs=logs)
+    assert summary.trials == 22
     assert summary.tuned_ms <= summary.default_ms
     assert not summary.failures
     compile_model(model, "host", INT8, calibration_of(model), tmp_path / "tuned.tvmq", logs=logs)

@@ -48,7 +48,7 @@ class Progress:
         if trial.role == DEFAULT and trial.seconds:
             self.default = min(trial.best, self.default or trial.best)
         if trial.seconds:
-            self.seconds[trial.decision] = trial.best
+            self.seconds[trial.decision] = min(trial.best, self.seconds.get(trial.decision, trial.best))
         if self.default is not None:
             self.candidates.measured(trial.decision, trial.best / self.default)
 
