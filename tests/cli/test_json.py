@@ -1,4 +1,4 @@
-"""The --json documents have the keys that README.md lists."""
+"""The --json documents have the keys that docs/cli.md lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tvmq.cli import COMMANDS
 from tvmq.cli.demo import Demo
 from tvmq.demo import run as demo
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 WORDS = {
     "compile": "compile {model} -o {folder}/float.tvmq",
     "calibrate": "calibrate {model} --calibrate {data} -o {folder}/table.json",
@@ -28,14 +28,14 @@ WORDS = {
 
 
 def documented(command: str) -> set[str]:
-    (keys,) = re.findall(rf"^\| {command} \| (`.*) \|$", README, re.MULTILINE)
+    (keys,) = re.findall(rf"^\| {command} \| (`.*) \|$", TEXT, re.MULTILINE)
     return {
         key for key in re.findall(r"`(\w+)`", keys) if key not in ("show", "detect", "target") or command != "targets"
     }
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("demo", "board")])
-def test_a_document_has_the_keys_of_the_readme(command, tvmq, files, tmp_path):
+def test_a_document_has_the_keys_of_the_docs(command, tvmq, files, tmp_path):
     values = {"model": files.model, "data": files.data, "bundle": files.bundle, "folder": tmp_path}
     document = tvmq(*WORDS[command].format(**values).split(), "--json").document
     assert document["schema"] == 1

@@ -138,7 +138,7 @@ class Sparse(Command):
         parser.add_argument(
             "--calibrate", metavar="DATA", help="prune: as for tvmq compile; for --update and int8; curve: for updates"
         )
-        parser.add_argument("--data", metavar="DATA", help='curve: samples with "labels" (see README.md)')
+        parser.add_argument("--data", metavar="DATA", help='curve: samples with "labels" (see docs/sparse.md)')
         parser.add_argument("--recipe", metavar="R.toml", help="prune: how to compile the result")
         parser.add_argument("-o", "--out", metavar="OUT.tvmq", help="prune: default: the model's name in this folder")
 
