@@ -115,6 +115,19 @@ def test_the_least_figure_is_believed_as_far_as_the_next_one(figures, least):
     assert scatter(figures) == pytest.approx(least)
 
 
+def test_a_default_that_is_slower_the_second_time_is_as_fast_as_the_first(tmp_path, target):
+    """Without a last comparison too, as where the user stops."""
+    count: Counter = Counter()
+
+    def tired(task, decision):
+        count[task, decision] += 1
+        return 1.0 * count[task, decision]
+
+    summary, _, _ = tune(tmp_path, target, Budget(), tired, stop_after=10)
+    assert summary.interrupted
+    assert summary.tuned_ms == summary.default_ms
+
+
 def test_what_scatters_as_much_as_it_gains_does_not_win(tmp_path, target):
     """A candidate that is a tenth faster once in five rounds is not faster."""
     defaults = {tuned.task: tuned.default for tuned in two_tasks(target)}
