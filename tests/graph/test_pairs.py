@@ -14,7 +14,7 @@ from tvmq.kernels.task import task_of
 from tvmq.oracle import interpret
 from tvmq.quantize.decisions import source_decisions
 from tvmq.quantize.realize import realize
-from tvmq.recipe import Precision
+from tvmq.recipe_values import Precision
 
 SHAPE = (1, 4, 5, 4)
 RNG = np.random.default_rng(0)
