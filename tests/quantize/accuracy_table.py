@@ -84,10 +84,10 @@ others may be of an earlier run, which this one went on from.
 
 `default` is what a recipe of int8 does by itself (`auto`): biases are corrected, and channels equalized where they are
 uneven. `plain` is without algorithms: batch norms folded (as in every row), extremes as ranges, asymmetric activations and
-symmetric weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points); rows below it
-add to it. `squant` is a closed form of
-what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search for limits of activations, `clip_weights` for those of
-weights. Made by
+symmetric weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points); the rows after
+it add to it. `squant` is a closed form of what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search for limits
+of activations, `clip_weights` for those of weights. Rows with `bias_correction` that are not `default` took means over all 512
+images. Made by
 
     python -m tests.quantize.accuracy_table{choice} --known figures.json -o docs/accuracy.md
 
