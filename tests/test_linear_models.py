@@ -58,6 +58,7 @@ RECIPES = {
     "int8-groups": (Recipe(precision="int8-weight", group_size=64), 40),
     "int4": (Recipe(precision="int4-weight"), 20),
     "codebook": (Recipe(precision="int4-weight", weight_levels="codebook"), 20),
+    "asymmetric": (Recipe(precision="int4-weight", weight_levels="asymmetric"), 20),
     "mixed": (Recipe(precision="int8", rules=[{"match": "head", "precision": "int4-weight"}]), 18),
     "bf16": (Recipe(precision="bf16", rules=[{"match": "matmul", "precision": "int8-dynamic"}]), 25),
 }

@@ -110,7 +110,7 @@ def test_kinds_limit_the_default_but_not_the_rules():
             {"precision": "int9"},
             [
                 "precision",
-                "fp32, bf16, fp16, int8, int8-dynamic, int8-weight, int4-weight, auto",
+                "fp32, bf16, fp16, int8, int16, int8-dynamic, int8-weight, int4-weight, auto",
                 "'int9'",
                 "did you mean 'int8'?",
             ],

@@ -71,6 +71,29 @@ def dequantize_groups(weight: Expr, scales: Expr, *, bits: int) -> Any:
     return _call("dequantize_groups", [weight, scales], {"bits": bits}, (), out_shape=shape, out_dtype="float32")
 
 
+def asymmetric_matmul(
+    x: Expr,
+    weight: Expr,
+    scales: Expr,
+    zero_points: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    bits: int,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.asymmetric_matmul`: as `grouped_matmul`, with a zero point a group."""
+    args = [x, weight, scales, zero_points, *operands]
+    return _call("asymmetric_matmul", args, {"bits": bits}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
+def dequantize_asymmetric(weight: Expr, scales: Expr, zero_points: Expr, *, bits: int) -> Any:
+    """`tvmq.dequantize_asymmetric`: each element of `weight` int8 [K, N] less its zero point, times its scale."""
+    shape, args = [int(n) for n in weight.ty.shape.values], [weight, scales, zero_points]
+    return _call("dequantize_asymmetric", args, {"bits": bits}, (), out_shape=shape, out_dtype="float32")
+
+
 def embedding(indices: Expr, table: Expr, scales: Expr) -> Any:
     """`tvmq.embedding`: rows of `table`, each times its scale; indices outside of it take its first or last row."""
     shape = (*(int(n) for n in indices.ty.shape.values), int(table.ty.shape.values[1]))

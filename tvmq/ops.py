@@ -15,17 +15,20 @@
     tvmq.embedding   (indices [...], table int8 [rows, C], scales [rows])      -> float32 [..., C]
     tvmq.dequantize_groups  (w int8 [K, N], scales [K / group, N])             -> float32 [K, N]
     tvmq.grouped_matmul  (x float32 [..., K], w, scales, epilogue tensors...)  -> [..., N]
+    tvmq.dequantize_asymmetric  (w int8 [K, N], scales, zero points int8 [K / group, N]) -> float32 [K, N]
+    tvmq.asymmetric_matmul  (x float32 [..., K], w, scales, zero points, epilogue tensors...) -> [..., N]
     tvmq.dequantize_places  (w int8 [K / n, N], scales, table float32 [n, 16]) -> float32 [K, N]
     tvmq.lookup_matmul   (x float32 [..., K], w, scales, table, epilogue tensors...) -> [..., N]
 
 Operands are float32, or 8-bit integers with a zero point; an anchor on integers sums `x - x_zero_point` times weight
-(or one) in int32. Float operands and results may also be bfloat16, which says how they are stored: they are widened to
-float32 when they are read, and rounded when they are written; x and the weight of an anchor have one dtype. The
-epilogue is a list of steps (below); its meaning is `numerics.epilogue`, and kernels agree with that bit for bit. A map,
-layer norm or softmax whose epilogue ends in `QuantizeRows` has several results. A grouped matmul multiplies floats with
-a weight of 8- or 4-bit integers, whose scales (bfloat16) are of groups along K; those of a lookup matmul, from -8 to 7,
-are places in a table. Attributes are plain data, so that a module prints, hashes and compares like any other. Here are
-the steps, and what a call says of itself; `op_calls` makes calls.
+(or one) in int32. int16 without a zero point is multiplied with int8 weights, as `quantize.wide` says. Float operands
+and results may also be bfloat16, which says how they are stored: they are widened to float32 when they are read, and
+rounded when they are written; x and the weight of an anchor have one dtype. The epilogue is a list of steps (below);
+its meaning is `numerics.epilogue`, and kernels agree with that bit for bit. A map, layer norm or softmax whose epilogue
+ends in `QuantizeRows` has several results. A grouped matmul multiplies floats with a weight of 8- or 4-bit integers,
+whose scales (bfloat16) are of groups along K; an asymmetric one takes zero points off them first; those of a lookup
+matmul, from -8 to 7, are places in a table. Attributes are plain data, so that a module prints, hashes and compares
+like any other. Here are the steps, and what a call says of itself; `op_calls` makes calls.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ NAMES = (
     "embedding",
     "dequantize_groups",
     "grouped_matmul",
+    "dequantize_asymmetric",
+    "asymmetric_matmul",
     "dequantize_places",
     "lookup_matmul",
 )
@@ -131,6 +136,13 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Leak:
+    """Multiply what is below zero by `slope`, in float32."""
+
+    slope: float
+
+
+@dataclass(frozen=True)
 class Activate:
     """Apply a named float function: see `functions.ACTIVATIONS`."""
 
@@ -172,7 +184,7 @@ class QuantizeRows:
 
 
 OperandStep = Bias | Scale | RowScale | ColumnScale | Residual | Minus | Times
-Step = OperandStep | Dequantize | Multiply | Clip | Activate | Round | Quantize | QuantizeRows
+Step = OperandStep | Dequantize | Multiply | Clip | Leak | Activate | Round | Quantize | QuantizeRows
 Epilogue = tuple[Step, ...]
 
 _STEPS = {step.__name__.lower(): step for step in get_args(Step)}

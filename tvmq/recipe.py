@@ -14,6 +14,7 @@ from typing import Any
 from tvmq import recipe_checks as checks
 from tvmq.errors import RecipeError, nearest
 from tvmq.recipe_values import (
+    CALIBRATED,
     DEFAULT_KINDS,
     GROUP_SIZES,
     KINDS,
@@ -37,9 +38,11 @@ else:
 # What the weights of a precision may be: floats are rounded to anything, 4 bits are numbers or places in a table.
 _LEVELS = {
     Precision.FP32: tuple(WeightLevels),
+    Precision.INT8_WEIGHT: (WeightLevels.NONE, WeightLevels.UNIFORM, WeightLevels.ASYMMETRIC),
     Precision.INT4_WEIGHT: (
         WeightLevels.NONE,
         WeightLevels.UNIFORM,
+        WeightLevels.ASYMMETRIC,
         WeightLevels.LOG2,
         WeightLevels.NORMAL_FLOAT,
         WeightLevels.CODEBOOK,
@@ -47,7 +50,7 @@ _LEVELS = {
     ),
 }
 # Precisions whose weights have a number of bits that may be chosen, and those whose weights may have groups.
-_WITH_BITS = (Precision.INT8, Precision.INT8_DYNAMIC, Precision.AUTO)
+_WITH_BITS = (*CALIBRATED, Precision.INT8_DYNAMIC, Precision.AUTO)
 _WITH_GROUPS = (Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
 
 
@@ -115,7 +118,7 @@ class Recipe:
     operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm`,
     `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; nothing where
     empty. smoothing: SmoothQuant's alpha, the share that goes by activations. weight_levels: of fp32 layers a
-    simulation, whose weights are rounded to few values, see `quantize.levels`; of int4-weight ones what 4 bits mean,
+    simulation, whose weights are rounded to few values, see `quantize.levels`; of weight-only ones what bits mean,
     see `quantize.tables`. integer_io: the bundle takes and returns int8, and the conversions are apart
     (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float. winograd:
     float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether products leave out
@@ -264,12 +267,14 @@ class Recipe:
         precision, why = self.precision, "the recipe's precision"
         if rule is not None and ruled is not None:
             precision, why = ruled, f"rule {rule.match!r}"
+        if precision is Precision.INT16 and kind not in ("conv2d", "matmul"):
+            return Precision.FP32, "int16 is for convolutions and linear layers"
         others: tuple[str, ...] = ()
         if precision is not Precision.INT4_WEIGHT:
             others = ("embedding", *PRODUCTS) if precision is Precision.INT8_DYNAMIC else ("embedding",)
         if precision in LINEAR and kind not in ("matmul", *others):
             return Precision.FP32, f"{precision.value} is for linear layers"
-        integer = precision in (Precision.INT8, *LINEAR) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
+        integer = precision in (*CALIBRATED, *LINEAR) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
         if ruled is None and integer and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
         return precision, why
@@ -339,8 +344,8 @@ def _rule(rule: Rule | Mapping[str, Any]) -> Rule:
 
 
 def wants_integers(recipe: Recipe) -> bool:
-    """Whether `recipe` asks for int8 with fixed scales, and so for calibration data; `auto` takes what there is."""
-    return Precision.INT8 in wanted_precisions(recipe)
+    """Whether `recipe` asks for fixed scales of activations, so for calibration data; `auto` takes what there is."""
+    return bool(wanted_precisions(recipe).intersection(CALIBRATED))
 
 
 def wanted_precisions(recipe: Recipe) -> set[Precision]:

@@ -12,6 +12,8 @@ class Precision(str, enum.Enum):
     BF16 = "bf16"
     FP16 = "fp16"
     INT8 = "int8"
+    INT16 = "int16"
+    """Convolutions and linear layers: int8 weights, and int16 activations."""
     INT8_DYNAMIC = "int8-dynamic"
     """Linear layers: int8 weights, and int8 activations with a scale a row that is found while running."""
     INT8_WEIGHT = "int8-weight"
@@ -24,6 +26,9 @@ class Precision(str, enum.Enum):
 
 # Floats of 16 bits, by their dtypes: a model has one kind of them.
 HALVES = {Precision.BF16: "bfloat16", Precision.FP16: "float16"}
+
+# Whose scales of activations are fixed beforehand: by calibration data.
+CALIBRATED = (Precision.INT8, Precision.INT16)
 
 # Of linear layers (products with a constant matrix) only; none needs calibration.
 LINEAR = (Precision.INT8_DYNAMIC, Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
@@ -110,7 +115,7 @@ class PowerOfTwo(str, enum.Enum):
 
 
 class WeightLevels(str, enum.Enum):
-    """Values that weights may have: of fp32 layers 2**weight_bits a group, stored as floats; of int4-weight ones 16."""
+    """Values that weights may have: of fp32 layers 2**weight_bits a group, stored as floats, or what bits mean."""
 
     NONE = "none"
     UNIFORM = "uniform"

@@ -357,10 +357,12 @@ def grouped(
     extra: tuple[Array, ...] = (),
     exactly: bool = False,
     table: Array | None = None,
+    asymmetric: bool = False,
 ) -> Case:
     """A tvmq.grouped_matmul of x of `shape`; its biases are constants. `exactly`: sums in any order are equal.
 
-    table: what 4 bits are the places of, [width, 16], and then it is a tvmq.lookup_matmul.
+    table: what 4 bits are the places of, [width, 16], and then it is a tvmq.lookup_matmul. asymmetric: a
+    tvmq.asymmetric_matmul, with zero points of all values.
     """
     rng = np.random.default_rng(7)
     depth = shape[-1]
@@ -381,6 +383,10 @@ def grouped(
             known = (ir.constant(q), ir.constant(scales), ir.constant(table))
             return op_calls.lookup_matmul(x, *known, [*constants, *more], steps, **common)
         known = (ir.constant(q), ir.constant(scales))
+        if asymmetric:
+            every = np.arange(*{4: (-8, 8), 8: (-128, 128)}[bits]).astype(np.int8)
+            known = (*known, ir.constant(np.resize(every, scales.shape)))
+            return op_calls.asymmetric_matmul(x, *known, [*constants, *more], steps, bits=bits, **common)
         return op_calls.grouped_matmul(x, *known, [*constants, *more], steps, bits=bits, **common)
 
     return Case(name, emit, (x, *extra))

@@ -57,6 +57,13 @@ def test_every_integer_step(name: str, dtype: str) -> None:
             a_map("multiply", acc, (ops.Multiply(1e-6), to_integer)),
             a_map("narrow", acc, (ops.Multiply(1e-6), ops.Quantize(zero, zero, high - 3, dtype))),
             a_map("clip", q, (ops.Dequantize(0.3, zero), ops.Clip(-7.7, 9.1), to_integer)),
+            a_map(
+                "leak",
+                acc,
+                (ops.Multiply(1e-6), ops.Leak(0.0117), ops.Residual(), to_integer),
+                (),
+                (floats(acc.shape),),
+            ),
             a_map("low", q, (ops.Dequantize(0.3, zero), ops.Clip(0.0, None), to_integer)),
             a_map("high", q, (ops.Dequantize(0.3, zero), ops.Clip(None, 6.0), to_integer)),
             a_map("crossed", q, (ops.Dequantize(0.3, zero), ops.Clip(5.0, 2.0), to_integer)),

@@ -34,6 +34,13 @@ def test_layers_are_the_oracle(name: str, bits: int) -> None:
 
 
 @levels
+def test_asymmetric_layers_are_the_oracle(name: str) -> None:
+    sizes = [(bits, rows, group) for bits in (4, 8) for rows in (1, 3, 6) for group in (32, 128)]
+    cases = [grouped(f"z{b}_{m}_{g}", b, (m, 128), 67, g, (ops.Bias(),), asymmetric=True) for b, m, g in sizes]
+    check([*cases, grouped("prime", 8, (2, 31), 35, 31, asymmetric=True)], runnable(name))
+
+
+@levels
 @pytest.mark.parametrize("rows", [1, 9])
 def test_epilogues(name: str, rows: int) -> None:
     added = floats((rows, 37), 9)

@@ -1,6 +1,7 @@
 """Rescaled channels change nothing but how even they are; what cannot be rescaled is left alone."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -73,8 +74,9 @@ def test_what_clips_or_leaves_the_graph_is_not_rescaled(model_of, name: str) -> 
 class Uneven(nn.Module):
     """A block whose hidden channels differ by factors of up to 1000, undone by the layer that reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = functional.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.a, self.b = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
         factors = 10.0 ** torch.linspace(-1.5, 1.5, 16)
         with torch.no_grad():
@@ -83,7 +85,7 @@ class Uneven(nn.Module):
             self.b.weight /= factors[None, :, None, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(functional.relu(self.a(x)))
+        return self.b(self.activation(self.a(x)))
 
 
 def test_the_gain_of_equalizing() -> None:
@@ -122,10 +124,13 @@ def test_by_default_uneven_channels_are_rescaled_where_they_are_read_as_integers
     assert reshaped_by(rules=[Rule("conv2d#0", "int8")]) is not case.module
 
 
-@pytest.mark.parametrize("algorithm", ["equalize", "smooth"])
-def test_uneven_channels_become_even_and_accurate(make_a_case, algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "activation"),
+    [("equalize", functional.relu), ("equalize", functional.leaky_relu), ("smooth", functional.relu)],
+)
+def test_uneven_channels_become_even_and_accurate(make_a_case, algorithm: str, activation: Callable) -> None:
     torch.manual_seed(0)
-    case = make_a_case(Uneven(), (1, 4, 9, 9))
+    case = make_a_case(Uneven(activation), (1, 4, 9, 9))
     module = equalize(case.module) if algorithm == "equalize" else smooth(case.module, case.batches, 0.5)
     (hidden,) = (str(var.name) for group in Channels(case.module).groups.values() for var in group.read)
     spreads = []

@@ -82,3 +82,34 @@ def test_rows_have_the_stated_scale() -> None:
     assert q.dtype == np.int8 and scales.dtype == np.float32
     stored, _ = numerics.quantize_rows(x, 128, "uint8")
     np.testing.assert_array_equal(stored, q.astype(int) + 128)
+
+
+# --- asymmetric ---
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_asymmetric_groups_hold_their_range_and_zero(bits: int) -> None:
+    rng = np.random.default_rng(6)
+    w = rng.uniform(-0.2, 1.0, (128, 9)).astype(np.float32)
+    w[:64, 1], w[64:, 2] = np.abs(w[:64, 1]) + 3.0, -np.abs(w[64:, 2]) - 3.0
+    w[32:64, 0], w[::7] = 0.0, 0.0
+    scales, zero_points = groups.asymmetric_groups(w, bits, 32)
+    low, high = groups.ASYMMETRIC_RANGE[bits]
+    q = groups.quantize_asymmetric(w, scales, zero_points, bits)
+    assert q.min() == low and q.max() == high and zero_points.min() >= low and zero_points.max() <= high
+    back = groups.dequantize_asymmetric(q, scales, zero_points)
+    assert (back[w == 0] == 0).all()
+    # Half a step for rounding, as much for the zero point's, and what a rounded scale cuts off an end.
+    step = groups.each(scales, w)
+    assert (np.abs(back - w) <= step * (1.0 + (high - low) / 512)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_asymmetric_is_nearer_where_weights_lie_on_one_side(bits: int) -> None:
+    w = np.random.default_rng(7).uniform(0.0, 1.0, (128, 9)).astype(np.float32)
+    scales = groups.group_scales(w, bits, 32)
+    symmetric = groups.dequantize_groups(groups.quantize_groups(w, scales, bits), scales)
+    scales, zero_points = groups.asymmetric_groups(w, bits, 32)
+    q = groups.quantize_asymmetric(w, scales, zero_points, bits)
+    ours = numerics.sqnr_db(w, groups.dequantize_asymmetric(q, scales, zero_points))
+    assert ours > numerics.sqnr_db(w, symmetric) + 5

@@ -69,7 +69,22 @@ class Sizes(nn.Module):
         return self.c(functional.adaptive_avg_pool2d(x, (3, 4)))
 
 
+class Leaks(nn.Module):
+    """Leaky rectifiers behind a convolution, behind a residual sum, and on their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 4, H, W] -> [N, 4, H, W]."""
+        x = functional.leaky_relu(self.a(x), 0.1)
+        y = functional.leaky_relu(self.b(x) + x, 0.2)
+        return self.c(functional.leaky_relu(functional.max_pool2d(y, 3, 1, 1), -0.3))
+
+
 MODELS = {
+    "leaks": (Leaks, (1, 4, 5, 7)),
     "sizes": (Sizes, (1, 4, 5, 7)),
     "frame": (Frame, (1, 4, 6, 5)),
     "gates": (Gates, (2, 8, 6, 5)),

@@ -175,6 +175,22 @@ def test_a_recipe_stores_places(case, kind: WeightLevels) -> None:
     assert numerics.sqnr_db(reference, stored) > least
 
 
+@pytest.mark.parametrize("precision", ["int4-weight", "int8-weight"])
+@pytest.mark.parametrize("algorithms", [(), ("gptq",)])
+def test_a_recipe_gives_groups_zero_points(case, precision: str, algorithms: tuple[str, ...]) -> None:
+    recipe = Recipe(precision=precision, weight_levels="asymmetric", group_size=32, algorithms=algorithms)
+    plan = case.plan(recipe)
+    assert [d.reason for d in plan.decisions if d.kind == "matmul"][:2] == ["asymmetric: groups have zero points"] * 2
+    products = products_of(case.module, plan, recipe, lambda: case.batches[:1])
+    qdq = annotate(case.module, plan, recipe, products)
+    module = realize(qdq)
+    calls = [call for _, call in ir.calls(module) if ir.is_call(call, "tvmq.asymmetric_matmul")]
+    assert [ir.shape_of(call.args[3]) for call in calls] == [(2, 96), (3, 40)]
+    (reference,), (simulated,), (stored,) = case.reference(), case.run(qdq), case.run(module)
+    np.testing.assert_allclose(simulated, stored, rtol=1e-4, atol=1e-5)
+    assert numerics.sqnr_db(reference, stored) > (18 if precision == "int4-weight" else 40)
+
+
 def test_tables_and_groups_by_layer(case) -> None:
     rules = [Rule("0", "int4-weight", weight_levels="codebook", group_size=64), Rule("2", "int4-weight")]
     module = case.realized(Recipe(precision="int8-dynamic", rules=rules))

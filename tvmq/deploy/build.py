@@ -33,7 +33,7 @@ from tvmq.kernels import memory
 from tvmq.kernels.lowering import Lowered
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
-from tvmq.quantize import numerics
+from tvmq.quantize import numerics, wide
 from tvmq.quantize.decisions import Decision
 from tvmq.quantize.partition import Conversions
 from tvmq.quantize.table import CalibrationTable
@@ -122,15 +122,18 @@ def agrees(want: Array, got: Array, exact: bool, tolerance: float = FLOAT_TOLERA
     """Equal bits where `exact`; else floats within `tolerance`, relative to the largest expected magnitude.
 
     The last place of 16 bits (2**-7 or 2**-10 of its value at most) may differ besides: a sum decides its rounding.
-    Inexact integers came from floats that differ a little: of 8 bits they differ by one step at most; choices (an
-    index, a comparison) may turn out otherwise.
+    Inexact integers came from floats that differ a little: of 8 bits they differ by one step at most, of int16 by that
+    and by what floats may; choices (an index, a comparison) may turn out otherwise.
     """
     if want.shape != got.shape or want.dtype != got.dtype:
         return False
     if exact:
         return bool(np.array_equal(want, got, equal_nan=want.dtype.kind in "fV"))
-    if str(want.dtype) in ("int8", "uint8"):
-        return bool((np.abs(want.astype(np.int32) - got) <= 1).all())
+    if str(want.dtype) in numerics.INTEGERS:
+        steps, reach = want.astype(np.int32) - got, 0.0
+        if want.dtype == wide.DTYPE:
+            reach = tolerance * float(np.abs(want.astype(np.int32)).max(initial=0))
+        return bool((np.abs(steps) <= 1 + reach).all())
     if want.dtype.kind in "iub":
         return True
     place = {numerics.BF16: 2.0**-7, numerics.FP16: 2.0**-10}.get(want.dtype, 0.0)

@@ -154,13 +154,16 @@ def _number(word: str) -> float:
 
 def _precision(kernel: str) -> str:
     """The narrowest of what a kernel reads and writes: the first parts of its name are dtypes, w4 and w8 of weights."""
-    dtypes = re.match(r"((f32|bf16|f16|[us]8|w[48])-)*", kernel)
+    dtypes = re.match(r"((f32|bf16|f16|[us]8|s16|w[48])-)*", kernel)
     names = dtypes[0].split("-") if dtypes else []
     if "w4" in names or "w8" in names:
         return "int4-weight" if "w4" in names else "int8-weight"
+    if names[1:3] == ["s16", "s8"]:  # of activations and weights
+        return "int16"
     if "u8" in names or "s8" in names:
         return "int8"
-    return next((halves for name, halves in (("bf16", "bf16"), ("f16", "fp16")) if name in names), "fp32")
+    wider = (("s16", "int16"), ("bf16", "bf16"), ("f16", "fp16"))
+    return next((precision for name, precision in wider if name in names), "fp32")
 
 
 class StepRunner:

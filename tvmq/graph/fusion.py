@@ -26,6 +26,7 @@ from tvmq.graph.pairs import Rounded
 Array = npt.NDArray[Any]
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
 CLIPS = ("nn.relu", "clip")
+LEAKY = "nn.leakyrelu"
 # Operators that compute something of their own, and so start chains before adds and activations may.
 ANCHORS = ("conv2d", "matmul", "avg_pool2d", "layer_norm", "softmax")
 # Anchors of two activations.
@@ -65,13 +66,20 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Leak:
+    """Multiply what is below zero by `slope`."""
+
+    slope: float
+
+
+@dataclass(frozen=True)
 class Apply:
     """A named activation."""
 
     function: str
 
 
-Follower = AddBias | AddTensor | TimesTensor | Limit | Apply | Rounded
+Follower = AddBias | AddTensor | TimesTensor | Limit | Leak | Apply | Rounded
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,8 @@ def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
     if len(call.args) < 2 or ir.is_constant(call.args[1]) or not ir.is_call(call, "nn.conv2d", "matmul"):
         return True
     weight: Any = values.get(call.args[1])
-    converted = ir.is_call(weight, "dequantize", "astype", "tvmq.dequantize_groups", "tvmq.dequantize_places")
+    ours = (f"tvmq.dequantize_{kind}" for kind in ("groups", "asymmetric", "places"))
+    converted = ir.is_call(weight, "dequantize", "astype", *ours)
     return converted and ir.is_constant(weight.args[0])
 
 
@@ -232,7 +241,7 @@ _ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "multiply": (("multiply",), _can_multiply),
     "layer_norm": (("nn.layer_norm",), _normalizes_last_axis),
     "softmax": (("nn.softmax",), lambda call: _is_last(call, call.attrs.axis)),
-    "unary": ((*CLIPS, *ACTIVATIONS), lambda _call: True),
+    "unary": ((*CLIPS, LEAKY, *ACTIVATIONS), lambda _call: True),
 }
 
 
@@ -293,7 +302,7 @@ def _follower(running: Any, call: Any) -> Follower | None:
     """How `call` continues a chain whose value is `running`; None where an epilogue cannot hold it."""
     if not ir.is_call(call) or not ir.is_static(call) or ir.shape_of(call) != ir.shape_of(running):
         return None
-    if ir.is_call(call, *CLIPS, *ACTIVATIONS):
+    if ir.is_call(call, *CLIPS, LEAKY, *ACTIVATIONS):
         return _unary_follower(call)
     if not ir.is_call(call, *BINARY):
         return None
@@ -312,6 +321,8 @@ def _follower(running: Any, call: Any) -> Follower | None:
 def _unary_follower(call: Any) -> Follower:
     if ir.is_call(call, "nn.relu"):
         return Limit(0.0, None)
+    if ir.is_call(call, LEAKY):
+        return Leak(float(np.float32(call.attrs.alpha)))
     if ir.is_call(call, "clip"):
         low, high = ir.clip_limits(call)
         return Limit(None if low == float("-inf") else low, None if high == float("inf") else high)

@@ -26,7 +26,19 @@ _MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strid
 # Operators that have a form, or are part of a kernel, that reads integers.
 _READ_INTEGERS = (
     *("nn.conv2d", "matmul", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean", "nn.layer_norm", "nn.softmax"),
-    *("add", "subtract", "multiply", "nn.relu", "clip", "nn.gelu", "nn.gelu_tanh", "nn.silu", "sigmoid", "tanh"),
+    *(
+        "add",
+        "subtract",
+        "multiply",
+        "nn.relu",
+        "nn.leakyrelu",
+        "clip",
+        "nn.gelu",
+        "nn.gelu_tanh",
+        "nn.silu",
+        "sigmoid",
+        "tanh",
+    ),
     *("nn.max_pool2d", "image.resize2d", "nn.pad", "concat", "quantize", "tvmq.attention"),
 )
 

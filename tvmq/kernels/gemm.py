@@ -92,11 +92,25 @@ class Emitter:
         for text in filter(None, (self.m.llvm, k.prefetch, self.out.rounding and k.rounding)):
             f.import_llvm(text)
         self.f = f
-        self.results = Results(self.out, self.m.acc_dtype, self.m.lanes, self.g.channels, self._padded_operands())
+        self.results = Results(self.out, self.sums_dtype, self.m.lanes, self.g.channels, self._padded_operands())
         if self.g.height * self.g.images == 1:
             self._flat()
         else:
             self._image()
+
+    @property
+    def sums_dtype(self) -> str:
+        """Of the sums that the epilogue is told."""
+        return self.m.acc_dtype
+
+    @property
+    def starts_with_bias(self) -> bool:
+        """Whether sums may start from the bias instead of zeros."""
+        return self.m.span.plain and bool(self.k.epilogue) and isinstance(self.k.epilogue[0], ops.Bias)
+
+    def register_tile(self, rows: int, start: Callable[[int], Expr] | None) -> RegisterTile:
+        """The sums of so many pixels, and what they start from."""
+        return RegisterTile(self.f, self.m, rows, self.tile.vectors, start)
 
     def weights(self) -> tuple[tuple[int], str]:
         """The shape and dtype of the packed weights."""
@@ -168,10 +182,10 @@ class Emitter:
         vectors = self.tile.vectors
         steps = self.k.epilogue
         activates = any(isinstance(step, ops.Activate) for step in steps)
-        starts_with_bias = m.span.plain and bool(steps) and isinstance(steps[0], ops.Bias) and self._padded_operands()
+        starts_with_bias = self.starts_with_bias and self._padded_operands()
         channel = group * self.g.channels + index * self.nr
         first_sums = (lambda v: self.operands[0].load(channel + v * lanes, lanes)) if starts_with_bias else None
-        tile = RegisterTile(self.f, m, len(pixels), self.tile.vectors, first_sums)
+        tile = self.register_tile(len(pixels), first_sums)
         self.products(panel, column, base, pixels, tile)
         rest = steps[1:] if starts_with_bias else steps
         operands = self.operands[1:] if starts_with_bias else self.operands
@@ -197,7 +211,7 @@ class Emitter:
                     self.results.store(value, place_of(*pixels[i], v, together * lanes), rest, operands)
             return
         # A float function is a page of code: a loop over the results, from memory, instead of a copy for each.
-        results = self.f.scratch(len(pixels) * vectors * lanes, m.acc_dtype)
+        results = self.f.scratch(len(pixels) * vectors * lanes, self.sums_dtype)
         for i, v, slot in tile.slots():
             results.store(tile.collect(i, v), slot, lanes)
         with builder.serial(rows) as y, builder.serial(columns) as x, builder.serial(self.tile.vectors) as v:
@@ -207,30 +221,43 @@ class Emitter:
         self, panel: Expr, column: Expr, base: Expr, pixels: Sequence[tuple[int, int]], tile: RegisterTile
     ) -> None:
         """Add all products of the pixels, which lie (row, column) from `base`, with a panel: a row of `tile` each."""
-        m, span = self.m, self.m.span
         with self._taps() as (tap, offset):
-            first = (panel * len(self.g.taps) + tap) * self.steps
-            prefetches = (
-                bool(self.k.prefetch) and self.k.blocking.prefetch and tile.rows * tile.vectors >= PREFETCHING_SLOTS
-            )
-            offsets = [y * self.g.sy + x * self.g.sx for y, x in pixels]
-            ahead = self._ahead(panel, column, tap * self.steps) if prefetches else None
-            if tile.run(self.x, base + offset, offsets, self.w, first * (self.nr * m.kr), self.steps, ahead):
-                return
+            self.run((panel, column, base + offset), pixels, tile, tap, 0, self.steps)
 
-            def multiply(step: Expr, count: int) -> None:
-                if prefetches:
-                    inline_llvm.prefetch(self.w, self._ahead(panel, column, tap * self.steps + step), 2)
-                rows = [base + offset + step * m.kr + row for row in offsets]
-                tile.multiply(self.x, rows, self.w, (first + step) * (self.nr * m.kr), count)
+    def run(
+        self,
+        place: tuple[Expr, Expr, Expr],
+        pixels: Sequence[tuple[int, int]],
+        tile: RegisterTile,
+        tap: Expr,
+        start: Expr,
+        steps: int,
+    ) -> None:
+        """Add the products of `steps` steps of a tap, from step `start`; place: panel, column, where the tap begins."""
+        m, span, size = self.m, self.m.span, self.nr * self.m.kr
+        panel, column, base = place
+        first = (panel * len(self.g.taps) + tap) * self.steps
+        prefetches = (
+            bool(self.k.prefetch) and self.k.blocking.prefetch and tile.rows * tile.vectors >= PREFETCHING_SLOTS
+        )
+        offsets = [y * self.g.sy + x * self.g.sx for y, x in pixels]
+        ahead = self._ahead(panel, column, tap * self.steps + start) if prefetches else None
+        if tile.run(self.x, base + start * m.kr, offsets, self.w, (first + start) * size, steps, ahead):
+            return
 
-            whole = self.steps // span.steps
-            if whole:
-                with builder.serial(whole) as turn:
-                    multiply(turn * span.steps, span.steps)
-            if self.steps % span.steps:
-                with builder.serial(self.steps % span.steps) as turn:
-                    multiply(whole * span.steps + turn, 1)
+        def multiply(step: Expr, count: int) -> None:
+            if prefetches:
+                inline_llvm.prefetch(self.w, self._ahead(panel, column, tap * self.steps + step), 2)
+            rows = [base + step * m.kr + row for row in offsets]
+            tile.multiply(self.x, rows, self.w, (first + step) * size, count)
+
+        whole = steps // span.steps
+        if whole:
+            with builder.serial(whole) as turn:
+                multiply(start + turn * span.steps, span.steps)
+        if steps % span.steps:
+            with builder.serial(steps % span.steps) as turn:
+                multiply(start + whole * span.steps + turn, 1)
 
     def _together(self, steps: ops.Epilogue) -> int:
         """How many vectors of a pixel are finished at once: where the machine narrows several of them into one."""

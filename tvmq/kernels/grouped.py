@@ -7,7 +7,8 @@ into the cache once, scales included, and multiply tiles of rows with that.
 Weights are packed when compiling, in the order in which they are read: 8 bits [panel, K, nr]; 4 bits [panel, K / 8, nr]
 words of eight inputs, the first in the lowest bits, each plus 8; scales [panel, group, nr]. Few rows take 4 bits where
 they are in the word: input i of a word counts 16**i, by which x is divided beforehand (a power of 2: nothing is
-rounded), and the 8 that is too much costs 8 times the sum of a group of x, from which the group's sum starts.
+rounded), and the 8 that is too much costs 8 times the sum of a group of x, from which the group's sum starts. So does
+what zero points cost, where weights are asymmetric.
 Places in a table are looked up (level_table.py), and what they name is multiplied with x as it is.
 """
 
@@ -59,7 +60,7 @@ class Grouped:
     """Everything that decides the code of one kernel. `tile`: the rows that are multiplied at once.
 
     table: how the numbers are looked up that 4 bits are the places of; None where these are numbers themselves. width:
-    how many inputs, that follow each other, 4 bits stand for.
+    how many inputs, that follow each other, 4 bits stand for. zero_points: whether groups have them, int8.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class Grouped:
     operands: tuple[tuple[tuple[int, ...], str], ...]
     table: LevelTable | None = None
     width: int = 1
+    zero_points: bool = False
 
     @property
     def nr(self) -> int:
@@ -94,7 +96,7 @@ class Grouped:
         return WORD * self.width if self.bits == 4 else next(n for n in (8, 4, 2, 1) if self.group % n == 0)
 
     def function(self) -> Any:
-        """The PrimFunc: (x, weights, scales, table if there is one, epilogue tensors..., out)."""
+        """The PrimFunc: (x, weights, scales, zero points or table if there are such, epilogue tensors..., out)."""
         return builder.function(lambda f: _Emitter(self, f).emit())
 
 
@@ -104,20 +106,26 @@ class _Emitter:
         k, numbers = kernel, kernel.panels * kernel.nr
         weights = ((numbers * k.depth // k.step,), "int32") if k.bits == 4 else ((numbers * k.depth,), "int8")
         scales = ((numbers * (k.depth // k.group),), BF16)
-        entries = [((k.width, ENTRIES), FLOAT)] if k.table is not None else []
+        entries: list[tuple[tuple[int, ...], str]] = [((k.width, ENTRIES), FLOAT)] if k.table is not None else []
+        if k.zero_points:
+            entries.append(((numbers * (k.depth // k.group),), "int8"))
         self.x, self.w, self.scales, *self.operands, out = f.arguments(
             (k.x_shape, FLOAT), weights, scales, *entries, *k.operands, (k.out_shape, k.out_dtype)
         )
         if k.table is not None:
             f.import_llvm(k.table.llvm)
             self.entries = self.operands.pop(0)
+        if k.zero_points:
+            self.zeros = self.operands.pop(0)
         self.results = Results(out, FLOAT, self.lanes, k.channels, k.channels % k.nr == 0)
         self.groups = k.depth // k.group
         # Whether weights are what x is multiplied by, once they are widened: in few rows 4 bits need more.
         self.whole = k.bits == 8 or k.table is not None
+        # Whether the sums of few rows start from sums of x.
+        self.summed = k.zero_points or not self.whole
 
     def emit(self) -> None:
-        if self.k.rows <= FEW_ROWS and not self.whole:
+        if self.k.rows <= FEW_ROWS and self.summed:
             self._prepare()
         with builder.parallel(self.k.panels) as panel:
             if self.k.table is not None:
@@ -132,9 +140,8 @@ class _Emitter:
 
     def _looked_up(self, panel: Expr, k: Expr, v: int, table: LevelTable) -> list[Expr]:
         """What vector `v` of a panel's 4-bit weights stands for, for the inputs from `k`."""
-        word = self._word(panel, k, v)
-        shifted = [T.Bind(word >> builder.number(4 * i, "int32", self.lanes)) for i in range(WORD)]
-        return [T.Bind(table.entries(held, places)) for places in shifted for held in self.held]
+        places = table.places(self._word(panel, k, v))
+        return [T.Bind(table.entries(held, each)) for each in places for held in self.held]
 
     def _bytes(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
         """Vector `v` of a panel's 8-bit weights for each of `step` inputs from `k`, as float32."""
@@ -158,23 +165,34 @@ class _Emitter:
     def _scale(self, panel: Expr, group: Expr, v: int) -> Expr:
         return self.scales.load((panel * self.groups + group) * self.k.nr + v * self.lanes, self.lanes)
 
+    def _zero(self, panel: Expr, group: Expr, v: int, offset: int = 0) -> Expr:
+        """The zero points of a vector of channels plus `offset`, as float32."""
+        zeros = self.zeros.load((panel * self.groups + group) * self.k.nr + v * self.lanes, self.lanes)
+        wide = builder.cast(zeros, "int32", self.lanes) + builder.number(offset, "int32", self.lanes)
+        return T.Bind(builder.cast(wide, FLOAT, self.lanes))
+
     # --- few rows ---
 
     def _prepare(self) -> None:
-        """x over the powers of 16 that its weights count for in a word, and what each group's sum starts from."""
+        """x over the powers of 16 that its weights count for in a word, and what each group's sum starts from.
+
+        The latter is for each 1 that is too much in a weight.
+        """
         k, lanes = self.k, WORD
-        scaled = self.f.scratch(k.rows * k.depth, FLOAT)
         self.starts = self.f.scratch(k.rows * self.groups, FLOAT)
+        with builder.serial(k.rows * self.groups) as group:
+            start = group * k.group
+            total = row_sum(self.f, k.group, lambda at, n: self.x.load(start + at, n))
+            self.starts.store(total * builder.number(-1 if k.zero_points else -OFFSET, FLOAT), group)
+        if self.whole:
+            return
+        scaled = self.f.scratch(k.rows * k.depth, FLOAT)
         place = T.Ramp(tirx.const(0, "int32"), 1, lanes)
         last = tirx.EQ(place, builder.number(WORD - 1, "int32", lanes))  # is shifted down instead
         power = T.Select(last, builder.number(0, "int32", lanes), place * builder.number(4, "int32", lanes))
         bits = (builder.number(127, "int32", lanes) - power) << builder.number(23, "int32", lanes)
         factor = T.Bind(T.reinterpret(f"float32x{lanes}", bits))
         builder.for_each(k.rows * k.depth, lanes, lambda at, n: scaled.store(self.x.load(at, n) * factor, at, n))
-        with builder.serial(k.rows * self.groups) as group:
-            start = group * k.group
-            total = row_sum(self.f, k.group, lambda at, n: self.x.load(start + at, n))
-            self.starts.store(total * builder.number(-OFFSET, FLOAT), group)
         self.x = scaled
 
     def _few(self, panel: Expr) -> None:
@@ -185,9 +203,13 @@ class _Emitter:
         for _, _, slot in slots:
             sums.store(builder.number(0, FLOAT, lanes), slot, lanes)
         with builder.serial(self.groups) as group:
-            for r, _, slot in slots:
-                start = builder.number(0, FLOAT) if self.whole else self.starts.load(r * self.groups + group)
-                parts.store(builder.splat(start, lanes), slot, lanes)
+            zeros = []
+            if self.k.zero_points:
+                zeros = [self._zero(panel, group, v, 0 if self.whole else OFFSET) for v in range(vectors)]
+            for r, v, slot in slots:
+                start = self.starts.load(r * self.groups + group) if self.summed else builder.number(0, FLOAT)
+                each = builder.splat(start, lanes)
+                parts.store(each * zeros[v] if zeros else each, slot, lanes)
             with builder.serial(self.k.group // self.k.step) as step:
                 self._multiply(panel, group * self.k.group + step * self.k.step, parts)
             for v in range(vectors):
@@ -224,11 +246,13 @@ class _Emitter:
         wide = self.f.scratch(k.depth * k.nr, FLOAT)
         with builder.serial(self.groups) as group:
             scales = [T.Bind(self._scale(panel, group, v)) for v in range(k.vectors)]
+            zeros = [self._zero(panel, group, v) for v in range(k.vectors)] if k.zero_points else []
             with builder.serial(k.group // k.step) as step:
                 start = group * k.group + step * k.step
                 for v in range(k.vectors):
                     for i, weight in enumerate(self._numbers(panel, start, v)):
-                        wide.store(weight * scales[v], (start + i) * k.nr + v * lanes, lanes)
+                        centred = weight - zeros[v] if zeros else weight
+                        wide.store(centred * scales[v], (start + i) * k.nr + v * lanes, lanes)
         whole, rest = divmod(k.rows, k.tile)
         with builder.serial(whole) as index:
             self._tile(panel, wide, index * k.tile, k.tile)

@@ -43,6 +43,8 @@ def is_looked_up(call: Any, dtype: str) -> bool:
     steps = ops.epilogue_of(call)
     if dtype not in numerics.INT_RANGE or not steps or not isinstance(steps[-1], ops.Quantize):
         return False
+    if steps[-1].dtype not in numerics.INT_RANGE:
+        return False
     activated = any(isinstance(step, ops.Activate) for step in steps)
     return activated and not any(isinstance(step, ops.OPERAND_STEPS) for step in steps)
 

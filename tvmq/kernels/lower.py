@@ -14,9 +14,10 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import lower_attention, lower_grouped, lower_images, lower_matrix, lower_rest, tiles
+from tvmq.kernels import lower_attention, lower_grouped, lower_images, lower_matrix, lower_rest, lower_wide, tiles
 from tvmq.kernels.decision import Decisions, Records
 from tvmq.kernels.lowering import Lowered, Lowering
+from tvmq.quantize import wide
 from tvmq.recipe_values import Sparse
 from tvmq.target import Target
 
@@ -53,7 +54,8 @@ def visit(lowering: Lowering, state: ir.Rewrite, name: str, value: Any) -> Any:
         return None
     if not ir.op_name(value).startswith(ops.PREFIX):
         return relax.Call(value.op, lowering.lift(state, name, value.args), value.attrs, value.ty_args)
-    rule = RULES[ir.op_name(value).removeprefix(ops.PREFIX)]
+    rules = INT16_RULES if ir.dtype_of(value.args[0]) == wide.DTYPE else RULES
+    rule = rules[ir.op_name(value).removeprefix(ops.PREFIX)]
     return rule(lowering, state, name, value)
 
 
@@ -61,6 +63,7 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "conv2d": lower_matrix.conv2d,
     "matmul": lower_matrix.matmul,
     "grouped_matmul": lower_grouped.matmul,
+    "asymmetric_matmul": lower_grouped.asymmetric,
     "lookup_matmul": lower_grouped.lookup,
     "avg_pool2d": lower_rest.pool,
     "max_pool2d": lower_rest.pool,
@@ -74,3 +77,5 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "attention": lower_attention.attention,
     "batch_matmul": lower_rest.batch_matmul,
 }
+# Of what reads int16.
+INT16_RULES = {**RULES, "conv2d": lower_wide.conv2d, "matmul": lower_wide.matmul}

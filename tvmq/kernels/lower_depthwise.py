@@ -17,16 +17,24 @@ from tvmq.kernels.depthwise_space import DepthwiseSpace
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of, fold_zero_point
 from tvmq.kernels.micro import Micro
 from tvmq.kernels.task import task_of
+from tvmq.quantize import wide
 
 Array = npt.NDArray[Any]
 
 
+def is_depthwise(call: Any, kernel: Array) -> bool:
+    """Whether the groups of a `tvmq.conv2d` are its channels."""
+    channels = ir.shape_of(call.args[0])[3]
+    return ops.attributes(call)["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1
+
+
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: Array) -> Any:
-    """A `tvmq.conv2d` whose groups are its channels; `kernel`: its weight."""
+    """A `tvmq.conv2d` that `is_depthwise`; `kernel`: its weight."""
     a = ops.attributes(call)
     x, _, *operands = call.args
     # Floats are multiplied one by one, in float32: a bfloat16 dot product sums over channels, which are apart here.
-    m = lowering.int8 if kernel.dtype == np.int8 else lowering.float
+    words = dtype_of(x) == wide.DTYPE
+    m = lowering.int16 if words else lowering.int8 if kernel.dtype == np.int8 else lowering.float
     epilogue = ops.epilogue_of(call)
     if kernel.dtype == np.int8:
         epilogue, operands = fold_zero_point(epilogue, operands, kernel, a["x_zero_point"])
@@ -41,7 +49,8 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, kernel: 
         dot = spec.product
         tile = f"{spec.columns}x{dot.channels(spec.lanes)}-{dot.name}"
         packing = Packing("rows", kernel.shape, dot.widths[-1], 1, spec.lanes, dot.rows)
-    title = f"{SHORT[a['out_dtype']]}-{SHORT[str(kernel.dtype)]}-dwconv2d-{tile}"
+    read = f"{SHORT[wide.DTYPE]}-" if words else ""
+    title = f"{SHORT[a['out_dtype']]}-{read}{SHORT[str(kernel.dtype)]}-dwconv2d-{tile}"
     lowering.names[name] = title
     args = [x, *lowering.pack(state, name, [(kernel, packing)]), *lowering.lift(state, name, operands)]
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])

@@ -1,4 +1,4 @@
-"""Lowering rules of linear layers whose weights are integers, or places in a table, with a scale a group of inputs."""
+"""Lowering rules of linear layers whose weights are integers, or places in a table, with scales of groups of inputs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def lookup(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     return _lowered(lowering, state, name, call, 4, _space(lowering, call).default(), call.args[4:], table)
 
 
+def asymmetric(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.asymmetric_matmul`: nothing of it is tuned either."""
+    bits, space = ops.attributes(call)["bits"], _space(lowering, call)
+    return _lowered(lowering, state, name, call, bits, space.default(), call.args[4:], zero_points=call.args[3])
+
+
 def _space(lowering: Lowering, call: Any) -> GroupedSpace:
     *rows, depth = ir.shape_of(call.args[0])
     return GroupedSpace(math.prod(rows), depth, ir.shape_of(call)[-1], lowering.float, lowering.target)
@@ -47,6 +53,7 @@ def _lowered(
     point: Point,
     operands: Sequence[Any],
     table: LevelTable | None = None,
+    zero_points: Any = None,
 ) -> Any:
     m, dtype = lowering.float, ops.attributes(call)["out_dtype"]
     x, weight, scales = call.args[:3]
@@ -69,16 +76,19 @@ def _lowered(
         declared(operands),
         table,
         depth // ir.shape_of(weight)[0],
+        zero_points is not None,
     )
     kind = "matvec" if rows <= FEW_ROWS else "matmul"
     if table is not None:
         kind = f"lookup{spec.width}-{kind}"
+    if zero_points is not None:
+        kind = f"asymmetric-{kind}"
     title = f"{SHORT[dtype]}-w{bits}-{kind}-{tile}x{spec.nr}-{m.name}"
     lowering.names[name] = title
     packed = [_packed(weight, "words" if bits == 4 else "gemm", spec.nr, WORD if bits == 4 else 1)]
-    packed.append(_packed(scales, "gemm", spec.nr, 1))
+    packed += [_packed(each, "gemm", spec.nr, 1) for each in (scales, zero_points) if each is not None]
     args = lowering.pack(state, name, packed)
-    args += lowering.lift(state, name, call.args[3:])
+    args += lowering.lift(state, name, call.args[1 + len(packed) :])
     return lowering.call(spec, title, [x, *args], ir.shape_of(call), dtype)
 
 

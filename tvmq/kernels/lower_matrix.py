@@ -30,8 +30,7 @@ def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     a = ops.attributes(call)
     x, weight, *operands = call.args
     kernel = ir.to_numpy(weight)
-    channels = ir.shape_of(x)[3]
-    if a["groups"] == channels == kernel.shape[0] and kernel.shape[3] == 1 and channels > 1:
+    if lower_depthwise.is_depthwise(call, kernel):
         return lower_depthwise.conv2d(lowering, state, name, call, kernel)
     m = lowering.micro(str(kernel.dtype))
     geometry, padding, wide = geometry_of_conv2d(m, call, kernel)
@@ -145,7 +144,7 @@ def _gemm(
         made = lower_sparse.template(lowering, m, kernel.shape, geometry, sparse, rest)
     else:
         choice = lowering.decisions.choose(name, task_of(call), _spaces(lowering, m, geometry))
-        made = _template(lowering, m, kernel.shape, choice, rest)
+        made = template(lowering, m, kernel.shape, choice, rest)
     spec, packing, tile = made
     title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
     lowering.names[name] = title
@@ -154,7 +153,7 @@ def _gemm(
     return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
 
 
-def _template(
+def template(
     lowering: Lowering, m: Micro, kernel: tuple[int, ...], choice: Choice, rest: tuple[Any, ...]
 ) -> tuple[gemm.Gemm | TileGemm, Packing, str]:
     """The chosen template, how it packs a weight of shape `kernel`, and its part of the name.

@@ -123,6 +123,7 @@ class Lowering:
         self.builder = relax.BlockBuilder()
         self.float = micro.float_micro(self.target.isa)
         self.int8 = micro.int8_micro(self.target.isa)
+        self.int16 = micro.int16_micro(self.target.isa)
         self.bf16 = micro.bf16_micro(self.target.isa)
         self.fp16 = micro.fp16_micro(self.target.isa)
         self.tiles = tiles.unit_of(self.target.isa)
@@ -167,7 +168,7 @@ class Lowering:
 
     def pack(self, state: ir.Rewrite, name: str, weights: Sequence[tuple[Array, Packing | SparsePacking]]) -> list[Any]:
         """Parameters for the first constants of operator `name`: its weight, and what is packed with it."""
-        suffixes = ("weight", "scales")
+        suffixes = ("weight", "scales", "zero_points")
         made = [self.parameter(state, f"{name}_{s}", p.pack(w)) for s, (w, p) in zip(suffixes, weights, strict=False)]
         self.packed[name] = [(str(var.name), packing) for var, (_, packing) in zip(made, weights, strict=True)]
         return made

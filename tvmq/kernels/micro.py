@@ -22,7 +22,7 @@ from tvm.tirx.script.builder import ir as T
 from tvmq import ops
 from tvmq.isa import Bf16, Int8Dot, Isa
 from tvmq.kernels import neon, neon32
-from tvmq.kernels.builder import BF16, FLOAT, FP16, Expr, Flat, cast, external, intrinsic, number, splat
+from tvmq.kernels.builder import BF16, FLOAT, FP16, Expr, Flat, cast, external, intrinsic, number, shuffle, splat
 from tvmq.kernels.lane_loop import LaneProduct
 from tvmq.kernels.spans import Broadcast, Halves, Lanes, Pairs, Squares, Step, lane
 from tvmq.triple import Family
@@ -253,6 +253,20 @@ def int8_micro(isa: Isa) -> Micro:
     return _neon(isa) if _has_neon32(isa) else _widening(isa)
 
 
+def int16_micro(isa: Isa) -> Micro:
+    """The best exact step of int16 activations and int8 weights, which are widened as they are loaded.
+
+    LLVM makes one instruction, vpdpwssd, of vpmaddwd and the addition where VNNI has it.
+    """
+    if isa.int8_dot in (Int8Dot.AVX512_VNNI, Int8Dot.AMX):
+        return _pairs("avx512vnni", 512, isa)
+    if isa.int8_dot is Int8Dot.AVX512_PAIRS:
+        return _pairs("avx512bw", 512, isa)
+    if "avx2" in isa.required_features:
+        return _pairs("avxvnni" if isa.int8_dot is Int8Dot.AVX_VNNI else "avx2", 256, isa)
+    return _neon_words(isa) if isa.family is Family.AARCH64 or _has_neon32(isa) else _widening(isa)
+
+
 def _vnni(name: str, bits: int, isa: Isa) -> Micro:
     """vpdpbusd: u8 x s8 quads into int32. LLVM 22 types its operands as bytes."""
     lanes, call = bits // 32, f"llvm.x86.avx512.vpdpbusd.{bits}"
@@ -316,6 +330,21 @@ def _neon(isa: Isa) -> Micro:
         span, narrow = Pairs(words.single, neon32.add_pairs, neon32.add_neighbours, twice=False), None
     whole = Product("int8x16", 4, span.product)
     return replace(words, name="neon", a_dtype="int8", kr=8, span=span, narrow=narrow, whole=whole)
+
+
+def _neon_words(isa: Isa) -> Micro:
+    """smlal by element (vmlal of 32-bit ARM): int16 x int16 into int32. Weights are widened eight at a time."""
+    words = _widening(isa)
+
+    def load_w(w: Flat, at: Expr, count: int) -> list[Expr]:
+        wide = T.Bind(cast(w.load(at, 4 * count), "int16", 4 * count))
+        return [shuffle([wide], range(4 * v, 4 * v + 4)) for v in range(count)]
+
+    def product(acc: Expr, a: Expr, i: int, w: Expr) -> Expr:
+        return acc + cast(lane(a, i, 4), "int32", 4) * cast(w, "int32", 4)
+
+    span = Lanes(words.single, 8, 8, lambda x, row: x.load(row, 8), load_w, product, group=2, unpacks=1)
+    return replace(words, name="neon", span=span, registers=isa.vector_registers)
 
 
 def _widening(isa: Isa) -> Micro:

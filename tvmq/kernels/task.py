@@ -132,6 +132,8 @@ def _without_numbers(step: ops.Step) -> ops.Step:
             return ops.Residual(None if scale is None else 1.0, _sign(zero_point))
         case ops.Times(scale, zero_point):
             return ops.Times(None if scale is None else 1.0, _sign(zero_point))
+        case ops.Leak():
+            return ops.Leak(0.5)
         case ops.Clip(low, high):
             return ops.Clip(None if low is None else low * 0, None if high is None else high * 0 + 1)
         case ops.Quantize():

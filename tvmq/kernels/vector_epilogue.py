@@ -27,7 +27,7 @@ class Place:
 
     row: all indices but the channel, as one; for epilogues with a scale a row. Of products of two activations `row` is
     that of the first, and `channel` all indices of a column of the second. narrow: how the machine quantizes a vector
-    of such sums in its own way.
+    of such sums to int8 in its own way.
     """
 
     channel: Expr
@@ -81,13 +81,17 @@ def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, 
             return fenced(_to_float(value, dtype, lanes) * number(factor, FLOAT, lanes), lanes), FLOAT
         case ops.Clip(low, high):
             return _limit(value, low, high, dtype, lanes), dtype
+        case ops.Leak(slope):
+            value = T.Bind(_to_float(value, dtype, lanes))
+            below = fenced(value * number(slope, FLOAT, lanes), lanes)
+            return T.Select(value < number(0.0, FLOAT, lanes), below, value), FLOAT
         case ops.Activate(name):
             return functions.ACTIVATIONS[name](VectorMath(lanes), T.Bind(value)), FLOAT
         case ops.Round(low, high):
             limited = _limit(_to_float(value, dtype, lanes), float(low), float(high), FLOAT, lanes)
             whole = number(_WHOLE, FLOAT, lanes)
             return fenced(limited + whole, lanes) - whole, FLOAT
-        case ops.Quantize() if place.narrow is not None:
+        case ops.Quantize() if place.narrow is not None and step.dtype == "int8":
             return place.narrow(_to_float(value, dtype, lanes), step, lanes), step.dtype
         case ops.Quantize(zero_point, qmin, qmax, stored):
             limited = _limit(value, float(qmin - zero_point), float(qmax - zero_point), FLOAT, lanes)

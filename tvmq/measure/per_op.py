@@ -22,7 +22,7 @@ from tvmq.target import Target
 # TVM's kernel of embeddings.
 _LOOKUPS = "tvm-take"
 # Products with a constant matrix.
-_PRODUCTS = ("matmul", "grouped_matmul", "lookup_matmul")
+_PRODUCTS = ("matmul", "grouped_matmul", "asymmetric_matmul", "lookup_matmul")
 
 
 @dataclass(frozen=True)

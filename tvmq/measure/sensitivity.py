@@ -23,6 +23,7 @@ from tvmq.measure import canvas, report
 from tvmq.model import Model
 from tvmq.oracle import interpret
 from tvmq.pipeline import Quantized
+from tvmq.quantize import numerics, wide
 from tvmq.quantize.data import inferences
 from tvmq.quantize.table import Entry
 from tvmq.recipe_values import Precision
@@ -86,12 +87,18 @@ class _Pairs:
     def __init__(self, qdq: tvm.IRModule, chosen: Container[str]) -> None:
         variables = {str(var.name) for var, _ in ir.calls(qdq)}
         names = [name for name in variables if name in chosen]
-        self.seen = {f"{name}_dq" if f"{name}_dq" in variables else name: name for name in names}
+        self.seen = {_seen(name, variables): name for name in names}
+        self.wide = {name for name in names if f"{name}_dq16" in variables}
         self.program = interpret.Program(qdq, self.seen)
 
     def run(self, inputs: tuple[Array, ...], watch: interpret.Watch) -> tuple[Array, ...]:
         """As `Program.run`; `watch` is given the names of operators."""
         return self.program.run(inputs, lambda name, value: watch(self.seen[name], value))
+
+
+def _seen(name: str, variables: Container[str]) -> str:
+    """The variable that readers of an operator's result see."""
+    return next((twin for twin in (f"{name}_dq16", f"{name}_dq") if twin in variables), name)
 
 
 class _Sums:
@@ -137,7 +144,7 @@ def analyze(
             _db(sums[name].signal, sums[name].isolated),
             _db(alone[name].signal, alone[name].cumulative) if alone[name].count else None,
             (sums[name].low, sums[name].high),
-            _used(entries.get(name)),
+            _used(entries.get(name), name in pairs.wide),
             sums[name].beyond / max(sums[name].count, 1),
         )
         for name, decision in chosen.items()
@@ -161,7 +168,7 @@ def _cumulative(
         found.cumulative += _energy(want - value)
         found.low, found.high = min(found.low, float(want.min())), max(found.high, float(want.max()))
         found.count += want.size
-        limits = _used(entries.get(name))
+        limits = _used(entries.get(name), name in pairs.wide)
         if limits is not None:
             found.beyond += float(((want < limits[0]) | (want > limits[1])).sum())
 
@@ -224,10 +231,13 @@ def _db(signal: float, noise: float) -> float:
     return float(min(10.0 * np.log10(max(signal, 1e-300) / noise), CEILING_DB))
 
 
-def _used(entry: Entry | None) -> tuple[float, float] | None:
+def _used(entry: Entry | None, as_int16: bool) -> tuple[float, float] | None:
     if entry is None or entry.keep_float:
         return None
     p = entry.qparams
+    if as_int16:
+        reach = wide.scale_of(p) * numerics.INTEGERS[wide.DTYPE][1]
+        return -reach, reach
     return (p.qmin - p.zero_point) * p.scale, (p.qmax - p.zero_point) * p.scale
 
 

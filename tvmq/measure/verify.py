@@ -25,7 +25,7 @@ from tvmq.errors import OutputError
 from tvmq.kernels.lowering import packing_of
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.recipe_values import Precision
+from tvmq.recipe_values import CALIBRATED, Precision
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +69,7 @@ class Verification:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        exact = sum(op.precision == "int8" for op in self.ops)
+        exact = sum(op.precision in CALIBRATED for op in self.ops)
         if self.ok:
             return f"{len(self.ops)} operators agree with the oracle on {self.device}, {exact} of them bit for bit"
         bad = self.first_difference

@@ -146,7 +146,7 @@ def _nn_batch_norm(call: Any, args: list[Array]) -> Value:
 def _quantize(call: Any, args: list[Array]) -> Array:
     x, scale, zero_point = args
     dtype = str(call.attrs.out_dtype)
-    low, high = numerics.INT_RANGE[dtype]
+    low, high = numerics.INTEGERS[dtype]
     shape = _axis_shape(x, scale, int(call.attrs.axis))
     rounded = np.rint(x * numerics.reciprocal(scale).reshape(shape)) + zero_point.reshape(shape).astype(np.float32)
     return np.asarray(np.clip(rounded, low, high), dtype)
@@ -225,6 +225,7 @@ RULES: dict[str, Callable[[Any, list[Any]], Value]] = {
     "nn.layer_norm": _nn_layer_norm,
     "nn.softmax": _nn_softmax,
     "nn.relu": _unary(lambda x: np.maximum(x, 0)),
+    "nn.leakyrelu": lambda call, args: np.where(args[0] < 0, args[0] * np.float32(call.attrs.alpha), args[0]),
     "nn.gelu": _unary(lambda x: numerics.activation(x, "gelu")),
     "nn.gelu_tanh": _unary(lambda x: numerics.activation(x, "gelu_tanh")),
     "nn.silu": _unary(lambda x: numerics.activation(x, "silu")),

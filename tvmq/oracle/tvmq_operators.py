@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import functions, ir, ops
-from tvmq.quantize import anchors, groups, numerics, resampling, tables
+from tvmq.quantize import anchors, groups, numerics, resampling, tables, wide
 from tvmq.quantize.attention import attention as integer_attention
 
 Array = npt.NDArray[Any]
@@ -17,13 +17,20 @@ Value = Any  # an array, or a tuple of values
 
 
 def _conv2d(call: Any, args: list[Array]) -> Value:
-    attrs = _only(call, "strides", "padding", "dilation", "groups", "x_zero_point")
-    return numerics.epilogue(anchors.conv2d(args[0], args[1], **attrs), args[2:], ops.epilogue_of(call))
+    geometry = _only(call, "strides", "padding", "dilation", "groups")
+    if args[0].dtype == wide.DTYPE:
+        product = wide.conv2d(args[0], args[1], **geometry)
+    else:
+        product = anchors.conv2d(args[0], args[1], **geometry, **_only(call, "x_zero_point"))
+    return numerics.epilogue(product, args[2:], ops.epilogue_of(call))
 
 
 def _matmul(call: Any, args: list[Array]) -> Value:
-    acc = anchors.matmul(args[0], args[1], **_only(call, "x_zero_point"))
-    return numerics.epilogue(acc, args[2:], ops.epilogue_of(call))
+    if args[0].dtype == wide.DTYPE:
+        product = wide.matmul(*args[:2])
+    else:
+        product = anchors.matmul(*args[:2], **_only(call, "x_zero_point"))
+    return numerics.epilogue(product, args[2:], ops.epilogue_of(call))
 
 
 def _dequantize_groups(_call: Any, args: list[Array]) -> Array:
@@ -33,6 +40,15 @@ def _dequantize_groups(_call: Any, args: list[Array]) -> Array:
 def _grouped_matmul(call: Any, args: list[Array]) -> Value:
     product = anchors.matmul(args[0], groups.dequantize_groups(args[1], args[2]))
     return numerics.epilogue(product, args[3:], ops.epilogue_of(call))
+
+
+def _dequantize_asymmetric(_call: Any, args: list[Array]) -> Array:
+    return groups.dequantize_asymmetric(*args)
+
+
+def _asymmetric_matmul(call: Any, args: list[Array]) -> Value:
+    product = anchors.matmul(args[0], groups.dequantize_asymmetric(*args[1:4]))
+    return numerics.epilogue(product, args[4:], ops.epilogue_of(call))
 
 
 def _embedding(_call: Any, args: list[Array]) -> Array:
@@ -131,6 +147,8 @@ RULES: dict[str, Callable[[Any, list[Any]], Value]] = {
     "matmul": _matmul,
     "dequantize_groups": _dequantize_groups,
     "grouped_matmul": _grouped_matmul,
+    "dequantize_asymmetric": _dequantize_asymmetric,
+    "asymmetric_matmul": _asymmetric_matmul,
     "embedding": _embedding,
     "dequantize_places": _dequantize_places,
     "lookup_matmul": _lookup_matmul,

@@ -3,8 +3,9 @@
     y = conv2d(x, w)   ->   q = quantize(x, s, z);  d = dequantize(q, s, z);  y = conv2d(d, dequantize(w_q, s_w, 0))
     y = conv2d(x, w)   ->   h = astype(x, bfloat16);  d = astype(h, float32);  y = conv2d(d, astype(w_h, float32))
 
-A linear layer with dynamic precision reads rows that are quantized and dequantized (one pair for all layers that read
-the tensor); one with weight-only precision reads its input as it is, and a weight that is dequantized by groups. What
+What a layer with int16 activations reads has a pair of int16, behind the kernel that makes it or before the layer. A
+linear layer with dynamic precision reads rows that are quantized and dequantized (one pair for all layers that read the
+tensor); one with weight-only precision reads its input as it is, and a weight that is dequantized by groups. What
 becomes of products of two activations, products.py tells.
 
 The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on
@@ -30,7 +31,7 @@ from tvmq.quantize import groups, numerics, products, rounding, tables, weights
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
 from tvmq.recipe import Recipe
-from tvmq.recipe_values import Precision
+from tvmq.recipe_values import Precision, WeightLevels
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
@@ -43,16 +44,23 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
     """
     seen = seen or {}
     twins: dict[Any, Any] = {}  # old variable -> its dequantized twin
+    wide: dict[Any, Any] = {}  # old variable -> its twin that went through int16
     pairs = Pairs()
     rounded: dict[Any, Any] = {}  # old variable -> its twin that went through 16 bits
     integer = _readers(plan, plan.integer, plan.qparams.keys())
     narrow = _readers(plan, plan.narrow, plan.stored)
     weighted = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
+    reads_wide = {chain.anchor: {chain.x} for chain in plan.chains if chain.anchor in plan.wide_layers}
 
     def pair(state: ir.Rewrite, old: Any, new: Any) -> Any:
         if old not in twins:
             twins[old] = pairs.by_tensor(state, str(old.name), new, plan.qparams[old])
         return twins[old]
+
+    def wide_pair(state: ir.Rewrite, old: Any, new: Any) -> Any:
+        if old not in wide:
+            wide[old] = pairs.by_wide_tensor(state, str(old.name), new, plan.wide[old])
+        return wide[old]
 
     def through_half(state: ir.Rewrite, old: Any, new: Any) -> Any:
         if old not in rounded:
@@ -67,9 +75,11 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
             new = ir.substitute(value, _twins(state, value, integer[old] - plan.produced, pair))
         elif old in narrow and ir.is_call(value):
             new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_half))
+        if old in reads_wide:
+            new = ir.substitute(new, _twins(state, new, reads_wide[old] - plan.made_wide, wide_pair))
         chain = weighted.get(old)
         if chain is not None and chain.end in plan.integer:
-            floor = weight_floor(chain, plan.qparams[chain.x].scale)
+            floor = 0.0 if old in plan.wide_layers else weight_floor(chain, plan.qparams[chain.x].scale)
             value_of, layer = ir.to_numpy(new.args[1]), plan.recipes.get(old, recipe)
             weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, layer, seen.get(str(old.name)))
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
@@ -83,6 +93,8 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
             new = _embedding(state, name, new)
         elif old in plan.products:
             new = _product(state, name, value, new, plan, pairs)
+        if old in plan.made_wide:
+            return wide_pair(state, old, state.emit(new, name))
         if old in plan.produced:
             return pair(state, old, state.emit(new, name))
         if old in plan.narrow and old in plan.stored:
@@ -98,12 +110,18 @@ def _readers(plan: Plan, computed: AbstractSet[Any], stored: AbstractSet[Any]) -
     for chain in plan.chains:
         if chain.end in computed:
             # A float tensor that is only added or mapped stays float, even where somebody else reads it stored.
-            pulled = {chain.x} if chain.kind in CHANNEL_AXIS else set()
-            read = {x for x in chain.activations if x in stored and (x in computed or x in pulled)}
+            pulled = {chain.x} if chain.kind in CHANNEL_AXIS and chain.anchor not in plan.wide_layers else set()
+            kept = {x for x in chain.activations if x in computed and not (x in plan.wide and reads_int16(chain, x))}
+            read = {x for x in (*kept, *pulled) if x in stored}
             readers.update(dict.fromkeys(chain.members, read))
     for var in computed:
         readers.setdefault(var, stored)
     return readers
+
+
+def reads_int16(chain: Chain, x: Any) -> bool:
+    """Whether the kernel of `chain` can read its activation `x` as int16."""
+    return not x.same_as(chain.x) or chain.kind in (*CHANNEL_AXIS, *fusion.BINARY, "unary")
 
 
 def _twins(state: ir.Rewrite, value: Any, tensors: AbstractSet[Any], pair: Pair) -> dict[Any, Any]:
@@ -129,14 +147,28 @@ def _linear(
     elif precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP:
         twin = _places(weight, recipe, seen)
     else:
-        bits = 4 if precision is Precision.INT4_WEIGHT else 8
-        scales = groups.group_scales(weight, bits, recipe.weight_group(precision) or weight.shape[0])
+        bits, group = 4 if precision is Precision.INT4_WEIGHT else 8, recipe.weight_group(precision) or weight.shape[0]
+        if recipe.weight_levels is WeightLevels.ASYMMETRIC:
+            twin = _asymmetric(weight, bits, group, seen)
+            return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
+        scales = groups.group_scales(weight, bits, group)
         if seen is not None:
             quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[bits])
         else:
             quantized = groups.quantize_groups(weight, scales, bits)
         twin = op_calls.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
+
+
+def _asymmetric(weight: Array, bits: int, group: int, seen: Array | None) -> Any:
+    """`dequantize_asymmetric` of a weight [K, N]."""
+    scales, zero_points = groups.asymmetric_groups(weight, bits, group)
+    if seen is not None:
+        limits, zeros = groups.ASYMMETRIC_RANGE[bits], groups.each(zero_points, weight)
+        quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *limits, zero_points=zeros)
+    else:
+        quantized = groups.quantize_asymmetric(weight, scales, zero_points, bits)
+    return op_calls.dequantize_asymmetric(*(ir.constant(part) for part in (quantized, scales, zero_points)), bits=bits)
 
 
 def _embedding(state: ir.Rewrite, name: str, call: Any) -> Any:

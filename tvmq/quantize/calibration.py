@@ -23,7 +23,7 @@ from tvmq.quantize.refine import Samples, mean_errors_of, reshaped
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, wanted_precisions
-from tvmq.recipe_values import WITH_DATA, Algorithm, Observer, Precision
+from tvmq.recipe_values import CALIBRATED, WITH_DATA, Algorithm, Observer, Precision
 
 Progress = Callable[[str, int], None]
 
@@ -130,7 +130,7 @@ def for_all_sizes(
     check_recipe(recipe)
     if calibration is None or isinstance(calibration, CalibrationTable) or is_quantized(model.module):
         return calibration
-    if not wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}:
+    if not wanted_precisions(recipe) & {*CALIBRATED, Precision.AUTO}:
         return calibration
     batches = calibration if isinstance(calibration, Sequence | Mapping | np.ndarray) else list(calibration)
     report("calibrate", 0)

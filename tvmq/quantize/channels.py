@@ -24,7 +24,7 @@ from tvmq import ir
 
 Array = npt.NDArray[Any]
 # Operators whose results scale as what they read: max and mean of positive multiples.
-_KEEP = ("nn.relu", "nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean")
+_KEEP = ("nn.relu", "nn.leakyrelu", "nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _keeps_channels(call: Any) -> bool:
     if ir.is_call(call, "mean"):
         ndim = len(ir.shape_of(call.args[0]))
         return call.attrs.axis is not None and ndim - 1 not in [int(axis) % ndim for axis in call.attrs.axis]
-    return ir.is_call(call, "nn.relu") or str(call.attrs.layout) == "NHWC"
+    return ir.is_call(call, "nn.relu", "nn.leakyrelu") or str(call.attrs.layout) == "NHWC"
 
 
 def _scaled_anchor(old: Any, value: Any, read: Array | None, made: Array | None) -> Any:

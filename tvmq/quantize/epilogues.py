@@ -14,14 +14,14 @@ from tvmq import ir, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain
 from tvmq.graph.pairs import Rounded
-from tvmq.quantize import numerics
+from tvmq.quantize import numerics, wide
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored tensor: its new variable and dtype, and, of 8-bit ones, its scale and its zero point in storage.
+    """A stored tensor: its new variable and dtype, and, of integers, its scale and its zero point in storage.
 
     rows: the variable of the scales of its rows, on top of `scale`; None where all have one scale. read: steps that
     give its integers, as floats and without a zero point, from the floats that `var` is then of.
@@ -39,6 +39,11 @@ class Stored:
         """Whether it stands for quantized values; otherwise it is a float of 16 bits."""
         return self.dtype not in numerics.HALVES
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it stands for quantized values of 16 bits."""
+        return self.dtype == wide.DTYPE
+
     def like(self, other: Stored) -> bool:
         """Whether equal elements of both mean equal values."""
         return dataclasses.replace(self, var=None) == dataclasses.replace(other, var=None)
@@ -50,13 +55,13 @@ class Stored:
 
     def element(self, value: float) -> float:
         """What stands for `value` among integers."""
-        qmin, qmax = numerics.INT_RANGE[self.dtype]
+        qmin, qmax = numerics.INTEGERS[self.dtype]
         x = np.asarray(value, np.float32)
         return float(numerics.quantize(x, self.scale, self.zero_point, qmin=qmin, qmax=qmax, dtype=self.dtype))
 
     def to_integer(self, low: float | None = None, high: float | None = None) -> ops.Quantize:
         """The quantize step; [low, high] in units of the scale narrow the range: rounding keeps order."""
-        qmin, qmax = numerics.INT_RANGE[self.dtype]
+        qmin, qmax = numerics.INTEGERS[self.dtype]
         if low is not None:
             qmin = int(np.clip(np.rint(np.float32(low)) + self.zero_point, qmin, qmax))
         if high is not None:
@@ -67,9 +72,9 @@ class Stored:
 class ChainEpilogue:
     """Builds the steps and operands of one chain's epilogue.
 
-    What is linear (bias, residual, limits) is computed in units of the scale that it is quantized with, which saves a
-    multiplication; what has an activation function or a float residual is computed in real units and divided at the
-    end. Where the chain is rounded in between, what comes after begins with integers. What is in 16 bits needs no
+    What is linear (bias, residual, limits, leaks) is computed in units of the scale that it is quantized with, which
+    saves a multiplication; what has an activation function or a float residual is computed in real units and divided at
+    the end. Where the chain is rounded in between, what comes after begins with integers. What is in 16 bits needs no
     steps: its elements are widened and rounded as they are read and written. `source`: the stored tensor behind an old
     variable, if any.
     """
@@ -101,7 +106,8 @@ class ChainEpilogue:
     def integer_products(self, weight_scales: Array) -> None:
         """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel.
 
-        Where rows have scales, these multiply next, and the bias, whose unit no row knows, is added as a float.
+        Where rows have scales, these multiply next, and the bias, whose unit no row knows, is a float; so it is
+        after products of int16, whose sums are floats.
         """
         assert self.x is not None
         if self.x.rows is not None:
@@ -109,7 +115,7 @@ class ChainEpilogue:
             self._operand(ops.Scale(), ir.constant(unscaled))
             self._operand(ops.RowScale(), self.x.rows)
             return
-        if self.followers and isinstance(bias := self.followers[0], fusion.AddBias):
+        if not self.x.is_wide and self.followers and isinstance(bias := self.followers[0], fusion.AddBias):
             del self.followers[0]
             self._operand(ops.Bias(), ir.constant(numerics.quantize_bias(bias.value, self.x.scale, weight_scales)))
         product = np.float64(self.x.scale) * weight_scales.astype(np.float64)
@@ -186,6 +192,8 @@ class ChainEpilogue:
                 pass
             case fusion.Limit(low, high):
                 self.steps.append(ops.Clip(self._scaled(low), self._scaled(high)))
+            case fusion.Leak(slope):
+                self.steps.append(ops.Leak(slope))
             case fusion.Apply(function):
                 self.steps.append(ops.Activate(function))
 

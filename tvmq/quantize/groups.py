@@ -1,6 +1,7 @@
 """Weight-only quantization of linear layers in NumPy: integers of 8 or 4 bits with a scale a group of inputs.
 
     w [K, N]  ->  q int8 [K, N], scales bfloat16 [K / group, N],  w ~ q * scales[k // group]
+    asymmetric:   zero points int8 [K / group, N] besides,        w ~ (q - zero_points[k // group]) * scales[k // group]
 
 Scales are bfloat16, since a group of 32 4-bit weights would spend a fifth of its bytes on a float32; q is chosen after
 the scale was rounded, so that rounding costs no accuracy. The layer is `x @ (q * scales)` in float32, in any order.
@@ -18,6 +19,8 @@ from tvmq.quantize.numerics import F32, TINY_SCALE, to_bfloat16, widened
 Array = npt.NDArray[Any]
 # The integers of each width. 8 bits are symmetric; 4 use all of their 16.
 RANGE = {8: (-127, 127), 4: (-8, 7)}
+# Those with zero points use all of either.
+ASYMMETRIC_RANGE = {8: (-128, 127), 4: (-8, 7)}
 
 
 def group_scales(weight: Array, bits: int, group: int) -> Array:
@@ -46,6 +49,31 @@ def dequantize_groups(q: Array, scales: Array) -> Array:
     return np.asarray(grouped * widened(scales)[:, None], F32).reshape(q.shape)
 
 
+def asymmetric_groups(weight: Array, bits: int, group: int) -> tuple[Array, Array]:
+    """Scales and zero points for each `group` rows of a weight [K, N]: bfloat16 and int8 [K / group, N].
+
+    A group's range, with zero in it, is 2**bits - 1 steps. A group of zeros has scale 1.
+    """
+    grouped = weight.reshape(-1, group, weight.shape[1]).astype(F32)
+    low, high = np.minimum(grouped.min(axis=1), F32(0)), np.maximum(grouped.max(axis=1), F32(0))
+    first, last = ASYMMETRIC_RANGE[bits]
+    steps = (high - low) / F32(last - first)
+    scales = to_bfloat16(np.where(steps > TINY_SCALE, steps, F32(1)))
+    return scales, np.asarray(np.clip(np.rint(first - low / widened(scales)), first, last), np.int8)
+
+
+def quantize_asymmetric(weight: Array, scales: Array, zero_points: Array, bits: int) -> Array:
+    """`clip(nearbyint(w / s) + z)`, int8 [K, N]."""
+    first, last = ASYMMETRIC_RANGE[bits]
+    units = np.rint(weight.astype(F32) / each(scales, weight)) + each(zero_points, weight)
+    return np.asarray(np.clip(units, first, last), np.int8)
+
+
+def dequantize_asymmetric(q: Array, scales: Array, zero_points: Array) -> Array:
+    """`float32(q - z) * s`, float32 [K, N]."""
+    return np.asarray((q.astype(F32) - each(zero_points, q)) * each(scales, q), F32)
+
+
 def each(scales: Array, weight: Array) -> Array:
-    """The scale of each element of `weight` [K, N], float32, from those of groups."""
-    return np.asarray(np.repeat(widened(scales), weight.shape[0] // scales.shape[0], axis=0))
+    """The scale, or zero point, of each element of `weight` [K, N], float32, from those of groups."""
+    return np.asarray(np.repeat(widened(scales), weight.shape[0] // scales.shape[0], axis=0), F32)

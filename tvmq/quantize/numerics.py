@@ -29,6 +29,8 @@ FP16 = np.dtype(np.float16)
 # Floats of 16 bits, in which tensors and weights are stored.
 HALVES = {"bfloat16": BF16, "float16": FP16}
 INT_RANGE = {"int8": (-128, 127), "uint8": (0, 255)}
+# Of everything that integers are stored in; int16 is symmetric (wide.py).
+INTEGERS = {**INT_RANGE, "int16": (-32767, 32767)}
 # Half of int32 for the bias leaves the other half to the products: 2**30 / (255 * 127) = 33155 of the largest.
 BIAS_LIMIT = 2**30
 # Below this a scale's reciprocal nears the end of float32.
@@ -227,6 +229,9 @@ def _step(v: Array, step: ops.Step) -> Array:
         case ops.Clip(low, high):
             v = v if low is None else np.maximum(v, F32(low))
             return v if high is None else np.minimum(v, F32(high))
+        case ops.Leak(slope):
+            v = v.astype(F32)
+            return np.where(v < 0, v * F32(slope), v)
         case ops.Activate(function):
             return activation(v, function)
         case ops.Round(low, high):

@@ -129,7 +129,7 @@ def _quantized_by(module: tvm.IRModule, param: Any) -> QParams | None:
     while pending:
         for reader in readers.get(pending.pop(), [None]):
             call: Any = values.get(reader)
-            if ir.is_call(call, "quantize"):
+            if ir.is_call(call, "quantize") and ir.dtype_of(call) == "int8":
                 found.add(QParams(float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2]))))
             elif ir.is_call(call, *MOVES) and not ir.is_call(call, "nn.pad"):
                 pending.append(reader)

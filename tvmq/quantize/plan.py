@@ -2,6 +2,7 @@
 
 Convolutions and matmuls with constant weights pull their inputs into int8. Everything else (adds, pools, activations,
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
+Layers with int16 activations pull their inputs into int16, whatever else reads these, and give what their readers want.
 Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone. Products of
 two activations pull both into int8 where a recipe asks for it.
 What is to be floats of 16 bits is decided in narrow.py, and what `auto` asks for in auto.py.
@@ -18,14 +19,14 @@ import tvm
 from tvmq import ir
 from tvmq.errors import RecipeError
 from tvmq.graph.fusion import Chain, find_chains, has_embedding_kernel, product_kind
-from tvmq.quantize import auto, numerics, products, tables
+from tvmq.quantize import auto, numerics, products, tables, wide
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.decisions import Decision, kind_of, with_levels
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, Rule
-from tvmq.recipe_values import DEFAULT_KINDS, HALVES, KINDS, LINEAR, Precision
+from tvmq.recipe_values import DEFAULT_KINDS, HALVES, KINDS, LINEAR, PowerOfTwo, Precision, WeightLevels
 
 # Operators whose result holds elements of their input only, so that both have one range.
 PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")
@@ -37,10 +38,11 @@ class Plan:
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
     `narrow`: variables computed in floats of 16 bits, which are `half`; `stored`: those to be stored so. `linear`:
-    anchors of linear layers with dynamic or weight-only precision. `products`: products of two activations, and
-    attentions, with int8 or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the patterns of rules
-    that no operator comes to. `recipes`: anchors with weights that a rule gives another recipe than the model's -> that
-    recipe.
+    anchors of linear layers with dynamic or weight-only precision. `wide`: what layers with int16 activations (anchors:
+    `wide_layers`) read -> its scale; `made_wide`: those of them whose kernel makes int16. `products`: products of two
+    activations, and attentions, with int8 or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the
+    patterns of rules that no operator comes to. `recipes`: anchors with weights that a rule gives another recipe than
+    the model's -> that recipe.
     """
 
     chains: tuple[Chain, ...]
@@ -50,6 +52,9 @@ class Plan:
     narrow: frozenset[Any]
     stored: frozenset[Any]
     linear: Mapping[Any, Precision]
+    wide: Mapping[Any, float]
+    wide_layers: frozenset[Any]
+    made_wide: frozenset[Any]
     products: Mapping[Any, Precision]
     embeddings: frozenset[Any]
     decisions: tuple[Decision, ...]
@@ -93,6 +98,8 @@ class _Planner:
         self.asked: set[Any] = set()  # for floats of 16 bits
         self.half = Precision.BF16  # which they are
         self.linear: dict[Any, Precision] = {}
+        self.wide: dict[Any, float] = {}
+        self.wide_layers: set[Any] = set()
         self.products: dict[Any, Precision] = {}
         self.embeddings: set[Any] = set()
         self.decisions: dict[Any, Decision] = {}
@@ -113,7 +120,8 @@ class _Planner:
         variables = (*ir.main(self.module).params, *(var for var, _ in ir.bindings(self.module)))
         wanted = [var for var in variables if var in self.wanted]
         qparams = {var: self.entries[str(source[var].name)].qparams for var in wanted}
-        produced = frozenset(var for var in self.wanted if var in self.integer)
+        made_wide = frozenset(var for var in self.wide if var in self.integer and var in self.chain_of_end)
+        produced = frozenset(var for var in self.wanted if var in self.integer) - made_wide
         return Plan(
             chains=tuple(self.chains),
             qparams=qparams,
@@ -122,6 +130,9 @@ class _Planner:
             narrow=narrowed.computed,
             stored=narrowed.stored,
             linear=self.linear,
+            wide=self.wide,
+            wide_layers=frozenset(self.wide_layers),
+            made_wide=made_wide,
             products=self.products,
             embeddings=frozenset(self.embeddings),
             decisions=tuple(self.decisions.values()),
@@ -140,6 +151,9 @@ class _Planner:
             return
         if chain is not None and precision in LINEAR:
             self._decide_linear(chain, precision)
+            return
+        if chain is not None and precision is Precision.INT16:
+            self._decide_wide(chain)
             return
         if chain is None and product_kind(call) and precision in (Precision.INT8, Precision.INT8_DYNAMIC):
             self._decide_product(var, kind, call, precision)
@@ -189,7 +203,8 @@ class _Planner:
         while ir.is_call(self.values.get(x), *MOVES):
             x = self.values[x].args[0]
         made = self.decisions[x].precision if x in self.decisions else Precision.FP32
-        return Precision.FP32 if made in LINEAR else made
+        # int16 layers make what their readers want.
+        return {Precision.INT16: Precision.INT8, **dict.fromkeys(LINEAR, Precision.FP32)}.get(made, made)
 
     def _recipe_precision(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         if chain is not None:
@@ -228,9 +243,23 @@ class _Planner:
             self._note(chain.end, chain.kind, Precision.FP32, reason)
             return
         self.linear[chain.anchor] = precision
-        looked_up = precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP
-        reason = f"{recipe.weight_levels.value} levels, from a table" if looked_up else ""
+        reason = ""
+        if precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP:
+            reason = f"{recipe.weight_levels.value} levels, from a table"
+        elif precision is not Precision.INT8_DYNAMIC and recipe.weight_levels is WeightLevels.ASYMMETRIC:
+            reason = "asymmetric: groups have zero points"
         self._note(chain.end, chain.kind, precision, reason)
+
+    def _decide_wide(self, chain: Chain) -> None:
+        """A layer with int16 activations: it makes floats, int16, or int8, as its readers want."""
+        if missing := self._missing(chain.x):
+            self._note(chain.end, chain.kind, Precision.FP32, missing)
+            return
+        power_of_two = self.recipe.power_of_two in (PowerOfTwo.ACTIVATIONS, PowerOfTwo.ALL)
+        self.wide[chain.x] = wide.scale_of(self.entries[str(chain.x.name)].qparams, power_of_two=power_of_two)
+        self.wide_layers.add(chain.anchor)
+        self.integer.add(chain.end)
+        self._note(chain.end, chain.kind, Precision.INT16, "")
 
     def _decide_product(self, var: Any, kind: str, call: Any, precision: Precision) -> None:
         """A product of activations: a static one reads integers whoever made them, but of softmax rows with scales."""

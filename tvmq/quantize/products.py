@@ -18,6 +18,7 @@ import numpy as np
 from tvm import relax
 
 from tvmq import ir, op_calls
+from tvmq.quantize import wide
 from tvmq.quantize.numerics import QParams
 
 # [N, S, heads, depth] <-> [N, heads, S, depth]
@@ -37,6 +38,12 @@ class Pairs:
             x = state.emit(relax.op.clip(x, *params.limits), f"{name}_limited")
         q = state.emit(relax.op.quantize(x, scale, zero_point, axis=-1, out_dtype="int8"), f"{name}_q")
         return state.emit(relax.op.dequantize(q, scale, zero_point, axis=-1), f"{name}_dq")
+
+    def by_wide_tensor(self, state: ir.Rewrite, name: str, x: Any, scale: float) -> Any:
+        """The twin of `x` that went through int16."""
+        step, zero_point = relax.const(scale, "float32"), relax.const(0, "int8")
+        q = state.emit(relax.op.quantize(x, step, zero_point, axis=-1, out_dtype=wide.DTYPE), f"{name}_q16")
+        return state.emit(relax.op.dequantize(q, step, zero_point, axis=-1), f"{name}_dq16")
 
     def by_row(self, state: ir.Rewrite, x: Any) -> Any:
         """The twin of float32 x whose rows were quantized and dequantized."""

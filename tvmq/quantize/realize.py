@@ -6,8 +6,8 @@
 Rows that are quantized for dynamic linear layers are results of the kernel that makes them, where that sees whole rows,
 else of a map; the epilogue of such a layer multiplies by the scale of its row. Chains without QDQ become float tvmq
 operators in the same way, so that one pass does all fusion; conversions to 16 bits and back say what float operators
-read and make. 8-bit activations are stored as `storage` asks ("int8", or
-"uint8" = the same number plus 128): the values that they stand for are the same.
+read and make. 8-bit activations are stored as `storage` asks ("int8", or "uint8" = the same number plus 128): the
+values that they stand for are the same; int16 ones are as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
 from tvmq.graph.pairs import CHANNEL_AXIS, is_symmetric
 from tvmq.oracle import interpret
-from tvmq.quantize import averages, numerics
+from tvmq.quantize import averages, numerics, wide
+from tvmq.quantize.annotate import reads_int16
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
 from tvmq.quantize.narrow import no_stored_form
 from tvmq.quantize.plan import PASS_THROUGH
@@ -39,13 +40,15 @@ Array = npt.NDArray[Any]
 class _Weight:
     """A weight's constant, and its float32 [channels] scales; None for weights that are multiplied as floats.
 
-    groups: the constant scales of groups of its rows, and its bits; None where it has no groups. table: the constant
-    that its integers are places in; None where they are numbers.
+    groups: the constant scales of groups of its rows, and its bits; None where it has no groups. zero_points: the
+    constant of groups' zero points, None where there are none. table: the constant that its integers are places in;
+    None where they are numbers.
     """
 
     value: Any
     scales: Array | None
     groups: tuple[Any, int] | None = None
+    zero_points: Any = None
     table: Any = None
 
 
@@ -155,6 +158,8 @@ class _Realizer:
         if ir.is_call(call, "astype"):
             return Stored(None, ir.dtype_of(call))
         scale, zero_point = float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2]))
+        if ir.dtype_of(call.args[0] if ir.is_call(call, "dequantize") else call) == wide.DTYPE:
+            return Stored(None, wide.DTYPE, scale, zero_point)
         return Stored(None, self.storage, scale, zero_point + self.offset)
 
     def _producer(self, state: ir.Rewrite, var: Any, out: Stored) -> Any:
@@ -218,6 +223,8 @@ class _Realizer:
     def _chain(self, state: ir.Rewrite, chain: Chain, out: Stored | None, tail: ops.QuantizeRows | None = None) -> Any:
         """One tvmq operator for `chain`, stored as `out` or `tail` asks, or float32 where both are None."""
         x = self._source(chain.x)
+        if x is not None and x.is_wide and not reads_int16(chain, chain.x):
+            x = None
         weight = None
         if chain.kind in CHANNEL_AXIS:
             weight = self._weight(chain)
@@ -247,7 +254,9 @@ class _Realizer:
         if ir.is_call(call, "tvmq.dequantize_groups"):
             return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]))
         if ir.is_call(call, "tvmq.dequantize_places"):
-            return _Weight(call.args[0], None, (call.args[1], 4), call.args[2])
+            return _Weight(call.args[0], None, (call.args[1], 4), table=call.args[2])
+        if ir.is_call(call, "tvmq.dequantize_asymmetric"):
+            return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]), call.args[2])
         axis = CHANNEL_AXIS[chain.kind]
         if not ir.is_call(call, "dequantize") or not is_symmetric(call, axis):
             return None
@@ -270,6 +279,9 @@ class _Realizer:
             scales, bits = weight.groups
             if weight.table is not None:
                 return op_calls.lookup_matmul(operand, weight.value, scales, weight.table, operands, steps, **common)
+            if weight.zero_points is not None:
+                known = weight.value, scales, weight.zero_points
+                return op_calls.asymmetric_matmul(operand, *known, operands, steps, bits=bits, **common)
             return op_calls.grouped_matmul(operand, weight.value, scales, operands, steps, bits=bits, **common)
         if weight is not None:
             return op_calls.matmul(operand, weight.value, operands, steps, x_zero_point=zero, **common)

@@ -94,7 +94,7 @@ class Products:
     def _integers(self, state: ir.Rewrite, var: Any) -> Stored | None:
         """The 8-bit tensor or rows behind an old variable."""
         stored = self.source(var) or self.source_rows(state, var)
-        return stored if stored is not None and stored.is_integer else None
+        return stored if stored is not None and stored.is_integer and not stored.is_wide else None
 
     def _integer_attention(self, state: ir.Rewrite, call: Any, out: Stored | None) -> Any:
         """`tvmq.attention` for one of operands that were quantized; of floats where a simulation left no integers."""

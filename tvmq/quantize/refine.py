@@ -99,7 +99,7 @@ def mean_errors_of(
 
 def to_correct(plan: Plan, recipe: Recipe, algorithm: Algorithm) -> list[Chain]:
     """The integer layers whose biases `algorithm` is to correct."""
-    static = [chain for chain in _weighted(plan) if chain.end in plan.integer]
+    static = [c for c in _weighted(plan) if c.end in plan.integer and c.anchor not in plan.wide_layers]
     return [chain for chain in static if plan.recipes.get(chain.anchor, recipe).asks(algorithm)]
 
 
@@ -146,13 +146,15 @@ def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple
     """
     layers = {chain.anchor: plan.recipes.get(chain.anchor, recipe) for chain in _weighted(plan)}
     simulated = layers_with(plan, recipe)
-    static = [layers[chain.anchor] for chain in _weighted(plan) if chain.end in plan.integer]
-    by_channel = [*static, *(layers[a] for a, given in plan.linear.items() if given is Precision.INT8_DYNAMIC)]
+    planned = [chain.anchor for chain in _weighted(plan) if chain.end in plan.integer]
+    static = [layers[anchor] for anchor in planned if anchor not in plan.wide_layers]
+    dynamic = (anchor for anchor, given in plan.linear.items() if given is Precision.INT8_DYNAMIC)
+    by_channel = [layers[anchor] for anchor in (*planned, *dynamic)]
     uniform = [layer for layer in simulated.values() if layer.weight_levels is WeightLevels.UNIFORM]
     useful = {
         Algorithm.CLIP_WEIGHTS: [*by_channel, *uniform],
         Algorithm.SQUANT: by_channel,
-        Algorithm.GPTQ: [*static, *(layers[a] for a in plan.linear if _one_by_one(layers[a])), *uniform],
+        Algorithm.GPTQ: [*(layers[a] for a in (*planned, *plan.linear) if _one_by_one(layers[a])), *uniform],
         Algorithm.BIAS_CORRECTION: static,
         Algorithm.BIAS_CORRECTION_ANALYTIC: static,
     }
@@ -162,6 +164,6 @@ def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple
             return True  # it does what there is to do
         if algorithm in useful:
             return any(algorithm in layer.algorithms for layer in useful[algorithm])
-        return bool(static or plan.linear or simulated) and bool(Channels(module).groups)
+        return bool(planned or plan.linear or simulated) and bool(Channels(module).groups)
 
     return tuple(algorithm.value for algorithm in recipe.all_algorithms if not used(algorithm))

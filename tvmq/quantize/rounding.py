@@ -51,13 +51,14 @@ def gptq(
     high: int,
     damping: float = 0.01,
     table: Array | None = None,
+    zero_points: Array | float = 0.0,
 ) -> Array:
     """int8 [K, N] of a weight [K, N] with `scales` (of that shape, or one that broadcasts to it).
 
     products: the sum of x^T x over inputs x of the layer, [K, K]. Inputs are rounded from the largest on; what each
     leaves is made up for by those that follow, as the inverse of `products` says: E. Frantar et al., "GPTQ: Accurate
     Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023, algorithm 1. table: what the
-    integers from `low` to `high` stand for, rising; None: themselves.
+    integers from `low` to `high` stand for, rising; None: themselves, less `zero_points`, which broadcast as scales do.
     """
     size = weight.shape[0]
     order = np.argsort(-np.diag(products), kind="stable")
@@ -68,11 +69,12 @@ def gptq(
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     remaining = weight[order].astype(np.float64)
     steps = np.broadcast_to(scales, weight.shape)[order].astype(np.float64)
+    zeros = np.broadcast_to(zero_points, weight.shape)[order]
     result = np.empty(weight.shape, np.int8)
     for k in range(size):
         units = remaining[k] / steps[k]
-        q = np.clip(np.rint(units), low, high) if table is None else tables.places(units, table) + low
-        meant = q if table is None else table[q - low]
+        q = np.clip(np.rint(units) + zeros[k], low, high) if table is None else tables.places(units, table) + low
+        meant = q - zeros[k] if table is None else table[q - low]
         error = (remaining[k] - meant * steps[k]) / upper[k, k]
         remaining[k + 1 :] -= np.outer(upper[k, k + 1 :], error)
         result[order[k]] = q

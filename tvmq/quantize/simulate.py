@@ -29,9 +29,10 @@ def simulated(module: tvm.IRModule) -> tvm.IRModule:
         if not ir.is_call(pair, "quantize"):
             return None
         scale, zero_point = float(ir.to_numpy(pair.args[1])), int(ir.to_numpy(pair.args[2]))
+        dtype = ir.dtype_of(pair)
         steps = (
             ops.Multiply(float(numerics.reciprocal(scale))),
-            ops.Quantize(zero_point, *numerics.INT_RANGE["int8"], "int8"),
+            ops.Quantize(zero_point, *numerics.INTEGERS[dtype], dtype),
             ops.Dequantize(scale, zero_point),
         )
         return op_calls.elementwise(pair.args[0], (), steps, out_shape=ir.shape_of(value), out_dtype="float32")

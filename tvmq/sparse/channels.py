@@ -25,7 +25,7 @@ from tvmq.sparse.masks import largest
 
 Array = npt.NDArray[Any]
 _SAME = (
-    *("nn.relu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "clip", "sigmoid", "tanh"),
+    *("nn.relu", "nn.leakyrelu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "clip", "sigmoid", "tanh"),
     *("nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d"),
 )
 _BINARY = ("add", "subtract", "multiply", "divide")
