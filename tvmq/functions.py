@@ -211,11 +211,12 @@ class NumPyMath:
         # Knuth's TwoSum: the exact error of `total`.
         part = total - product
         error = (product - (total - part)) + (addend - part)
-        inexact = (error != 0) & ((total.view(np.int64) & 1) == 0)
-        if inexact.any():
-            nudged = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-            total = np.where(inexact, nudged, total)
-        return total.astype(F32)
+        bits = total.view(np.int64)
+        inexact = (error != 0) & ((bits & 1) == 0)
+        # One place further from zero where the exact sum is, else one nearer: what is even becomes odd.
+        further = ((error > 0) & (total > 0)) | ((error < 0) & (total < 0))
+        odd = bits + np.where(inexact, np.where(further, 1, -1), 0)
+        return odd.view(np.float64).astype(F32)
 
     def rint(self, a: Value) -> Value:
         """The nearest integer, ties to even."""

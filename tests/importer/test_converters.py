@@ -86,6 +86,10 @@ BROKEN: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
         lambda x: x + torch.div(torch.arange(x.shape[-1]).float(), 2, rounding_mode="floor"),
         (IMAGE,),
     ),
+    "remainders of infinities": (
+        torch.remainder,
+        (torch.tensor([-3.0, 3.0, -1.0, 5.5, -5.5]), torch.tensor([np.inf, np.inf, -np.inf, -2.0, 2.0])),
+    ),
     "average with a divisor": (lambda x: functional.avg_pool2d(x, 3, divisor_override=2), (IMAGE,)),
     "padded average with a divisor": (
         lambda x: functional.avg_pool2d(x, (3, 2), 2, 1, ceil_mode=True, divisor_override=5),
@@ -173,6 +177,8 @@ BROKEN: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
 SOUND: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "addmm": (lambda x: torch.addmm(x[0], x[0], EYE, beta=0.5, alpha=2), (ROWS,)),
     "select from the front": (lambda x: x.select(-1, 2), (IMAGE,)),
+    "remainder by a number": (lambda x: x % 0.7, (ROWS,)),
+    "remainder of integers": (lambda x: x % 3, (INTEGERS,)),
     "elu": (lambda x: functional.elu(x, 0.5), (IMAGE,)),
     "celu": (functional.celu, (IMAGE,)),
     "average": (lambda x: functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False), (IMAGE,)),

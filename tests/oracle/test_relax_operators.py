@@ -65,6 +65,9 @@ CALLS = {
     "conv2d": op.nn.conv2d(_c(PLAIN), _weight(6, 2, 3, 3), (2, 1), (1, 0, 2, 1), (1, 2), groups=2),
     "conv2d, channels last": op.nn.conv2d(_c(PLAIN), _weight(6, 3, 3, 5), data_layout="NHWC", kernel_layout="OHWI"),
     "conv2d, another kernel layout": op.nn.conv2d(_c(PLAIN), _weight(3, 3, 4, 6), kernel_layout="HWIO"),
+    "attention": op.nn.attention(*(_weight(2, n, 3, 4) for n in (5, 7, 7))),
+    "attention with a scale": op.nn.attention(*(_weight(1, n, 2, 4) for n in (3, 3, 3)), scale=0.25),
+    "attention, causal": op.nn.attention(*(_weight(1, n, 2, 4) for n in (3, 3, 3)), causal_mask="TopLeft"),
     "max pool": op.nn.max_pool2d(_c(PLAIN), (3, 2), (2, 1), (1, 1), (1, 2), layout="NHWC"),
     "max pool of not-a-number": op.nn.max_pool2d(_c(ODD.reshape(1, 2, 5, 1)), (2, 2), layout="NHWC"),
     "max pool, more padding below": op.nn.max_pool2d(_c(PLAIN), (3, 3), (2, 2), (0, 0, 1, 1), layout="NHWC"),
@@ -89,6 +92,17 @@ def test_rules_agree_with_tvm(name: str) -> None:
     for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (ours, tvms)), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_a_transposed_matrix_is_multiplied_by_as_it_is() -> None:
+    weight = RNG.standard_normal((3, 5)).astype(np.float32)
+    call = relax.BlockBuilder().normalize(op.matmul(_c(PLAIN), _c(weight.T)))
+    turned = interpret.evaluate(relax.BlockBuilder().normalize(op.permute_dims(_c(weight))), {})
+    assert not turned.flags.c_contiguous
+    got = relax_operators.RULES["matmul"](call, [PLAIN, turned])
+    np.testing.assert_allclose(got, by_tvm.compute(call, [PLAIN, weight.T]), rtol=2e-5, atol=2e-5)
+    backwards = relax_operators.RULES["matmul"](call, [PLAIN, turned[::-1]])
+    np.testing.assert_allclose(backwards, PLAIN @ weight.T[::-1], rtol=2e-5, atol=2e-5)
 
 
 def test_every_rule_is_held_against_tvm() -> None:

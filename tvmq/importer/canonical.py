@@ -109,10 +109,19 @@ def fold_constants(module: tvm.IRModule) -> tvm.IRModule:
             return None
         if not value.args or not isinstance(value.ty, relax.TensorType) or not ir.is_static(value):
             return None
-        result = interpret.evaluate(value, {})
-        return ir.constant(result.astype(ir.dtype_of(value)).reshape(ir.shape_of(value)))
+        result = np.asarray(interpret.evaluate(value, {}), ir.dtype_of(value))
+        return ir.constant(_contiguous(result.reshape(ir.shape_of(value))))
 
     return ir.rewrite(module, visit)
+
+
+def _contiguous(array: Array) -> Array:
+    """`array` in C order: a transposed matrix by PyTorch, which copies block by block, NumPy line by line."""
+    if array.ndim != 2 or array.dtype != np.float32 or array.flags.c_contiguous or min(array.strides) < 0:
+        return array
+    import torch
+
+    return np.asarray(torch.from_numpy(array).contiguous().numpy())
 
 
 def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:

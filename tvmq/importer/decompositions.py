@@ -81,6 +81,17 @@ def _div_rounded(x: Any, y: Any, *, rounding_mode: str | None) -> Any:
     return torch.div(x, y, rounding_mode=rounding_mode)
 
 
+def _remainder(x: Tensor, y: Any) -> Any:
+    """What a division leaves, with the sign of the divisor (torch.remainder).
+
+    TVM's is `x - floor(x / y) * y` for floats: not a number for an infinite divisor.
+    """
+    if not torch.result_type(x, y).is_floating_point:
+        return NotImplemented
+    rest = torch.fmod(x, y)
+    return torch.where(((rest < 0) & (y > 0)) | ((rest > 0) & (y < 0)), rest + y, rest)
+
+
 def _int_mm(x: Tensor, y: Tensor) -> Tensor:
     """The product of two int8 matrices, int32."""
     return torch.matmul(x.to(torch.int32), y.to(torch.int32))
@@ -276,6 +287,8 @@ OURS: dict[Any, Callable[..., Any]] = {
     aten.mul.Tensor: _mul,
     aten.div.Tensor: _div,
     aten.div.Tensor_mode: _div_rounded,
+    aten.remainder.Tensor: _remainder,
+    aten.remainder.Scalar: _remainder,
     aten._int_mm.default: _int_mm,
     aten.scaled_dot_product_attention.default: _attention,
     aten.exp2.default: _exp2,

@@ -56,6 +56,11 @@ def _known_layout(call: Any, _arrays: list[Array]) -> bool:
     return layouts in (("NCHW", "OIHW", "NCHW"), ("NHWC", "OHWI", "NHWC")) and ir.dtype_of(call) == "float32"
 
 
+def _plain_attention(call: Any, arrays: list[Array]) -> bool:
+    a = call.attrs
+    return a.causal_mask is None and a.window_size is None and _floats(call, arrays) and _finite(call, arrays)
+
+
 def _plain_pool(call: Any, arrays: list[Array]) -> bool:
     a = call.attrs
     top, left, bottom, right = (int(p) for p in a.padding)
@@ -72,6 +77,7 @@ _CONDITIONS: dict[str, Callable[[Any, list[Array]], bool]] = {
     "astype": _exact_cast,
     "nn.batch_norm": _whole_batch_norm,
     "nn.conv2d": _known_layout,
+    "nn.attention": _plain_attention,
     "nn.max_pool2d": _plain_pool,
 }
 
@@ -130,8 +136,19 @@ def _matmul_floats(_call: Any, args: list[Array]) -> Array:
     # PyTorch's threads, as for convolutions: NumPy's own spin after a product, and take a core from what comes next.
     import torch
 
-    x, y = (torch.from_numpy(np.ascontiguousarray(arg)) for arg in args)
+    # A transposed matrix is multiplied by as it is: copying weights takes longer.
+    x, y = (torch.from_numpy(arg if min(arg.strides, default=0) >= 0 else arg.copy()) for arg in args)
     return np.asarray(torch.matmul(x, y).numpy())
+
+
+def _nn_attention(call: Any, args: list[Array]) -> Array:
+    import torch
+
+    query, key, value = (torch.from_numpy(np.ascontiguousarray(arg)).transpose(1, 2) for arg in args)
+    scale = call.attrs.scale
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scale is None else float(scale))
+    result = torch.matmul(torch.softmax(scores, -1), value)
+    return np.ascontiguousarray(result.transpose(1, 2).numpy())
 
 
 def _nn_batch_norm(call: Any, args: list[Array]) -> Value:
@@ -186,7 +203,9 @@ def _mean(call: Any, args: list[Array]) -> Array:
 
 def _permute(call: Any, args: list[Array]) -> Array:
     axes = call.attrs.axes
-    return np.ascontiguousarray(args[0].transpose(None if axes is None else [int(a) for a in axes]))
+    turned = args[0].transpose(None if axes is None else [int(a) for a in axes])
+    # Weights are transposed before products, which take them as they are.
+    return turned if turned.ndim == 2 else np.ascontiguousarray(turned)
 
 
 def _reshape(call: Any, args: list[Any]) -> Array:
@@ -220,6 +239,7 @@ def _unary(function: Callable[[Array], Array]) -> Callable[[Any, list[Any]], Arr
 # The value of a call of each operator, where `same_as_tvm` says so.
 RULES: dict[str, Callable[[Any, list[Any]], Value]] = {
     "nn.conv2d": _nn_conv2d,
+    "nn.attention": _nn_attention,
     "nn.max_pool2d": _nn_max_pool2d,
     "nn.batch_norm": _nn_batch_norm,
     "nn.layer_norm": _nn_layer_norm,

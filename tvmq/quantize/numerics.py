@@ -245,9 +245,20 @@ def _step(v: Array, step: ops.Step) -> Array:
             raise AssertionError("has an operand")
 
 
+# Elements that an activation computes at a time.
+_PIECE = 1 << 14
+
+
 def activation(v: Array, function: str) -> Array:
     """A named activation in float32: see `functions`."""
-    return np.asarray(functions.ACTIVATIONS[function](functions.NumPyMath(), v.astype(F32)), F32)
+    values = np.ascontiguousarray(v, F32)
+    result = np.empty_like(values)
+    flat, out = values.reshape(-1), result.reshape(-1)
+    # In pieces that stay in the cache, with what is computed on the way.
+    for start in range(0, flat.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        out[piece] = functions.ACTIVATIONS[function](functions.NumPyMath(), flat[piece])
+    return result.reshape(v.shape)
 
 
 def sqnr_db(reference: Array, approximate: Array) -> float:
