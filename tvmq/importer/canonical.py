@@ -121,7 +121,10 @@ def _contiguous(array: Array) -> Array:
         return array
     import torch
 
-    return np.asarray(torch.from_numpy(array).contiguous().numpy())
+    # Into NumPy's memory: PyTorch's own, aligned, leaves gaps between weights that stay.
+    result = np.empty(array.shape, array.dtype)
+    torch.from_numpy(result).copy_(torch.from_numpy(array))
+    return result
 
 
 def fold_batch_norm(module: tvm.IRModule) -> tvm.IRModule:
