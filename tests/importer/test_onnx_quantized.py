@@ -156,7 +156,7 @@ def _narrow_model(path: Path, kind: str, block: int, zero: int = 0, depth: int =
 @pytest.mark.parametrize("layer", ["MatMul", "Gemm"])
 @pytest.mark.parametrize(
     ("bits", "block", "precision"),
-    [("int4", 32, "int4-weight"), ("int8", 32, "int8-weight"), ("int4", 0, "int8-weight"), ("int4", 16, "fp32")],
+    [("int4", 32, "int4-weight"), ("int8", 32, "int8-weight"), ("int4", 0, "int4-weight"), ("int4", 16, "fp32")],
 )
 def test_weights_of_blocks(bits: str, block: int, precision: str, layer: str, tmp_path: Path) -> None:
     model = import_model(_narrow_model(tmp_path / "m.onnx", f"{bits} {layer}", block), _random(3, 64))
@@ -170,7 +170,9 @@ def test_weights_of_blocks(bits: str, block: int, precision: str, layer: str, tm
 
 
 def test_blocks_with_zero_points_are_floats(tmp_path: Path) -> None:
-    model = import_model(_narrow_model(tmp_path / "m.onnx", "int4 MatMul", 32, zero=1), _random(3, 64))
+    path = _narrow_model(tmp_path / "m.onnx", "int4 MatMul", 32, zero=1)
+    # ONNX Runtime multiplies such blocks less exactly.
+    model = import_model(path, _random(3, 64), tolerance=0.01)
     assert not [call for _, call in ir.calls(model.module) if ir.is_call(call, "dequantize")]
 
 

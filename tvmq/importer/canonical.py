@@ -22,7 +22,8 @@ _TRANSPOSED = ("nn.conv1d_transpose", "nn.conv2d_transpose")
 
 def canonicalize(module: tvm.IRModule) -> tvm.IRModule:
     """The stages of this file, in order."""
-    stages = (split_by_slices, drop_no_ops, fold_constants, quantized.signed, quantized.limits_first, commute_constants)
+    integers = (quantized.moved_as_floats, quantized.signed, quantized.limits_first)
+    stages = (split_by_slices, drop_no_ops, fold_constants, *integers, commute_constants)
     for stage in (*stages, fold_batch_norm, fold_constants, commute_constants):
         module = stage(module)
     return module

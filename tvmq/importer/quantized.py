@@ -3,6 +3,7 @@
 dequantize(quantize(x, s, z: uint8), s, z)  ->  dequantize(quantize(x, s, z - 128: int8), s, z - 128)
 permute_dims(dequantize(w: constant, s, z)) ->  dequantize(w', s, z), w' the transposed constant
 astype(w: constant int8 matrix, float32)    ->  dequantize(w, 1, 0)
+reshape(quantize(x))                        ->  quantize(reshape(dequantize(quantize(x))))
 quantize(clip(dequantize(quantize(x))))     ->  quantize(clip(x)), where scales are the same
 """
 
@@ -18,12 +19,34 @@ from tvmq import ir
 from tvmq.graph.pairs import alike
 
 _SHIFT = 128
+# Operators whose results are elements of what they read.
+_MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice", "nn.max_pool2d")
 
 
 def is_quantized(module: tvm.IRModule) -> bool:
     """Whether a module holds quantize or dequantize operators."""
     names = ("quantize", "dequantize", "tvmq.dequantize_groups")
     return any(ir.is_call(call, *names) for _, call in ir.calls(module))
+
+
+def moved_as_floats(module: tvm.IRModule) -> tvm.IRModule:
+    """What moves integers, as ONNX's QOperator form does, moves the floats that they stand for: the same integers.
+
+    reshape(quantize(x, s, z))  ->  quantize(reshape(dequantize(quantize(x, s, z), s, z)), s, z)
+    """
+
+    def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
+        if not ir.is_call(value, *_MOVES) or ir.dtype_of(value) not in ("int8", "uint8"):
+            return None
+        first: Any = state.value(value.args[0])
+        if not ir.is_call(first, "quantize") or ir.to_numpy(first.args[1]).size != 1:
+            return None
+        _, scale, zero = first.args
+        floats = state.emit(relax.op.dequantize(value.args[0], scale, zero, axis=first.attrs.axis), f"{name}_floats")
+        moved = state.emit(relax.Call(value.op, [floats, *value.args[1:]], value.attrs), f"{name}_moved")
+        return relax.op.quantize(moved, scale, zero, axis=first.attrs.axis, out_dtype=first.attrs.out_dtype)
+
+    return ir.rewrite(module, visit)
 
 
 def signed(module: tvm.IRModule) -> tvm.IRModule:
