@@ -90,12 +90,15 @@ def _float_convolution(state: ir.Rewrite, call: Any) -> Any:
     """A convolution of floats, or of what is quantized dynamically, by weights that are floats as well.
 
     conv2d(x, dequantize(w: constant)) -> conv2d(x, w'), where x is no tensor of static integers
+
+    Of what is quantized dynamically x is what it was before, half of a step away.
     """
     x, weight = state.value(call.args[0]), state.value(call.args[1])
     if ir.is_call(x, "dequantize") or not quantized.is_weight(weight):
         return None
-    constant = ir.constant(interpret.evaluate(weight, {}))
-    return relax.Call(call.op, [call.args[0], constant], call.attrs)
+    constant, before = ir.constant(interpret.evaluate(weight, {})), _dequantized(state, call.args[0])
+    operand = call.args[0] if before is None else _in_shape(state, before, call.args[0])
+    return relax.Call(call.op, [operand, constant], call.attrs)
 
 
 def _in_shape(state: ir.Rewrite, x: Any, like: Any) -> Any:
