@@ -67,8 +67,15 @@ def _network(path: Path) -> Path:
     return _save(path, nodes, [numpy_helper.from_array(array, name) for name, array in arrays.items()], IMAGE)
 
 
-@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
-@pytest.mark.parametrize(("dtype", "per_channel"), [("QUInt8", False), ("QInt8", True)])
+@pytest.mark.parametrize(
+    ("form", "dtype", "per_channel"),
+    [
+        ("QDQ", "QUInt8", False),
+        ("QOperator", "QInt8", True),
+        pytest.param("QDQ", "QInt8", True, marks=pytest.mark.slow),
+        pytest.param("QOperator", "QUInt8", False, marks=pytest.mark.slow),
+    ],
+)
 def test_static_quantization(form: str, dtype: str, per_channel: bool, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     quantization.quantize_static(
