@@ -140,8 +140,9 @@ class _Emitter:
 
     def _looked_up(self, panel: Expr, k: Expr, v: int, table: LevelTable) -> list[Expr]:
         """What vector `v` of a panel's 4-bit weights stands for, for the inputs from `k`."""
-        places = table.places(self._word(panel, k, v))
-        return [T.Bind(table.entries(held, each)) for each in places for held in self.held]
+        word = self._word(panel, k, v)
+        shifted = [T.Bind(word >> builder.number(4 * i, "int32", self.lanes)) for i in range(WORD)]
+        return [T.Bind(table.entries(held, places)) for places in shifted for held in self.held]
 
     def _bytes(self, panel: Expr, k: Expr, v: int) -> list[Expr]:
         """Vector `v` of a panel's 8-bit weights for each of `step` inputs from `k`, as float32."""

@@ -3,9 +3,7 @@
     AVX-512  vpermps, one register            AVX2  vpermps twice, the fourth bit picks
     AArch64  tbl, four registers of bytes     others  element by element, from memory
 
-Each way takes words whose higher bits are anything: what was shifted down needs no mask. With AVX-512 shifts by less
-than 16 are products, of which the upper halves are kept: Zen 4 shifts and permutes in the same two units, and would
-otherwise wait for these, while one of those that multiply integers has nothing else to do.
+Each way takes words whose higher bits are anything: what was shifted down needs no mask.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.isa import Isa
-from tvmq.kernels.builder import Expr, Flat, external, number
+from tvmq.kernels.builder import Expr, Flat, external
 from tvmq.triple import Family
 
 ENTRIES = 16
@@ -39,14 +37,6 @@ define <8 x float> @tvmq_level(<8 x i32> %at, <8 x float> %lower, <8 x float> %u
 }
 declare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)
 """
-# LLVM makes shifts of products by powers of two: so it is not told of them.
-_PLACES = """
-define <16 x i32> @tvmq_places_{bits}(<16 x i32> %words) alwaysinline {{
-  %r = call <16 x i32> asm "vpmulhuw $2, $1, $0", "=v,v,v"(<16 x i32> %words, <16 x i32> splat (i32 {factor}))
-  ret <16 x i32> %r
-}}
-"""
-_BITS = 4
 # A lane's four bytes are those from 4 times its place on.
 _AARCH64 = """
 define <4 x float> @tvmq_level(
@@ -77,15 +67,14 @@ _ELEMENT = """
 
 @dataclass(frozen=True)
 class LevelTable:
-    """How an instruction set looks up `lanes` entries at once; llvm: the functions that do. registers: that hold them.
+    """How an instruction set looks up `lanes` entries at once; llvm: the function that does. registers: that hold them.
 
-    registers 0: the table stays in memory. multiplies: whether products bring places to the lowest bits.
+    registers 0: the table stays in memory.
     """
 
     lanes: int
     registers: int
     llvm: str
-    multiplies: bool = False
 
     def hold(self, table: Flat, start: int) -> list[Expr]:
         """What `entries` takes of the table that begins at `start`, read once."""
@@ -93,17 +82,6 @@ class LevelTable:
             return [T.address_of(table.buffer[tirx.const(start, "int32")])]
         places = (tirx.const(start + i * self.lanes, "int32") for i in range(self.registers))
         return [T.Bind(table.load(place, self.lanes)) for place in places]
-
-    def places(self, words: Expr) -> list[Expr]:
-        """The eight places in a vector of int32 words, each in the lowest 4 bits of one."""
-        shifts = range(0, 32, _BITS)
-        if not self.multiplies:
-            return [T.Bind(words >> number(bits, "int32", self.lanes)) for bits in shifts]
-        halves = words, T.Bind(words >> number(16, "int32", self.lanes))
-        return [self._shifted(half, bits) for half in halves for bits in range(0, 16, _BITS)]
-
-    def _shifted(self, words: Expr, bits: int) -> Expr:
-        return T.Bind(external(f"int32x{self.lanes}", f"tvmq_places_{bits}", words)) if bits else words
 
     def entries(self, held: Sequence[Expr], words: Expr) -> Expr:
         """The entries that the lowest 4 bits of a vector of int32 words name, float32."""
@@ -113,10 +91,7 @@ class LevelTable:
 def level_table(isa: Isa, lanes: int) -> LevelTable:
     """The way of an instruction set, for vectors of `lanes` float32."""
     if lanes == ENTRIES and "avx512f" in isa.required_features:
-        if "avx512bw" not in isa.required_features:
-            return LevelTable(lanes, 1, _AVX512)
-        shifts = "".join(_PLACES.format(bits=bits, factor=1 << 16 - bits) for bits in range(_BITS, 16, _BITS))
-        return LevelTable(lanes, 1, _AVX512 + shifts, multiplies=True)
+        return LevelTable(lanes, 1, _AVX512)
     if lanes == ENTRIES // 2 and "avx2" in isa.required_features:
         return LevelTable(lanes, 2, _AVX2)
     if lanes == ENTRIES // 4 and isa.family is Family.AARCH64:
