@@ -59,7 +59,7 @@ def test_a_recipe_with_an_unknown_key(refused, files, tmp_path):
 
 
 def test_a_precision_that_is_none(refused, files, tmp_path):
-    said = "recipe: precision: expected one of fp32, bf16, fp16, int8, int8-dynamic, int8-weight, int4-weight, auto, saw 'fp8'"
+    said = "recipe: precision: expected one of fp32, bf16, fp16, int8, int16, int8-dynamic, int8-weight, int4-weight, auto, saw 'fp8'"
     refused(said, "compile", files.model, "--precision", "fp8", "-o", tmp_path / "m.tvmq")
 
 

@@ -89,5 +89,5 @@ def test_the_suite_tells_where_the_time_goes(monkeypatch):
 
 def test_limits_are_measured_for_each_row_that_the_target_gets():
     limits = per_op.measure_limits(load_target("host"), 1, repeat=1, stream_bytes=1 << 20)
-    assert {name.split("-")[0] for name in limits.gmacs} == {"f32", "s8", "bf16"}
+    assert {name.split("-")[0] for name in limits.gmacs} == {"f32", "f16", "s8", "bf16"}
     assert min(*limits.gmacs.values(), limits.gbytes) > 0

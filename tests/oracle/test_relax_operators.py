@@ -56,6 +56,7 @@ CALLS = {
     "mean, kept": op.mean(_c(PLAIN), axis=[2], keepdims=True),
     "mean of all": op.mean(_c(PLAIN)),
     "mean of integers": op.mean(_c(np.array([1, 2, 5])), axis=[0]),
+    "leaky relu": op.nn.leakyrelu(_c(PLAIN), 0.125),
     "softmax": op.nn.softmax(_c(PLAIN), axis=1),
     "layer norm": op.nn.layer_norm(_c(PLAIN), _weight(5, 5), _weight(5, 5), axes=[-2, -1]),
     "batch norm": _norm(training=False),
