@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,16 +63,22 @@ def geometry_of_conv2d(m: Micro, call: Any, kernel: Array) -> tuple[Geometry, li
 
 def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.matmul` with a constant weight."""
-    x, weight, *operands = call.args
+    _, weight, *operands = call.args
     m = lowering.micro(ir.dtype_of(weight))
     kernel = matmul_kernel(call)
-    geometry = geometry_of_matmul(m, call)
-    rows, depth, wide = geometry.width, ir.shape_of(x)[-1], geometry.sx
-    if wide != depth or dtype_of(x) != m.a_dtype:
-        image = state.emit(relax.op.reshape(x, (1, 1, rows, depth)), f"{name}_rows")
-        x = lowering.pad(state, name, image, (0, 0, 0, 0), wide, ops.attributes(call)["x_zero_point"], m.a_dtype)
+    x, geometry = rows_of(lowering, state, name, call, m)
     sparse = _sparse(lowering, name, call, kernel, geometry)
     return _gemm(lowering, state, name, call, x, kernel, geometry, operands, sparse)
+
+
+def rows_of(lowering: Lowering, state: ir.Rewrite, name: str, call: Any, m: Micro) -> tuple[Any, Geometry]:
+    """What a `tvmq.matmul` multiplies, of the dtype that `m` reads and padded to whole steps; the geometry."""
+    x, geometry = call.args[0], geometry_of_matmul(m, call)
+    depth, wide = ir.shape_of(x)[-1], geometry.sx
+    if wide != depth or dtype_of(x) != m.a_dtype:
+        image = state.emit(relax.op.reshape(x, (1, 1, geometry.width, depth)), f"{name}_rows")
+        x = lowering.pad(state, name, image, (0, 0, 0, 0), wide, ops.attributes(call)["x_zero_point"], m.a_dtype)
+    return x, geometry
 
 
 def matmul_kernel(call: Any) -> Array:
@@ -147,10 +154,24 @@ def _gemm(
         made = template(lowering, m, kernel.shape, choice, rest)
     spec, packing, tile = made
     title = f"{SHORT[a['out_dtype']]}-{SHORT[m.w_dtype]}-{kind}-{tile}"
+    return emit(lowering, state, name, call, spec, title, x, (kernel, packing), operands)
+
+
+def emit(
+    lowering: Lowering,
+    state: ir.Rewrite,
+    name: str,
+    call: Any,
+    spec: Any,
+    title: str,
+    x: Any,
+    packed: tuple[Array, Packing | SparsePacking],
+    operands: Sequence[Any],
+) -> Any:
+    """The call of the kernel `spec`, named `title`, in the place of `call`; packed: the weight, and how."""
     lowering.names[name] = title
-    weights = lowering.pack(state, name, [(kernel, packing)])
-    args = [x, *weights, *lowering.lift(state, name, operands)]
-    return lowering.call(spec, title, args, ir.shape_of(call), a["out_dtype"])
+    args = [x, *lowering.pack(state, name, [packed]), *lowering.lift(state, name, operands)]
+    return lowering.call(spec, title, args, ir.shape_of(call), ops.attributes(call)["out_dtype"])
 
 
 def template(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
-from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.kernels import gemm, lower_depthwise, lower_matrix, lower_sparse
@@ -52,11 +51,8 @@ def geometry_of_conv2d(m: Micro, call: Any, kernel: Array) -> tuple[Geometry, li
 
 def matmul(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.matmul` of int16."""
-    x, _, *operands = call.args
-    geometry, depth = lower_matrix.geometry_of_matmul(lowering.int16, call), ir.shape_of(x)[-1]
-    if geometry.sx != depth:
-        image = state.emit(relax.op.reshape(x, (1, 1, geometry.width, depth)), f"{name}_rows")
-        x = lowering.pad(state, name, image, (0, 0, 0, 0), geometry.sx, 0, wide.DTYPE)
+    operands = call.args[2:]
+    x, geometry = lower_matrix.rows_of(lowering, state, name, call, lowering.int16)
     return _product(lowering, state, name, call, x, lower_matrix.matmul_kernel(call), geometry, operands)
 
 
@@ -85,7 +81,5 @@ def _product(
     title = (
         f"{SHORT[out_dtype]}-{SHORT[wide.DTYPE]}-{SHORT[m.w_dtype]}-{ir.op_name(call).removeprefix(ops.PREFIX)}-{tile}"
     )
-    lowering.names[name] = title
-    weights = lowering.pack(state, name, [(kernel, packing)])
-    args = [x, *weights, *lowering.lift(state, name, operands)]
-    return lowering.call(WideGemm(spec, runs, steps), title, args, ir.shape_of(call), out_dtype)
+    wide_spec = WideGemm(spec, runs, steps)
+    return lower_matrix.emit(lowering, state, name, call, wide_spec, title, x, (kernel, packing), operands)

@@ -5,7 +5,7 @@ An epilogue runs on each result: see `numerics.epilogue`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,26 @@ def conv2d(
     """
     geometry = {"strides": strides, "padding": padding, "dilation": dilation}
     image = windows(_wide(x, x_zero_point), weight.shape[1:3], pad_value=0.0, **geometry)
+
+    def multiply(taps: Array, part: Array) -> Array:
+        return np.asarray(taps.reshape(len(taps), -1) @ part.reshape(len(part), -1).T.astype(taps.dtype))
+
+    return _narrow(group_by_group(image, weight, groups, multiply), x)
+
+
+def group_by_group(image: Array, weight: Array, groups: int, multiply: Callable[[Array, Array], Array]) -> Array:
+    """The convolution [n, oh, ow, O] of windows [n, oh, ow, kh, kw, c] with [O, kh, kw, I / groups] weights.
+
+    multiply: [M, O'] of what a group reads, [M, kh * kw, I / groups], and its weight, [O', kh * kw, I / groups].
+    """
     n, oh, ow = image.shape[:3]
     out_channels, kh, kw, per_group = weight.shape
     results = []
     for g in range(groups):
-        taps = image[..., g * per_group : (g + 1) * per_group].reshape(n * oh * ow, kh * kw * per_group)
+        taps = image[..., g * per_group : (g + 1) * per_group].reshape(n * oh * ow, kh * kw, per_group)
         part = weight[g * (out_channels // groups) : (g + 1) * (out_channels // groups)]
-        results.append(taps @ part.reshape(part.shape[0], -1).T.astype(taps.dtype))
-    return _narrow(np.concatenate(results, axis=1).reshape(n, oh, ow, out_channels), x)
+        results.append(multiply(taps, part.reshape(len(part), kh * kw, per_group)))
+    return np.concatenate(results, axis=1).reshape(n, oh, ow, out_channels)
 
 
 def matmul(x: Array, weight: Array, *, x_zero_point: int = 0) -> Array:

@@ -80,26 +80,42 @@ IMAGES, INFERENCES = 64, 4
 
 def first(samples: Iterable[tuple[Array, ...]]) -> Iterator[tuple[Array, ...]]:
     """As many of the first inferences as means over them take: however many there are."""
-    images = 0
-    for count, inputs in enumerate(samples, 1):
+    taken = _Taken()
+    for inputs in samples:
         yield inputs
-        images += _leading(inputs)
-        if count >= INFERENCES and images >= IMAGES:
+        taken.add(inputs)
+        if taken.enough:
             return  # before the next one is taken
+
+
+class _Taken:
+    """What was taken for a mean so far."""
+
+    def __init__(self) -> None:
+        self._inferences = self._images = 0
+
+    def add(self, batch: Any) -> None:
+        """Count a batch."""
+        self._inferences += 1
+        self._images += _leading(batch)
+
+    @property
+    def enough(self) -> bool:
+        return self._inferences >= INFERENCES and self._images >= IMAGES
 
 
 class Revisited:
     """Batches of an iterator: all of them the first time; later those that `first` takes, which it keeps."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
-        self._source, self._kept, self._images = batches, list[Any](), 0
+        self._source, self._kept, self._taken = batches, list[Any](), _Taken()
 
     def __iter__(self) -> Iterator[Any]:
         yield from tuple(self._kept)
         for batch in self._source:
-            if len(self._kept) < INFERENCES or self._images < IMAGES:
+            if not self._taken.enough:
                 self._kept.append(batch)
-                self._images += _leading(batch)
+                self._taken.add(batch)
             yield batch
 
 

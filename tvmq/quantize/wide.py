@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq.quantize import numerics
-from tvmq.quantize.anchors import windows
+from tvmq.quantize.anchors import group_by_group, windows
 from tvmq.quantize.numerics import QParams
 
 Array = npt.NDArray[Any]
@@ -57,15 +57,8 @@ def conv2d(
     """Convolution of int16 NHWC x with int8 [O, kh, kw, I / groups] weights: float32, as said above."""
     geometry = {"strides": strides, "padding": padding, "dilation": dilation}
     image = windows(x.astype(np.float64), weight.shape[1:3], pad_value=0.0, **geometry)
-    n, oh, ow = image.shape[:3]
-    out_channels, kh, kw, per_group = weight.shape
-    pixels = image.reshape(n * oh * ow, kh * kw, -1)
-    results = []
-    for g in range(groups):
-        part = weight[g * (out_channels // groups) : (g + 1) * (out_channels // groups)]
-        taps = pixels[..., g * per_group : (g + 1) * per_group]
-        results.append(_sums(taps, part.reshape(len(part), kh * kw, per_group), *blocks(kh, kw, per_group)))
-    return np.concatenate(results, axis=1).reshape(n, oh, ow, out_channels)
+    block = blocks(*weight.shape[1:])
+    return group_by_group(image, weight, groups, lambda taps, part: _sums(taps, part, *block))
 
 
 def matmul(x: Array, weight: Array) -> Array:
