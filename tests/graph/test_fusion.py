@@ -150,7 +150,8 @@ def test_operators_an_epilogue_cannot_hold_end_the_chain(graph):
         lambda emit, x: emit(_conv(x, "NCHW", "OIHW"), "c"),
         lambda emit, x: emit(op.matmul(x, emit(op.permute_dims(x, [0, 1, 3, 2]), "t")), "m"),
         lambda emit, x: emit(op.mean(x, [2, 3]), "m"),
-        lambda emit, x: emit(op.mean(x, [1]), "m"),
+        lambda emit, x: emit(op.mean(x, [0, 2]), "m"),
+        lambda emit, x: emit(op.mean(x, [-1]), "m"),
         lambda emit, x: emit(op.mean(x), "m"),
         lambda emit, x: emit(op.mean(emit(op.reshape(x, (5, 5, 4)), "s"), [1, 2]), "m"),
         lambda emit, x: emit(op.nn.avg_pool2d(x, (2, 2), (2, 2), ceil_mode=True, layout="NHWC"), "p"),
@@ -163,6 +164,13 @@ def test_operators_an_epilogue_cannot_hold_end_the_chain(graph):
 )
 def test_what_starts_no_chain(graph, build):
     assert _chains(graph(build, SHAPE)) == []
+
+
+@pytest.mark.parametrize("axes", [[0], [1], [2], [0, 1], [-2, -3], [0, 1, 2]])
+def test_means_of_neighbours_before_the_last_axis_start_chains(graph, axes: list[int]):
+    assert _chains(graph(lambda emit, x: emit(op.nn.relu(emit(op.mean(x, axes), "m")), "r"), SHAPE)) == [
+        "avg_pool2d: m r"
+    ]
 
 
 def test_a_weight_that_is_an_activation_starts_no_chain(graph):

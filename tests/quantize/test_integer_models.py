@@ -33,11 +33,38 @@ class Gates(nn.Module):
 
 
 def a_line() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(8, 3, 2))
+    pools = nn.MaxPool1d(2, ceil_mode=True), nn.Conv1d(8, 8, 2), nn.AdaptiveAvgPool1d(4)
+    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), *pools, nn.Conv1d(8, 3, 2))
 
 
-def a_volume() -> nn.Module:
-    return nn.Sequential(nn.Conv3d(3, 8, 1), nn.ReLU(), nn.Conv3d(8, 4, 3, (2, 1, 1), padding=1))
+class Volumes(nn.Module):
+    """Convolutions of volumes, padded, strided, grouped and transposed, and their pools, from the first on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv3d(3, 8, 3, padding=1), nn.Conv3d(8, 8, 3, (2, 1, 1), 1, groups=2)
+        self.c, self.d = nn.Conv3d(8, 8, (3, 1, 1), padding=(2, 0, 0), groups=8), nn.Conv3d(8, 8, 1)
+        self.up = nn.ConvTranspose3d(8, 3, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 3, D, H, W] -> [N, 3, D', H', W']."""
+        x = functional.max_pool3d(torch.relu(self.a(x)), (1, 3, 2), (1, 2, 1), (0, 1, 1))
+        x = functional.avg_pool3d(self.b(x), 2, 1, 1)
+        x = self.c(x) * torch.sigmoid(self.d(functional.adaptive_avg_pool3d(x, 1)))
+        return self.up(functional.adaptive_avg_pool3d(x, (3, 2, 2)))
+
+
+class Means(nn.Module):
+    """Means along axes other than height and width, between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, R, S, 8] -> [S + 1, 8]."""
+        x = torch.relu(self.b(torch.relu(self.a(x)).mean(1)))
+        return self.c(torch.cat([x.mean(0), x.mean((0, 1), keepdim=True)[0]]))
 
 
 def a_decoder() -> nn.Module:
@@ -89,7 +116,8 @@ MODELS = {
     "frame": (Frame, (1, 4, 6, 5)),
     "gates": (Gates, (2, 8, 6, 5)),
     "line": (a_line, (2, 4, 14)),
-    "volume": (a_volume, (1, 3, 5, 6, 5)),
+    "volumes": (Volumes, (2, 3, 4, 6, 5)),
+    "means": (Means, (3, 2, 5, 8)),
     "decoder": (a_decoder, (1, 4, 5, 4)),
 }
 # What moves the model's own inputs and outputs between layouts.

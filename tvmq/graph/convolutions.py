@@ -64,11 +64,14 @@ def conv1d(x: Any, call: Any) -> Any:
 
 
 def conv3d(emit: Emit, x: Any, batch: int, call: Any, name: str) -> Any:
-    """`conv3d` of x [N * D, H, W, C]; None for groups, and where its weight is no constant."""
+    """`conv3d` of x [N * D, H, W, C]; None where its weight is no constant.
+
+    The slices of a group lie side by side: [groups, slices, channels of a group].
+    """
     a = call.attrs
-    if not ir.is_constant(call.args[1]) or str(a.data_layout) != "NCDHW" or int(a.groups) != 1:
+    if not ir.is_constant(call.args[1]) or str(a.data_layout) != "NCDHW":
         return None
-    weight = ir.to_numpy(call.args[1])
+    weight, groups = ir.to_numpy(call.args[1]), int(a.groups)
     depth, depth_out = ir.shape_of(x)[0] // batch, ir.shape_of(call)[2]
     taps, stride, dilation = weight.shape[2], _ints(a.strides)[0], _ints(a.dilation)[0]
     front, top, left, back, bottom, right = _ints(a.padding)
@@ -78,33 +81,36 @@ def conv3d(emit: Emit, x: Any, batch: int, call: Any, name: str) -> Any:
         if front or back:
             volume = emit(_op.nn.pad(volume, [0, 0, front, back, 0, 0, 0, 0, 0, 0], "constant", 0.0), f"{name}_padded")
         slices = []
+        grouped = (groups, image[2] // groups) if groups > 1 and taps > 1 else image[2:]
         for start in range(0, taps * dilation, dilation):
             end = start + (depth_out - 1) * stride + 1
             seen = emit(_op.strided_slice(volume, [1], [start], [end], [stride]), f"{name}_slice")
-            slices.append(emit(_op.reshape(seen, (batch * depth_out, *image)), f"{name}_slice"))
-        x = emit(_op.concat(slices, 3), f"{name}_slices") if taps > 1 else slices[0]
+            slices.append(emit(_op.reshape(seen, (batch * depth_out, *image[:2], *grouped)), f"{name}_slice"))
+        x = emit(_op.concat(slices, 2 + len(grouped)), f"{name}_slices") if taps > 1 else slices[0]
+        if len(grouped) > 1:
+            x = emit(_op.reshape(x, (batch * depth_out, *image[:2], taps * image[2])), f"{name}_slices")
     outputs, inputs, _, height, width = weight.shape
     flat = weight.transpose(0, 3, 4, 2, 1).reshape(outputs, height, width, taps * inputs)
-    return _conv2d(x, flat, _ints(a.strides)[1:], (top, left, bottom, right), _ints(a.dilation)[1:], 1)
+    return _conv2d(x, flat, _ints(a.strides)[1:], (top, left, bottom, right), _ints(a.dilation)[1:], groups)
 
 
 def transposed(x: Any, call: Any) -> tuple[Any, Shuffle] | None:
     """The convolution and the shuffle of a transposed convolution of image x; a line is an image of one row.
 
-    None for dilated kernels, and where its weight is no constant.
+    None where its weight is no constant.
     """
     a = call.attrs
-    if not ir.is_constant(call.args[1]) or str(a.data_layout) not in ("NCW", "NCHW") or max(_ints(a.dilation)) > 1:
+    if not ir.is_constant(call.args[1]) or str(a.data_layout) not in ("NCW", "NCHW"):
         return None
     weight, strides, padding = ir.to_numpy(call.args[1]), _ints(a.strides), _ints(a.padding)
-    out = ir.shape_of(call)
+    out, dilation = ir.shape_of(call), _ints(a.dilation)
     if weight.ndim == 3:
-        weight, strides = weight[:, :, None], [1, *strides]
+        weight, strides, dilation = weight[:, :, None], [1, *strides], [1, *dilation]
         padding, out = [0, padding[0], 0, padding[1]], (*out[:2], 1, out[2])
     groups = int(a.groups)
     shape = ir.shape_of(x)
     sides = [
-        _phases(weight.shape[2 + i], strides[i], padding[i], shape[1 + i], out[2 + i]) for i in range(2)
+        _phases(weight.shape[2 + i], strides[i], dilation[i], padding[i], shape[1 + i], out[2 + i]) for i in range(2)
     ]  # of rows, of columns
     (rows, top, bottom), (columns, left, right) = sides
     # [I, O / g, kh, kw] -> [g, rows, columns, O / g, window, window, I / g]
@@ -115,17 +121,17 @@ def transposed(x: Any, call: Any) -> tuple[Any, Shuffle] | None:
     return _conv2d(x, flat, (1, 1), (top, left, bottom, right), (1, 1), groups), shuffle
 
 
-def _phases(kernel: int, stride: int, padding: int, extent: int, out: int) -> tuple[Array, int, int]:
+def _phases(kernel: int, stride: int, dilation: int, padding: int, extent: int, out: int) -> tuple[Array, int, int]:
     """Which tap of a transposed kernel is which tap of the window that outputs of each place modulo the stride read.
 
     ([stride, kernel, window] of zeros and ones, padding before, padding after). Output o is the sum over taps t with
-    o + padding = stride * i + t of input i times weight t.
+    o + padding = stride * i + dilation * t of input i times weight t.
     """
     places = [
-        (place, tap, (place + padding - tap) // stride)
+        (place, tap, (place + padding - dilation * tap) // stride)
         for place in range(stride)
         for tap in range(kernel)
-        if (place + padding - tap) % stride == 0
+        if (place + padding - dilation * tap) % stride == 0
     ]
     offsets = [offset for _, _, offset in places]
     first, last = min(offsets), max(offsets)

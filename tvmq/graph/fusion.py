@@ -197,12 +197,12 @@ def _has_matrix_weight(call: Any) -> bool:
 
 
 def _is_window_mean(call: Any) -> bool:
-    shape = ir.shape_of(call.args[0])
-    if len(shape) != 4:
-        return False
+    """Whether `call` averages windows of channels-last images, or along neighbouring axes before the last."""
     if ir.is_call(call, "mean"):
-        return call.attrs.axis is not None and sorted(int(a) % 4 for a in call.attrs.axis) == [1, 2]
-    if str(call.attrs.layout) != "NHWC":
+        last = len(ir.shape_of(call.args[0])) - 1
+        axes = sorted(int(a) % (last + 1) for a in call.attrs.axis or ())
+        return bool(axes) and axes == list(range(axes[0], axes[-1] + 1)) and axes[-1] < last
+    if len(ir.shape_of(call.args[0])) != 4 or str(call.attrs.layout) != "NHWC":
         return False
     if ir.is_call(call, "nn.adaptive_avg_pool2d"):
         return True

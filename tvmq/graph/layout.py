@@ -7,7 +7,7 @@
 Each rewritten operator leaves its result in both orders; the transposes that nobody reads disappear, so adjacent ones
 vanish and operators with a rule of their own below (element-wise, pooling, concat, reductions, pad, slice) stay
 channels-last. Lines [N, C, W] and volumes [N, C, D, H, W] are images [N, 1, W, C] and [N * D, H, W, C]; see
-`convolutions.py` for what becomes of theirs.
+`convolutions.py` and `pools.py` for what becomes of theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.graph import convolutions
+from tvmq.graph import convolutions, pools
 from tvmq.graph.convolutions import Shuffle
 
 TO_NHWC = (0, 2, 3, 1)
@@ -170,8 +170,7 @@ def _binary(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
     if whole and _is_by_channel(ir.to_numpy(call.args[1]), shape):
         return _with_channels(layout, state, name, call)
     if len(shape) != 4:
-        twins = all(layout.has_twin(arg) and ir.shape_of(arg) == shape for arg in call.args)
-        return relax.Call(call.op, [layout.twin(state, arg) for arg in call.args], call.attrs) if twins else None
+        return _of_lines_or_volumes(layout, state, name, call)
     args = []
     for arg in call.args:
         if ir.is_constant(arg):
@@ -182,6 +181,24 @@ def _binary(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
         else:
             return None
     return relax.Call(call.op, args, call.attrs)
+
+
+def _of_lines_or_volumes(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """An operator on two of one shape, or on one and a number a channel of each sample."""
+    if not all(layout.has_twin(arg) for arg in call.args):
+        return None
+    shape = ir.shape_of(call)
+    twins, shapes = [layout.twin(state, arg) for arg in call.args], [ir.shape_of(arg) for arg in call.args]
+    if shapes == [shape, shape]:
+        return relax.Call(call.op, twins, call.attrs)
+    by_channel = (*shape[:2], *[1] * (len(shape) - 2))
+    if sorted(shapes) != sorted([shape, by_channel]):
+        return None
+    whole = twins[shapes.index(shape)]
+    rows, height, width, channels = ir.shape_of(whole)
+    sample = (shape[0], rows // shape[0] * height, width, channels)
+    ends = [state.emit(relax.op.reshape(twin, sample), name) if twin == whole else twin for twin in twins]
+    return relax.op.reshape(state.emit(relax.Call(call.op, ends, call.attrs), name), (rows, height, width, channels))
 
 
 def _is_by_channel(value: np.ndarray[Any, Any], shape: tuple[int, ...]) -> bool:
@@ -200,15 +217,15 @@ def _with_channels(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> 
     return layout.shuffled(state, name, state.emit(before, f"{name}_image"), shuffle)
 
 
-def _pool(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
-    if not layout.has_twin(call.args[0]) or str(call.attrs.layout) != "NCHW":
+def _pool(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]):
         return None
-    a = call.attrs
-    x = layout.twin(state, call.args[0])
-    if ir.is_call(call, "nn.adaptive_avg_pool2d"):
-        return relax.op.nn.adaptive_avg_pool2d(x, a.output_size, "NHWC", "NHWC")
-    pool = relax.op.nn.max_pool2d if ir.is_call(call, "nn.max_pool2d") else relax.op.nn.avg_pool2d
-    return pool(x, a.pool_size, a.strides, a.padding, a.dilation, a.ceil_mode, a.count_include_pad, "NHWC", "NHWC")
+    if ir.is_call(call, *pools.OF_VOLUMES):
+        return pools.of_volume(state.emit, layout.twin(state, call.args[0]), call, name)
+    static = ir.is_static(call) and ir.is_static(call.args[0])
+    return (
+        pools.of_image(layout.twin(state, call.args[0]), call) if str(call.attrs.layout) == "NCHW" and static else None
+    )
 
 
 def _concat(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
@@ -218,12 +235,15 @@ def _concat(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     return relax.op.concat([layout.twin(state, field) for field in fields], _axis(int(call.attrs.axis)))
 
 
-def _reduce(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+def _reduce(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
     """Only with kept dimensions; the others are mended by `drop_transposes`."""
-    if not _is_image(layout, call.args[0]) or call.attrs.axis is None or not bool(call.attrs.keepdims):
+    x = call.args[0]
+    if not layout.has_twin(x) or call.attrs.axis is None or not bool(call.attrs.keepdims):
         return None
+    if not _is_image(layout, x):
+        return pools.reduced(state.emit, layout.twin(state, x), call, name)
     axes = sorted(_axis(int(a)) for a in call.attrs.axis)
-    return getattr(relax.op, ir.op_name(call))(layout.twin(state, call.args[0]), axis=axes, keepdims=True)
+    return getattr(relax.op, ir.op_name(call))(layout.twin(state, x), axis=axes, keepdims=True)
 
 
 def _pad(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
@@ -288,7 +308,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("expand_dims", "squeeze"), _one_row),
     **dict.fromkeys(UNARY, _unary),
     **dict.fromkeys(BINARY, _binary),
-    **dict.fromkeys(("nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d"), _pool),
+    **dict.fromkeys(("nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", *pools.OF_VOLUMES), _pool),
     **dict.fromkeys(("mean", "sum", "max", "min"), _reduce),
     "concat": _concat,
     "nn.pad": _pad,

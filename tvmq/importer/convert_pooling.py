@@ -1,4 +1,4 @@
-"""Converters of pooling (see `converters.py`). Images are [N, C, H, W], or [C, H, W]."""
+"""Converters of pooling (see `converters.py`). Images are [N, C, H, W], or [C, H, W]; volumes have D before H."""
 
 from __future__ import annotations
 
@@ -29,22 +29,27 @@ def table() -> dict[str, Converter]:
 
 
 def _max_pool(node: fx.Node, importer: Any) -> Any:
-    """`max_pool2d`, whose stride is the kernel's size where it is empty: TVM's passes an empty stride on.
+    """`max_pool2d` or `max_pool3d`; an empty stride is the kernel's size, while TVM's converter passes it on.
 
     TVM's converter returns zeros for the indices; a model that reads them gets them from the taps of the windows.
+    Volumes are padded at their ends by hand, up to where ceil_mode reaches.
     """
     a = arguments(node)
     dims = 3 if "3d" in str(node.target) else 2
     kernel, padding, dilation = (_each(a[name], dims) for name in ("kernel_size", "padding", "dilation"))
     stride = _each(a["stride"] or kernel, dims)
-    if dims == 3 or pool_indices.are_read(node):
-        outputs = tuple(node.meta["val"][0].shape[-dims:])
+    outputs = tuple(node.meta["val"][0].shape[-dims:])
+    if pool_indices.are_read(node):
         return pool_indices.max_pool(importer, importer.env[a["self"]], outputs, kernel, stride, padding, dilation)
 
     def pool(x: Any) -> Any:
-        return _op.nn.max_pool2d(x, kernel, stride, _sides(padding), dilation, a["ceil_mode"])
+        if dims == 2:
+            return _op.nn.max_pool2d(x, kernel, stride, _sides(padding), dilation, a["ceil_mode"])
+        sizes = zip(ir.shape_of(x)[2:], outputs, kernel, stride, padding, dilation, strict=True)
+        after = [max((o - 1) * s + d * (k - 1) + 1 - n - p, p) for n, o, k, s, p, d in sizes]
+        return _op.nn.max_pool3d(x, kernel, stride, (*padding, *after), dilation)
 
-    return relax.Tuple([_on_batch(importer, a["self"], pool)])
+    return relax.Tuple([_on_batch(importer, a["self"], pool, dims)])
 
 
 def _avg_pool2d(node: fx.Node, importer: Any) -> Any:
@@ -67,7 +72,7 @@ def _avg_pool2d(node: fx.Node, importer: Any) -> Any:
         pooled = _op.nn.avg_pool2d(padded, kernel, stride, count_include_pad=True)
         return _op.multiply(pooled, relax.const(math.prod(kernel) / divisor, ir.dtype_of(x)))
 
-    return _on_batch(importer, a["self"], pool)
+    return _on_batch(importer, a["self"], pool, 2)
 
 
 def _adaptive_max_pool(node: fx.Node, importer: Any) -> Any:
@@ -76,27 +81,30 @@ def _adaptive_max_pool(node: fx.Node, importer: Any) -> Any:
     Windows of one size are a max pool; others are cut out, first along the rows, then along the columns.
     """
     a = arguments(node)
-    if pool_indices.are_read(node) or "3d" in str(node.target):
-        return pool_indices.adaptive_max_pool(importer, importer.env[a["self"]], a["output_size"])
+    outputs = a["output_size"]
+    dims = len(outputs)
+    extents = ir.shape_of(importer.env[a["self"]])[-dims:]
+    equal = all(n % m == 0 for n, m in zip(extents, outputs, strict=True))
+    if pool_indices.are_read(node) or (dims == 3 and not equal):
+        return pool_indices.adaptive_max_pool(importer, importer.env[a["self"]], outputs)
 
     def pool(x: Any) -> Any:
-        extents, outputs = ir.shape_of(x)[2:], a["output_size"]
-        if all(n % m == 0 for n, m in zip(extents, outputs, strict=True)):
+        if equal:
             kernel = [n // m for n, m in zip(extents, outputs, strict=True)]
-            return _op.nn.max_pool2d(x, kernel, kernel)
+            return (_op.nn.max_pool2d if dims == 2 else _op.nn.max_pool3d)(x, kernel, kernel)
         for axis, n, m in zip((2, 3), extents, outputs, strict=True):
             bands = [_op.strided_slice(x, [axis], [i * n // m], [-(-(i + 1) * n // m)]) for i in range(m)]
             peaks = [_op.max(band, axis=[axis], keepdims=True) for band in bands]
             x = importer.block_builder.emit(_op.concat(peaks, axis))
         return x
 
-    return relax.Tuple([_on_batch(importer, a["self"], pool)])
+    return relax.Tuple([_on_batch(importer, a["self"], pool, dims)])
 
 
-def _on_batch(importer: Any, name: Any, pool: Callable[[Any], Any]) -> Any:
-    """`pool` of a batch of images, or of one image without the batch's axis."""
+def _on_batch(importer: Any, name: Any, pool: Callable[[Any], Any], dims: int) -> Any:
+    """`pool` of a batch of images (of volumes, where `dims` is 3), or of one without the batch's axis."""
     x = importer.env[name]
-    if len(ir.shape_of(x)) == 4:
+    if len(ir.shape_of(x)) == dims + 2:
         return importer.block_builder.emit(pool(x))
     batch = importer.block_builder.emit(_op.expand_dims(x, 0))
     return importer.block_builder.emit(_op.squeeze(importer.block_builder.emit(pool(batch)), [0]))

@@ -17,9 +17,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         aten.convolution.default: _convolution,
         aten.instance_norm.default: _instance_norm,
         aten.avg_pool3d.default: _avg_pool3d,
-        aten.max_pool3d.default: _max_pool3d,
         aten.adaptive_avg_pool1d.default: _adaptive_avg_pool1d,
-        aten._adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     }
 
 
@@ -58,7 +56,7 @@ def _with_zeros(x: Tensor, axis: int, stride: int) -> Tensor:
     """`stride - 1` zeros between neighbours along an axis."""
     if stride == 1:
         return x
-    spread = torch.stack([x, *[torch.zeros_like(x)] * (stride - 1)], axis + 1).flatten(axis, axis + 1)
+    spread = _padded(x.unsqueeze(axis + 1), axis + 1, 0, stride - 1).flatten(axis, axis + 1)
     return spread.narrow(axis, 0, (x.shape[axis] - 1) * stride + 1)
 
 
@@ -104,7 +102,9 @@ def _avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    """The sum of the taps over their count (torch.nn.AvgPool3d). TVM's ignores divisor_override and ceil_mode's end."""
+    """The sum of the taps over their count (torch.nn.AvgPool3d), and what TVM ignores: divisor_override, ceil_mode."""
+    if not ceil_mode and not divisor_override:
+        return NotImplemented
     kernel, sides = _triple(kernel_size), _triple(padding)
     steps = _triple(stride) if len(stride) else kernel
     for axis, k, s, p in zip((-3, -2, -1), kernel, steps, sides, strict=True):
@@ -123,9 +123,9 @@ def _triple(value: Sequence[int]) -> list[int]:
     return [int(value[0])] * 3 if len(value) == 1 else [int(v) for v in value]
 
 
-def _windows(extent: int, kernel: int, stride: int, padding: int, ceil_mode: bool, dilation: int = 1) -> int:
+def _windows(extent: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
     """How many windows fit; with ceil_mode the last starts inside the image or its padding before."""
-    span = extent + 2 * padding - dilation * (kernel - 1) - 1
+    span = extent + 2 * padding - kernel
     count = (-(-span // stride) if ceil_mode else span // stride) + 1
     return count - 1 if ceil_mode and (count - 1) * stride >= extent + padding else count
 
@@ -142,44 +142,8 @@ def _tap(x: Tensor, axis: int, offset: int, stride: int, count: int) -> Tensor:
     return tap
 
 
-def _max_pool3d(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    ceil_mode: bool = False,
-) -> Any:
-    """The maximum along one axis after the other (torch.nn.MaxPool3d)."""
-    kernel, sides, steps = _triple(kernel_size), _triple(padding), _triple(dilation)
-    strides = _triple(stride) if len(stride) else kernel
-    for axis, k, s, p, d in zip((-3, -2, -1), kernel, strides, sides, steps, strict=True):
-        count = _windows(x.shape[axis], k, s, p, ceil_mode, d)
-        end = max((count - 1) * s + d * (k - 1) + 1 - x.shape[axis] - p, 0)
-        behind = [0, 0] * (-1 - axis)
-        padded = torch.constant_pad_nd(x, [*behind, p, end], float("-inf")) if p or end else x
-        x = _tap(padded, axis, 0, s, count)
-        for offset in range(1, k):
-            x = torch.maximum(x, _tap(padded, axis, offset * d, s, count))
-    return x
-
-
-def _adaptive_mean(x: Tensor, axis: int, count: int) -> Tensor:
-    """The means of `count` windows along an axis, from floor(i * n / m) to ceil((i + 1) * n / m)."""
-    extent = x.shape[axis]
-    starts = [i * extent // count for i in range(count)]
-    ends = [-(-(i + 1) * extent // count) for i in range(count)]
-    parts = [x.narrow(axis, a, b - a).mean(axis, keepdim=True) for a, b in zip(starts, ends, strict=True)]
-    return torch.cat(parts, axis)
-
-
 def _adaptive_avg_pool1d(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Means of windows (torch.nn.AdaptiveAvgPool1d)."""
-    return _adaptive_mean(x, x.ndim - 1, int(output_size[0]))
-
-
-def _adaptive_avg_pool3d(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Means of windows, one axis after the other (torch.nn.AdaptiveAvgPool3d)."""
-    for axis, count in zip(range(x.ndim - 3, x.ndim), output_size, strict=True):
-        x = _adaptive_mean(x, axis, int(count))
-    return x
+    """Means of windows of a line, which is an image of one row (torch.nn.AdaptiveAvgPool1d)."""
+    batch = x if x.ndim == 3 else x.unsqueeze(0)
+    pooled: Tensor = aten._adaptive_avg_pool2d(batch.unsqueeze(2), [1, int(output_size[0])]).squeeze(2)
+    return pooled if x.ndim == 3 else pooled.squeeze(0)

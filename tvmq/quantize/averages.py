@@ -1,4 +1,4 @@
-"""Windows of averages, and those over a tensor that is stored as floats though the average reads its integers.
+"""Windows of averages, their images, and averages over floats of which they read the integers.
 
     mean(dequantize(quantize(y, s, z), s, z)), y read by others  ->  tvmq.avg_pool2d(y; read = multiply(1 / s), round)
 
@@ -30,10 +30,29 @@ def is_uneven(call: Any) -> bool:
     return any(n % m for n, m in zip(ir.shape_of(call.args[0])[1:3], ir.shape_of(call)[1:3], strict=True))
 
 
+def image_of(call: Any) -> tuple[int, ...]:
+    """The channels-last image [N, H, W, C] whose windows are averaged: what `call` reads, or that in another shape.
+
+    A mean of [..., rest, C] along some axes before `rest` is over the height of [..., axes, rest, C].
+    """
+    shape = ir.shape_of(call.args[0])
+    if not ir.is_call(call, "mean") or _is_of_images(call):
+        return shape
+    axes = sorted(int(a) % len(shape) for a in call.attrs.axis)
+    parts = shape[: axes[0]], shape[axes[0] : axes[-1] + 1], shape[axes[-1] + 1 : -1]
+    return (*(math.prod(part) for part in parts), shape[-1])
+
+
+def _is_of_images(call: Any) -> bool:
+    """Whether a mean is over height and width of images."""
+    return len(ir.shape_of(call.args[0])) == 4 and sorted(int(a) % 4 for a in call.attrs.axis) == [1, 2]
+
+
 def window(call: Any) -> dict[str, Any]:
-    """The pooling geometry of a window mean that is not uneven."""
-    height, width = ir.shape_of(call.args[0])[1:3]
+    """The pooling geometry of a window mean that is not uneven, of `image_of` it."""
+    height, width = image_of(call)[1:3]
     if ir.is_call(call, "mean"):
+        width = width if _is_of_images(call) else 1
         pool = strides = (height, width)
     elif ir.is_call(call, "nn.adaptive_avg_pool2d"):
         out_height, out_width = ir.shape_of(call)[1:3]

@@ -1,7 +1,8 @@
 """Decides which operators become integer and which tensors are quantized, with a reason for each that stays float.
 
 Convolutions and matmuls with constant weights pull their inputs into int8. Everything else (adds, pools, activations,
-concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion.
+concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion (but see
+carried.py).
 Layers with int16 activations pull their inputs into int16, whatever else reads these, and give what their readers want.
 Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone. Products of
 two activations pull both into int8 where a recipe asks for it.
@@ -21,6 +22,7 @@ from tvmq.errors import RecipeError
 from tvmq.graph.fusion import Chain, find_chains, has_embedding_kernel, product_kind
 from tvmq.quantize import auto, numerics, products, tables, wide
 from tvmq.quantize.auto import Rates
+from tvmq.quantize.carried import carried
 from tvmq.quantize.decisions import Decision, kind_of, with_levels
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
@@ -93,6 +95,7 @@ class _Planner:
         self.chains = find_chains(module)
         self.chain_of_end = {chain.end: chain for chain in self.chains}
         self.inside = {member for chain in self.chains for member in chain.members[:-1]}
+        self.carried = carried(module, self.chains)
         self.integer: set[Any] = set()
         self.wanted: set[Any] = set()
         self.asked: set[Any] = set()  # for floats of 16 bits
@@ -298,7 +301,7 @@ class _Planner:
         for source in sources:
             if ir.is_constant(source):
                 return "one of its inputs is a constant"
-            if source not in self.integer:
+            if source not in self.integer and var not in self.carried:
                 return f"its input {_name(source)} is float"
         if declined := no_stored_form(call, integer=True):
             return declined
@@ -339,8 +342,12 @@ class _Planner:
                 self._renote(var, Precision.FP32, "nobody reads its result as integers")
         source: dict[Any, Any] = {var: var for var in self.wanted}
         for var, call in ir.calls(self.module):
-            if var in self.wanted and var in self.integer and ir.is_call(call, *PASS_THROUGH):
+            if var not in self.wanted or var not in self.integer:
+                continue
+            if ir.is_call(call, *PASS_THROUGH):
                 source[var] = source[next(ir.operands(call))]
+            elif ir.is_call(call, "concat") and len({source[field] for field in _tensors(call)}) == 1:
+                source[var] = source[_tensors(call)[0]]
         return source
 
     def _note(self, var: Any, kind: str, precision: Precision, reason: str) -> None:

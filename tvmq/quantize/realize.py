@@ -296,6 +296,8 @@ class _Realizer:
             return op_calls.adaptive_avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         if chain.kind == "avg_pool2d":
             common |= {"read": x.read if x is not None else (), **averages.window(chain.call)}
+            if (image := averages.image_of(chain.call)) != ir.shape_of(chain.x):
+                operand = sums.state.emit(relax.op.reshape(operand, image), f"{chain.anchor.name}_image")
             return op_calls.avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         return op_calls.elementwise(operand, operands, steps, **common)
 

@@ -1,0 +1,95 @@
+"""Pools and reductions of images, lines and volumes, as those of channels-last images, which have kernels.
+
+    max_pool2d(x, ceil_mode)       ->  max_pool2d(x), padded at the end up to where its last window reaches
+    max_pool3d(x [N, C, D, H, W])  ->  max_pool2d over H and W of [N * D, H, W, C], then over D of [N, D, H' * W', C]
+    mean(x [N, C, D, H, W], axes)  ->  mean of [N, D, H, W, C]
+
+Averages of volumes are those of images, averaged: a window has as many elements as the product of its sides says, with
+and without padding. A rule declines (None) what it says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tvm import relax
+
+from tvmq import ir
+
+Emit = Callable[[Any, str], Any]
+_op = relax.op
+OF_VOLUMES = ("nn.max_pool3d", "nn.avg_pool3d", "nn.adaptive_avg_pool3d")
+
+
+def of_image(x: Any, call: Any) -> Any:
+    """The pool `call` of image x [N, H, W, C]."""
+    a = call.attrs
+    if ir.is_call(call, "nn.adaptive_avg_pool2d"):
+        return _op.nn.adaptive_avg_pool2d(x, a.output_size, "NHWC", "NHWC")
+    pool = _op.nn.max_pool2d if ir.is_call(call, "nn.max_pool2d") else _op.nn.avg_pool2d
+    padding, ceil_mode, include = _ints(a.padding), bool(a.ceil_mode), bool(a.count_include_pad)
+    reached = _reached(call)
+    # An average counts padding, but not what lies beyond it.
+    if ceil_mode and (reached == padding or ir.is_call(call, "nn.max_pool2d") or not (include and any(padding))):
+        padding, ceil_mode, include = reached, False, include and reached == padding
+    return pool(x, a.pool_size, a.strides, padding, a.dilation, ceil_mode, include, "NHWC", "NHWC")
+
+
+def _reached(call: Any) -> list[int]:
+    """The padding of a pool of images up to where its last windows end."""
+    a, padding = call.attrs, _ints(call.attrs.padding)
+    extents, outputs = ir.shape_of(call.args[0])[2:], ir.shape_of(call)[2:]
+    sides = zip(extents, outputs, _ints(a.pool_size), _ints(a.strides), _ints(a.dilation), padding[:2], strict=True)
+    ends = [(o - 1) * s + d * (k - 1) + 1 - n - p for n, o, k, s, d, p in sides]
+    return [*padding[:2], *(max(end, after) for end, after in zip(ends, padding[2:], strict=True))]
+
+
+def of_volume(emit: Emit, x: Any, call: Any, name: str) -> Any:
+    """The pool `call` of image x [N * D, H, W, C]; None for ceil_mode, and other layouts than NCDHW."""
+    a = call.attrs
+    if str(a.layout) != "NCDHW" or not ir.is_static(call) or not ir.is_static(call.args[0]):
+        return None
+    batch, channels, depth = ir.shape_of(call.args[0])[:3]
+    out = ir.shape_of(call)[2:]
+    if ir.is_call(call, "nn.adaptive_avg_pool3d"):
+        if math.prod(out) == 1:
+            return _mean_of_all(emit, x, batch, name)
+        flat = emit(_op.nn.adaptive_avg_pool2d(x, out[1:], "NHWC", "NHWC"), f"{name}_flat")
+        columns = emit(_op.reshape(flat, (batch, depth, out[1] * out[2], channels)), f"{name}_flat")
+        deep = _op.nn.adaptive_avg_pool2d(columns, (out[0], out[1] * out[2]), "NHWC", "NHWC")
+    else:
+        if bool(a.ceil_mode):
+            return None
+        pool = _op.nn.max_pool2d if ir.is_call(call, "nn.max_pool3d") else _op.nn.avg_pool2d
+        size, strides, dilation = _ints(a.pool_size), _ints(a.strides), _ints(a.dilation)
+        front, top, left, back, bottom, right = _ints(a.padding)
+        last = (False, bool(a.count_include_pad), "NHWC", "NHWC")
+        flat = emit(pool(x, size[1:], strides[1:], (top, left, bottom, right), dilation[1:], *last), f"{name}_flat")
+        columns = emit(_op.reshape(flat, (batch, depth, out[1] * out[2], channels)), f"{name}_flat")
+        deep = pool(columns, (size[0], 1), (strides[0], 1), (front, 0, back, 0), (dilation[0], 1), *last)
+    return _op.reshape(emit(deep, f"{name}_deep"), (batch * out[0], *out[1:], channels))
+
+
+def _mean_of_all(emit: Emit, x: Any, batch: int, name: str) -> Any:
+    rows, height, width, channels = ir.shape_of(x)
+    image = emit(_op.reshape(x, (batch, rows // batch * height, width, channels)), f"{name}_flat")
+    return _op.mean(image, axis=[1, 2], keepdims=True)
+
+
+def reduced(emit: Emit, x: Any, call: Any, name: str) -> Any:
+    """The reduction `call`, which keeps its axes, of a line or volume with image x; None over samples or channels."""
+    shape, out = ir.shape_of(call.args[0]), ir.shape_of(call)
+    axes = sorted(int(axis) % len(shape) for axis in call.attrs.axis)
+    if axes[0] < 2:
+        return None
+    reduce = getattr(_op, ir.op_name(call))
+    last = emit(_op.reshape(x, (shape[0], *shape[2:], shape[1])), f"{name}_flat")
+    kept = emit(reduce(last, axis=[axis - 1 for axis in axes], keepdims=True), name)
+    rows = (shape[0], 1) if len(shape) == 3 else (shape[0] * out[2], out[3])
+    return _op.reshape(kept, (*rows, out[-1], shape[1]))
+
+
+def _ints(values: Any) -> list[int]:
+    return [int(value) for value in values]
