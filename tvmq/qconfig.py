@@ -2,7 +2,7 @@
 
 relay's integers were symmetric with one scale a tensor, `threshold / 2**(bits - 1)`, limited to
 [-(2**(bits - 1) - 1), 2**(bits - 1) - 1]. Here thresholds of data are divided by `2**(bits - 1) - 1`, which uses the
-same integers without cutting the threshold itself off.
+same integers without cutting the threshold itself off. Inputs of 16 bits are those of the precision int16.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _OBSERVERS: Mapping[str, Mapping[str, Any]] = {
     "kl_divergence": {"observer": "entropy"},
     "percentile": {"observer": "percentile", "percentile": 99.999},
 }
+# The other number of bits that inputs may have.
+_WIDE = 16
 # relay's operators and the kinds that they are here; its others move integers, and follow their inputs.
 _KINDS = {
     "nn.conv2d": ("conv2d",),
@@ -79,12 +81,36 @@ def _part(name: str, value: Any, fields: Mapping[str, Any]) -> _Part:
     return _PARTS[name](name, value, fields)
 
 
-def _bits(field: str) -> Callable[[str, Any, Mapping[str, Any]], _Part]:
-    def part(name: str, value: Any, _fields: Mapping[str, Any]) -> _Part:
-        _require(name, isinstance(value, int) and 2 <= value <= 8, "2 to 8 bits", value)
-        return [(field, value)], f"{field} = {value}"
+def _weight_bits(name: str, value: Any, _fields: Mapping[str, Any]) -> _Part:
+    _require(name, _is_bits(value), "2 to 8 bits", value)
+    return [("weight_bits", value)], f"weight_bits = {value}"
 
-    return part
+
+def _input_bits(name: str, value: Any, _fields: Mapping[str, Any]) -> _Part:
+    _require(name, _is_bits(value) or value == _WIDE, f"2 to 8 bits, or {_WIDE}", value)
+    if value == _WIDE:
+        said = "convolutions and linear layers read int16, other operators are float32"
+        return [("precision", "int16")], f"precision = 'int16': {said}"
+    return [("precision", "int8"), ("activation_bits", value)], f"precision = 'int8', activation_bits = {value}"
+
+
+def _is_bits(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8
+
+
+def _input_dtype(name: str, value: Any, fields: Mapping[str, Any]) -> _Part:
+    wide = _complete(fields)["nbit_input"] == _WIDE
+    known = ("int8", "int16") if wide else ("int8",)
+    _require(name, value in known, " or ".join(map(repr, known)), value)
+    stored = "of 16 bits are stored in 16" if wide else "of 8 bits and fewer are stored in 8"
+    return [], f"nothing: activations {stored}"
+
+
+def _sums(name: str, value: Any, _fields: Mapping[str, Any]) -> _Part:
+    """relay's fields of what is between operators: sums of products and of residual branches."""
+    known: tuple[Any, ...] = (32, 16) if name == "nbit_activation" else ("int32", "int16")
+    _require(name, value in known, " or ".join(map(repr, known)), value)
+    return [], "nothing: sums are int32 (of int16 inputs float32 by blocks), which hold those of 16 and 32 bits"
 
 
 def _only(*allowed: Any, why: str) -> Callable[[str, Any, Mapping[str, Any]], _Part]:
@@ -98,9 +124,9 @@ def _only(*allowed: Any, why: str) -> Callable[[str, Any, Mapping[str, Any]], _P
 def _mode(name: str, value: Any, _fields: Mapping[str, Any]) -> _Part:
     _require(name, value in _OBSERVERS, f"one of {', '.join(_OBSERVERS)}", value)
     # relay did nothing else for accuracy.
-    chosen = [("precision", "int8"), ("symmetric", True), ("algorithms", ()), *_OBSERVERS[value].items()]
+    chosen = [("symmetric", True), ("narrow_range", True), ("algorithms", ()), *_OBSERVERS[value].items()]
     said = "".join(f"{key} = {given!r}, " for key, given in _OBSERVERS[value].items())
-    return chosen, f"{said}symmetric = True, algorithms = []"
+    return chosen, f"{said}symmetric = True, narrow_range = True, algorithms = []"
 
 
 def _global_scale(name: str, value: Any, fields: Mapping[str, Any]) -> _Part:
@@ -161,12 +187,12 @@ def _require(name: str, holds: bool, expected: str, seen: object) -> None:
 
 
 _PARTS: Mapping[str, Callable[[str, Any, Mapping[str, Any]], _Part]] = {
-    "nbit_input": _bits("activation_bits"),
-    "nbit_weight": _bits("weight_bits"),
-    "nbit_activation": _only(32, why="nothing: sums are int32, and cannot overflow"),
-    "dtype_input": _only("int8", why="nothing: activations of 8 bits and fewer are stored in 8"),
+    "nbit_input": _input_bits,
+    "nbit_weight": _weight_bits,
+    "nbit_activation": _sums,
+    "dtype_input": _input_dtype,
     "dtype_weight": _only("int8", why="nothing: weights of 8 bits and fewer are stored in 8"),
-    "dtype_activation": _only("int32", why="nothing: sums are int32"),
+    "dtype_activation": _sums,
     "calibrate_mode": _mode,
     "global_scale": _global_scale,
     "weight_scale": _weight_scale,

@@ -111,7 +111,9 @@ class Recipe:
 
     precision: of every operator that no rule names. observer and aggregate: how ranges are estimated; `percentile` (of
     a tensor's elements that its range holds), `momentum` (the weight of a new inference) and `fixed_range` belong to
-    one of them each. symmetric: zero points of activations are 0. activation_bits, weight_bits: 2 to 8, stored as 8;
+    one of them each. symmetric: zero points of activations are 0. symmetric_loss: so are those of tensors whose noise
+    of rounding that raises by so many decibels at most (up to 10; None: of none). narrow_range: activations leave the
+    least integer out, as weights do. activation_bits, weight_bits: 2 to 8, stored as 8;
     fewer leave integers unused (7: half of the range). power_of_two: scales that are rounded up to one. per_channel: a
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
     weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
@@ -132,6 +134,8 @@ class Recipe:
     aggregate: Aggregate = Aggregate.POOLED
     fixed_range: float = 8.0
     symmetric: bool = False
+    symmetric_loss: float | None = None
+    narrow_range: bool = False
     activation_bits: int = 8
     weight_bits: int = 8
     power_of_two: PowerOfTwo = PowerOfTwo.NONE
@@ -155,11 +159,13 @@ class Recipe:
         object.__setattr__(self, "algorithms", tuple(chosen))
         object.__setattr__(self, "kinds", tuple(_known_kind(kind) for kind in checks.items("kinds", self.kinds)))
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in checks.items("rules", self.rules)))
-        for name in ("symmetric", "per_channel", "integer_io", "simulate", "winograd"):
+        for name in ("symmetric", "narrow_range", "per_channel", "integer_io", "simulate", "winograd"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"recipe: {name}", expected="true or false", seen=repr(getattr(self, name)))
         if self.group_size is not None:
             checks.one_of("group_size", self.group_size, GROUP_SIZES)
+        if self.symmetric_loss is not None:
+            checks.between("symmetric_loss", self.symmetric_loss, 0.0, 10.0)
         checks.between("percentile", self.percentile, 50.0, 100.0)
         checks.between("momentum", self.momentum, 0.0, 1.0)
         checks.between("smoothing", self.smoothing, 0.0, 1.0)

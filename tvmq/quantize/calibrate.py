@@ -15,13 +15,12 @@ from tvmq.errors import CalibrationError
 from tvmq.graph.fusion import find_chains
 from tvmq.model import Signature
 from tvmq.oracle import interpret
-from tvmq.quantize import observers
+from tvmq.quantize import observers, symmetry
 from tvmq.quantize.data import inferences
-from tvmq.quantize.numerics import choose_qparams
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable, Entry
 from tvmq.recipe import Recipe
-from tvmq.recipe_values import Aggregate, Observer, PowerOfTwo
+from tvmq.recipe_values import Aggregate, Observer
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int], None]
@@ -69,10 +68,7 @@ def calibrate(
 
 
 def _entry(low: float, high: float, recipe: Recipe) -> Entry:
-    power_of_two = recipe.power_of_two in (PowerOfTwo.ACTIVATIONS, PowerOfTwo.ALL)
-    bits, symmetric = recipe.activation_bits, recipe.symmetric
-    qparams = choose_qparams(low, high, symmetric=symmetric, bits=bits, power_of_two=power_of_two)
-    return Entry(float(low), float(high), qparams)
+    return Entry(float(low), float(high), symmetry.choose(low, high, recipe))
 
 
 def _described(recipe: Recipe) -> str:

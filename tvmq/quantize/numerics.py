@@ -61,20 +61,27 @@ class QParams:
 
 
 def choose_qparams(
-    low: float, high: float, *, symmetric: bool = False, bits: int = 8, power_of_two: bool = False
+    low: float,
+    high: float,
+    *,
+    symmetric: bool = False,
+    bits: int = 8,
+    power_of_two: bool = False,
+    narrow: bool = False,
 ) -> QParams:
     """The parameters for values in [low, high] with integers of `bits` bits; zero is always representable.
 
     Symmetric: zero_point 0, scale = max(|low|, |high|) / (2**(bits - 1) - 1). Asymmetric: scale = (high - low) /
-    (2**bits - 1), with the zero point rounded to an integer. power_of_two: the scale is rounded up to one. A range of
-    zero width gets scale 1.
+    (2**bits - 1), with the zero point rounded to an integer. power_of_two: the scale is rounded up to one. narrow: the
+    least integer is left out, so that there are as many below zero as above. A range of zero width gets scale 1.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     top = 2 ** (bits - 1) - 1
-    scale = max(-low, high) / top if symmetric else (high - low) / (2 * top + 1)
+    bottom = -top if narrow else -(top + 1)
+    scale = max(-low, high) / top if symmetric else (high - low) / (top - bottom)
     scale = _sound_scale(2.0 ** np.ceil(np.log2(scale)) if power_of_two and scale > TINY_SCALE else scale)
-    zero_point = 0 if symmetric else int(np.clip(np.rint(-(top + 1) - low / scale), -(top + 1), top))
-    return QParams(scale, zero_point, -(top + 1), top)
+    zero_point = 0 if symmetric else int(np.clip(np.rint(bottom - low / scale), bottom, top))
+    return QParams(scale, zero_point, bottom, top)
 
 
 def _sound_scale(scale: float) -> float:
