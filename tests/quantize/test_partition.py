@@ -10,7 +10,7 @@ from tvmq import ir
 from tvmq.deploy.executor import load
 from tvmq.oracle import interpret
 from tvmq.pipeline import compile_model
-from tvmq.quantize.partition import quantize_outputs, take_integers
+from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.realize import realize
 from tvmq.recipe import Recipe
 
@@ -31,6 +31,28 @@ def test_the_same_numbers(model_of, name: str, storage: str) -> None:
         conversions.dequantize(results), case.run(case.realized()), conversions.outputs.values(), strict=True
     ):
         assert np.abs(got - want).max() <= 1.001 * qparams.scale  # the ends of a range may lie half a step outside
+
+
+@pytest.mark.parametrize("recipe", [dataclasses.replace(INT8, narrow_range=True), Recipe.from_qconfig(nbit_input=6)])
+def test_integers_that_are_not_used_are_not_given_either(model_of, recipe: Recipe) -> None:
+    case = model_of("conv_bn_relu")
+    recipe = dataclasses.replace(recipe, rules=(), fixed_range=1.0)
+    qdq, conversions = quantize_outputs(case.qdq(recipe), case.module, case.table(recipe))
+    assert Conversions.from_dict(conversions.to_dict()) == conversions
+    top = 2 ** (recipe.activation_bits - 1) - 1
+    assert [(p.qmin, p.qmax) for p in (*conversions.inputs.values(), *conversions.outputs.values())] == [
+        (-top, top)
+    ] * 2
+    given = conversions.quantize(tuple(1e3 * x for x in case.inputs))
+    assert (given[0].min(), given[0].max()) == (-top, top)
+    module = take_integers(realize(qdq, "uint8"), conversions)
+    (result,) = interpret.run(module, conversions.quantize(case.inputs))
+    assert result.min() >= -top
+    (want,) = case.run(case.realized(recipe))
+    (got,) = conversions.dequantize((result,))
+    (scale,) = (p.scale for p in conversions.outputs.values())
+    limits = [q * scale for q in (-top, top)] if recipe.symmetric else (-np.inf, np.inf)
+    assert np.abs(got - np.clip(want, *limits)).max() <= 1.001 * scale
 
 
 def test_an_input_that_is_read_as_float_too_stays_float(model_of) -> None:

@@ -2,8 +2,9 @@
 
     q = map(permute(x: float32); quantize)  ...  y: float32    ->   q = permute(x: int8)  ...  quantize(y)
 
-An input becomes int8 where all that reads it, behind operators that only move elements, quantizes it with one scale; an
-output where the calibration table knows its range. The others stay as they are.
+An input becomes int8 where all that reads it, behind operators that only move elements, quantizes it with one scale
+(and limits it to the integers that are used); an output where the calibration table knows its range. The others stay as
+they are.
 """
 
 from __future__ import annotations
@@ -37,10 +38,7 @@ class Conversions:
 
     def quantize(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         """The inputs that the bundle takes, from float ones."""
-        return tuple(
-            numerics.quantize(a, self.inputs[i].scale, self.inputs[i].zero_point) if i in self.inputs else a
-            for i, a in enumerate(arrays)
-        )
+        return tuple(_integers(a, self.inputs[i]) if i in self.inputs else a for i, a in enumerate(arrays))
 
     def dequantize(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         """Floats, from the outputs that the bundle gives."""
@@ -62,19 +60,30 @@ class Conversions:
         """Plain data for a manifest."""
         sides = {"inputs": self.inputs, "outputs": self.outputs}
         return {
-            side: {str(i): {"scale": p.scale, "zero_point": p.zero_point} for i, p in found.items()}
+            side: {str(i): {key: getattr(p, key) for key in _TYPES if _is_said(key, p)} for i, p in found.items()}
             for side, found in sides.items()
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Conversions:
         """The inverse of `to_dict`."""
-        return cls(
-            *(
-                {int(i): QParams(float(p["scale"]), int(p["zero_point"])) for i, p in data[side].items()}
-                for side in ("inputs", "outputs")
-            )
-        )
+        return cls(*({int(i): _params(p) for i, p in data[side].items()} for side in ("inputs", "outputs")))
+
+
+_TYPES = {"scale": float, "zero_point": int, "qmin": int, "qmax": int}
+
+
+def _is_said(key: str, params: QParams) -> bool:
+    """Whether a manifest holds a parameter: limits only where not all integers are used."""
+    return key in ("scale", "zero_point") or params.limits is not None
+
+
+def _params(data: Mapping[str, Any]) -> QParams:
+    return QParams(**{key: _TYPES[key](value) for key, value in data.items()})
+
+
+def _integers(x: Array, params: QParams) -> Array:
+    return numerics.quantize(x, params.scale, params.zero_point, qmin=params.qmin, qmax=params.qmax)
 
 
 def quantize_outputs(
@@ -127,15 +136,35 @@ def _quantized_by(module: tvm.IRModule, param: Any) -> QParams | None:
     values, readers = dict(ir.bindings(module)), ir.users(module)
     pending, found = [param], set[QParams]()
     while pending:
-        for reader in readers.get(pending.pop(), [None]):
+        var = pending.pop()
+        for reader in readers.get(var, [None]):
             call: Any = values.get(reader)
             if ir.is_call(call, "quantize") and ir.dtype_of(call) == "int8":
-                found.add(QParams(float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2]))))
-            elif ir.is_call(call, *MOVES) and not ir.is_call(call, "nn.pad"):
+                params = QParams(float(ir.to_numpy(call.args[1])), int(ir.to_numpy(call.args[2])))
+                found.add(_limited(params, values.get(var)))
+            elif _is_move(call) or _is_quantized(reader, values, readers):
                 pending.append(reader)
             else:
                 return None
     return found.pop() if len(found) == 1 else None
+
+
+def _is_move(call: Any) -> bool:
+    return bool(ir.is_call(call, *MOVES)) and not ir.is_call(call, "nn.pad")
+
+
+def _is_quantized(var: Any, values: Mapping[Any, Any], readers: Mapping[Any, list[Any]]) -> bool:
+    """Whether `var` is limited to what integers stand for, and then quantized to these."""
+    reader = ir.only_reader(readers, var)
+    return ir.is_call(values.get(var), "clip") and ir.is_call(values.get(reader), "quantize")
+
+
+def _limited(params: QParams, call: Any) -> QParams:
+    """`params` with the integers that the clip before the quantize leaves."""
+    if not ir.is_call(call, "clip"):
+        return params
+    low, high = (_integers(np.array(limit, np.float32), params).item() for limit in ir.clip_limits(call))
+    return dataclasses.replace(params, qmin=low, qmax=high)
 
 
 def _storage(module: tvm.IRModule, param: Any) -> str:
@@ -161,7 +190,12 @@ def _converted(x: Any, dtype: str) -> Any:
 
 def _quantize(params: QParams) -> Any:
     scale, zero_point = relax.const(params.scale, "float32"), relax.const(params.zero_point, "int8")
-    return lambda out: relax.op.quantize(out, scale, zero_point, axis=-1, out_dtype="int8")
+
+    def quantize(out: Any) -> Any:
+        limited = out if params.limits is None else relax.op.clip(out, *params.limits)
+        return relax.op.quantize(limited, scale, zero_point, axis=-1, out_dtype="int8")
+
+    return quantize
 
 
 def _with_outputs(module: tvm.IRModule, changes: Mapping[int, Any]) -> tvm.IRModule:
