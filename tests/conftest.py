@@ -22,7 +22,8 @@ from tvm import relax
 from tvmq import ir
 from tvmq.deploy.emulate import EmulatedBoard, prepare
 from tvmq.graph.batches import keep_batches
-from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.graph.layout import to_nhwc
+from tvmq.graph.transposes import drop_transposes
 from tvmq.importer import torch_export
 from tvmq.importer.canonical import canonicalize
 from tvmq.importer.load import import_model

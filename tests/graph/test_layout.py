@@ -11,7 +11,8 @@ from torch.nn import functional
 from tvm import relax
 
 from tvmq import ir
-from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.graph.layout import to_nhwc
+from tvmq.graph.transposes import drop_transposes
 from tvmq.importer.load import import_model
 from tvmq.model import Model
 from tvmq.oracle import interpret
@@ -54,6 +55,7 @@ INSIDE = {
     "convolution": lambda x, m: m.second(x).mean((2, 3)),
     "bias and activations": lambda x, m: (functional.gelu(torch.relu(x)) * torch.sigmoid(x)).mean((2, 3)),
     "clips": lambda x, m: functional.relu6(x).clamp(min=0.5).amax((2, 3)),
+    "places": lambda x, m: functional.interpolate(x, size=(5, 11)).flip(2).roll(1, 1).mean((2, 3)),
     "max pool": lambda x, m: functional.max_pool2d(x, 3, 2, 1).mean((2, 3)),
     "average pool": lambda x, m: functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False, ceil_mode=True).sum((2, 3)),
     "adaptive pool": lambda x, m: m.second(functional.adaptive_avg_pool2d(x, (4, 3))).mean((2, 3)),

@@ -34,7 +34,7 @@ class Gates(nn.Module):
 
 def a_line() -> nn.Module:
     pools = nn.MaxPool1d(2, ceil_mode=True), nn.Conv1d(8, 8, 2), nn.AdaptiveAvgPool1d(4)
-    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), *pools, nn.Conv1d(8, 3, 2))
+    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), *pools, nn.Upsample(scale_factor=2), nn.Conv1d(8, 3, 2))
 
 
 class Volumes(nn.Module):
@@ -84,7 +84,7 @@ class Frame(nn.Module):
 
 
 class Sizes(nn.Module):
-    """Bilinear resizing, and a pool whose windows differ, between convolutions."""
+    """Resizing, mirrored pixels, and a pool whose windows differ, between convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +93,7 @@ class Sizes(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 4, H, W] -> [N, 4, 3, 4]."""
         x = self.b(functional.interpolate(torch.relu(self.a(x)), scale_factor=2, mode="bilinear"))
+        x = functional.pad(functional.interpolate(x, size=(7, 17)), (2, 1, 1, 0), mode="reflect").flip(3)
         return self.c(functional.adaptive_avg_pool2d(x, (3, 4)))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tvm
 
 from tvmq.graph.batches import keep_batches
-from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.graph.layout import to_nhwc
+from tvmq.graph.transposes import drop_transposes
 from tvmq.graph.zeros import fold_zero_products
 from tvmq.importer.canonical import fold_constants
 

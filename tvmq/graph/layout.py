@@ -264,6 +264,21 @@ def _strided_slice(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) ->
     return relax.op.strided_slice(x, axes, begin, end, *strides, assume_inbound=call.attrs.assume_inbound)
 
 
+def _along(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
+    """What takes elements by their places along one axis: of images, and along lines."""
+    x, axis = call.args[0], call.attrs.axis
+    if not layout.has_twin(x) or axis is None or len(ir.shape_of(call)) != len(ir.shape_of(x)):
+        return None
+    if ir.is_call(call, "take") and not ir.is_constant(call.args[1]):
+        return None
+    if not _is_image(layout, x) and (len(ir.shape_of(x)) != 3 or int(axis) % 3 != 2):
+        return None
+    twin, along = layout.twin(state, x), _axis(int(axis)) if _is_image(layout, x) else 2
+    if ir.is_call(call, "flip"):
+        return relax.op.flip(twin, along)
+    return relax.op.take(twin, call.args[1], along, str(call.attrs.mode))
+
+
 def _resize2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     if not layout.has_twin(call.args[0]) or str(call.attrs.layout) != "NCHW":
         return None
@@ -314,42 +329,5 @@ _RULES: dict[str, _Rule] = {
     "nn.pad": _pad,
     "strided_slice": _strided_slice,
     "image.resize2d": _resize2d,
+    **dict.fromkeys(("take", "flip"), _along),
 }
-
-
-def drop_transposes(module: tvm.IRModule) -> tvm.IRModule:
-    """What the layout change leaves at its edges.
-
-    permute_dims(permute_dims(x))     ->  one, or none where they cancel
-    mean(permute_dims(x), axes)       ->  mean(x, the same axes before the transpose), where the order of the rest stays
-    reshape(permute_dims(x), shape)   ->  reshape(x, shape), where only extents of one move
-    """
-
-    def visit(state: ir.Rewrite, _name: str, value: Any) -> Any:
-        if not ir.is_call(value, "permute_dims", "mean", "sum", "max", "min", "reshape"):
-            return None
-        inner = state.value(value.args[0])
-        if not ir.is_call(inner, "permute_dims") or inner.attrs.axes is None or not ir.is_static(inner):
-            return None
-        x, order = inner.args[0], [int(a) for a in inner.attrs.axes]
-        if ir.is_call(value, "permute_dims"):
-            if value.attrs.axes is None:
-                return None
-            composed = [order[int(a)] for a in value.attrs.axes]
-            return x if composed == sorted(composed) else relax.op.permute_dims(x, composed)
-        if ir.is_call(value, "reshape"):
-            kept = [axis for axis in order if ir.shape_of(x)[axis] != 1]
-            return relax.op.reshape(x, ir.shape_of(value)) if kept == sorted(kept) else None
-        return _reduce_before(value, x, order)
-
-    return ir.rewrite(module, visit)
-
-
-def _reduce_before(call: Any, x: Any, order: list[int]) -> Any:
-    if call.attrs.axis is None or bool(call.attrs.keepdims):
-        return None
-    axes = {order[int(a) % len(order)] for a in call.attrs.axis}
-    rest = [axis for axis in order if axis not in axes]
-    if rest != sorted(rest):
-        return None
-    return getattr(relax.op, ir.op_name(call))(x, axis=sorted(axes), keepdims=False)

@@ -31,7 +31,14 @@ from tvmq.recipe import Recipe, Rule
 from tvmq.recipe_values import DEFAULT_KINDS, HALVES, KINDS, LINEAR, PowerOfTwo, Precision, WeightLevels
 
 # Operators whose result holds elements of their input only, so that both have one range.
-PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d")
+_PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d", "flip")
+
+
+def is_pass_through(call: Any) -> bool:
+    """Whether `call` gives elements of the tensor that it reads only: also those at constant places."""
+    if ir.is_call(call, "take"):
+        return ir.is_constant(call.args[1]) and not ir.is_constant(call.args[0]) and call.attrs.axis is not None
+    return bool(ir.is_call(call, *_PASS_THROUGH))
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class _Planner:
             self.embeddings.add(var)
             self._note(var, kind, Precision.INT8_WEIGHT, "")
             return
-        if chain is None and not ir.is_call(call, "concat", *PASS_THROUGH):
+        if chain is None and not ir.is_call(call, "concat") and not is_pass_through(call):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
             missing = "both operands are activations" if two else "no integer or 16-bit kernel for this operator"
             self._note(var, kind, Precision.FP32, why or missing)
@@ -311,7 +318,7 @@ class _Planner:
 
     def _holds(self, var: Any, value: float) -> bool:
         """Whether `value` is in the range that the integers of `var` stand for, where that is known."""
-        while var in self.integer and ir.is_call(self.values.get(var), *PASS_THROUGH):
+        while var in self.integer and is_pass_through(self.values.get(var)):
             var = self.values[var].args[0]
         entry = self.entries.get(str(var.name))
         if entry is None:
@@ -344,7 +351,7 @@ class _Planner:
         for var, call in ir.calls(self.module):
             if var not in self.wanted or var not in self.integer:
                 continue
-            if ir.is_call(call, *PASS_THROUGH):
+            if is_pass_through(call):
                 source[var] = source[next(ir.operands(call))]
             elif ir.is_call(call, "concat") and len({source[field] for field in _tensors(call)}) == 1:
                 source[var] = source[_tensors(call)[0]]

@@ -30,7 +30,7 @@ from tvmq.quantize import averages, numerics, wide
 from tvmq.quantize.annotate import reads_int16
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
 from tvmq.quantize.narrow import no_stored_form
-from tvmq.quantize.plan import PASS_THROUGH
+from tvmq.quantize.plan import is_pass_through
 from tvmq.quantize.realize_products import Products
 
 Array = npt.NDArray[Any]
@@ -167,7 +167,7 @@ class _Realizer:
         call = self.values.get(var)
         if var in self.chain_of_end:
             return self._chain(state, self.chain_of_end[var], out)
-        if ir.is_call(call, *PASS_THROUGH):
+        if is_pass_through(call):
             return self._pass_through(call, out)
         if ir.is_call(call, "concat"):
             return self._concat(call, out)

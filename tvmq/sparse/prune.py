@@ -19,7 +19,8 @@ import tvm
 
 from tvmq import ir
 from tvmq.errors import CalibrationError, InputError, nearest
-from tvmq.graph.layout import drop_transposes, to_nhwc
+from tvmq.graph.layout import to_nhwc
+from tvmq.graph.transposes import drop_transposes
 from tvmq.importer.canonical import fold_constants
 from tvmq.model import Model
 from tvmq.oracle import interpret
