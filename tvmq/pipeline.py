@@ -44,7 +44,14 @@ from tvmq.quantize.decisions import Decision, float_decisions, source_decisions
 from tvmq.quantize.partition import Conversions, quantize_outputs, take_integers
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
-from tvmq.quantize.refine import mean_errors_of, products_of, unused_algorithms, with_corrected_biases, without_errors
+from tvmq.quantize.refine import (
+    mean_errors_of,
+    means_for,
+    products_of,
+    unused_algorithms,
+    with_corrected_biases,
+    without_errors,
+)
 from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sources import with_own_rows
 from tvmq.quantize.table import CalibrationTable
@@ -235,9 +242,10 @@ def quantize(
     samples = samples_of(model, calibration)
     ready = prepared(model, recipe, calibration)
     module, table = stages("layout", ready.module), None
+    means = means_for(module, recipe)
     if wants_integers(recipe) or (Precision.AUTO in wanted_precisions(recipe) and calibration is not None):
         report("calibrate", 0)
-        table = ranges_of(model, recipe, calibration, lambda n: report("calibrate", n), ready)
+        table = ranges_of(model, recipe, calibration, lambda n: report("calibrate", n), ready, means)
     report("plan", 0)
     plan = make_plan(module, table, recipe, model.paths, rates)
     unused = unused_algorithms(module, plan, recipe)
@@ -249,7 +257,7 @@ def quantize(
     products = products_of(module, plan, recipe, samples)
     better = module
     if table is not None:
-        errors = mean_errors_of(module, plan, recipe, products, samples, table.mean_errors)
+        errors = mean_errors_of(module, plan, recipe, products, samples, means, table.mean_errors)
         unused = (*unused, *without_errors(plan, recipe, errors, unused))
         table, better = dataclasses.replace(table, mean_errors=errors), with_corrected_biases(module, plan, errors)
     if better is not module:

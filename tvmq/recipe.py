@@ -252,8 +252,8 @@ class Recipe:
 
     def asks(self, algorithm: Algorithm) -> bool:
         """Whether `algorithm` is for a layer of this recipe, by name or as part of `auto`."""
-        if algorithm is Algorithm.BIAS_CORRECTION and Algorithm.AUTO in self.algorithms:
-            return Algorithm.BIAS_CORRECTION_ANALYTIC not in self.algorithms
+        if algorithm is Algorithm.BIAS_CORRECTION_ANALYTIC and Algorithm.AUTO in self.algorithms:
+            return Algorithm.BIAS_CORRECTION not in self.algorithms
         return algorithm in self.algorithms
 
     @property

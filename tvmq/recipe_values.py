@@ -76,7 +76,7 @@ class Algorithm(str, enum.Enum):
     """What may be done so that quantization costs less accuracy."""
 
     AUTO = "auto"
-    """Of int8: `equalize` tensors and `smooth` layer norms whose channels are uneven, and `bias_correction`."""
+    """Of int8: `equalize` and `smooth` where channels are uneven, `squant` kernels, `bias_correction_analytic`."""
     EQUALIZE = "equalize"
     """Cross-layer equalization: like ranges for the channels of a tensor. No data."""
     SMOOTH = "smooth"
@@ -90,11 +90,11 @@ class Algorithm(str, enum.Enum):
     BIAS_CORRECTION = "bias_correction"
     """The mean error of each channel, measured, is taken off its bias."""
     BIAS_CORRECTION_ANALYTIC = "bias_correction_analytic"
-    """The same, computed from the means of inputs."""
+    """The same, of weights alone, from the means of inputs that come with their ranges."""
 
 
 # Those that look at calibration data before ranges are taken, or again afterwards.
-WITH_DATA = (Algorithm.SMOOTH, Algorithm.GPTQ, Algorithm.BIAS_CORRECTION, Algorithm.BIAS_CORRECTION_ANALYTIC)
+WITH_DATA = (Algorithm.SMOOTH, Algorithm.GPTQ, Algorithm.BIAS_CORRECTION)
 # Those that choose the weights and the bias of one layer, and so may be given by a rule.
 OF_LAYERS = (
     Algorithm.CLIP_WEIGHTS,

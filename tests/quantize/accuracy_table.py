@@ -27,6 +27,7 @@ from tests.quantize.accuracy_peers import PEERS, TEXT_PEERS, Predict
 from tests.uneven import uneven_mobilenetv2, uneven_resnet20
 from tvmq.files import atomic_write_text
 from tvmq.measure.report import table
+from tvmq.quantize import numerics
 
 BATCH, CALIBRATION = 64, 512
 # The network of the second table, and the sentences that test and calibrate it.
@@ -76,18 +77,18 @@ ROWS: dict[str, dict[str, Any]] = {
 TEXT = """# Accuracy on CIFAR-10
 
 {images} test images; 512 training images calibrate. Each cell: top-1 (how much less than fp32), and the share of images with
-the class that fp32 gives them; in percent. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on
-these. Rows are recipes of int8 bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`),
+the class that fp32 gives them, in percent; and the signal-to-noise ratio of logits. Of about a hundred images with another
+class half may become right by chance, or wrong: top-1 differs by 0.08 between equally good recipes, and the ratio by less
+than 0.1 dB. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on these. Rows are recipes of int8 bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`),
 float layers whose weights are rounded. `uneven` is the same network after half of its channels were rescaled by up to 50
 either way, which changes nothing that it computes. Peers were measured on the same images. Empty cells were not measured;
 others may be of an earlier run, which this one went on from.
 
-`default` is what a recipe of int8 does by itself (`auto`): biases are corrected, and channels equalized where they are
-uneven. `plain` is without algorithms: batch norms folded (as in every row), extremes as ranges, asymmetric activations and
+`default` is what a recipe of int8 does by itself (`auto`): kernels are rounded as `squant` says, biases corrected
+(`bias_correction_analytic`), and channels equalized where they are uneven. `plain` is without algorithms: batch norms folded (as in every row), extremes as ranges, asymmetric activations and
 symmetric weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points); the rows after
 it add to it. `squant` is a closed form of what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search for limits
-of activations, `clip_weights` for those of weights. Rows with `bias_correction` that are not `default` took means over all 512
-images. Made by
+of activations, `clip_weights` for those of weights. Made by
 
     python -m tests.quantize.accuracy_table{choice} --known figures.json -o docs/accuracy.md
 
@@ -113,6 +114,12 @@ def networks(data: Any) -> dict[str, Callable[[], Any]]:
         "resnet20, uneven": lambda: uneven_resnet20(data.resnet20()),
         "mobilenetv2, uneven": lambda: uneven_mobilenetv2(data.mobilenetv2()),
     }
+
+
+def signal_to_noise(reference: np.ndarray, mine: np.ndarray) -> float:
+    """How much larger logits are than their errors, in dB; what is added to all classes of an image counts in neither."""
+    signal, found = (x - x.mean(axis=1, keepdims=True) for x in (reference, mine))
+    return numerics.sqnr_db(signal, found)
 
 
 def float_logits(network: Any, x: np.ndarray) -> np.ndarray:
@@ -171,7 +178,8 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
     calibration = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
     pixels, labels = data.images("test", limit=int(measured.images))
     x = data.normalize(pixels)
-    reference = float_logits(network, x).argmax(1)
+    wanted = float_logits(network, x)
+    reference = wanted.argmax(1)
     top1 = 100 * float((reference == labels).mean())
     measured.add(name, "fp32", f"{top1:.2f}")
     model = tvmq.import_model(network, (torch.zeros(BATCH, 3, 32, 32),), name=name.split(",", maxsplit=1)[0])
@@ -182,9 +190,10 @@ def measure(name: str, make: Callable[[], Any], rows: Sequence[str], data: Any, 
                 predict = PEERS[row](network, [(batch,) for batch in calibration], folder)
             else:
                 predict = bundle(model, ROWS[row], calibration, folder, stack)
-            got = logits(predict, x).argmax(1)
-        mine, agreement = (100 * float((got == want).mean()) for want in (labels, reference))
-        measured.add(name, row, f"{mine:.2f} ({top1 - mine:+.2f}), {agreement:.2f}")
+            found = logits(predict, x)
+        mine, agreement = (100 * float((found.argmax(1) == want).mean()) for want in (labels, reference))
+        ratio = signal_to_noise(wanted, found)
+        measured.add(name, row, f"{mine:.2f} ({top1 - mine:+.2f}), {agreement:.2f}, {ratio:.1f} dB")
 
 
 def measure_text(rows: Sequence[str], measured: Measured) -> None:

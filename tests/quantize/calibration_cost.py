@@ -3,8 +3,8 @@
     python tests/quantize/calibration_cost.py [--images 512]
 
 Time: both calibrate the extremes of all tensors, image by image, in turns of all images each; tvmq also finds the mean
-errors of layers, over the first of them. The least second an image of all turns counts. Memory: the peak of a process
-that calibrates 64 of the images, or all of them.
+errors of layers. The least second an image of all turns counts. Memory: the peak of a process that calibrates 64 of the
+images, or all of them.
 """
 
 from __future__ import annotations

@@ -108,17 +108,22 @@ def test_errors_of_other_integers_are_left_aside_and_told(imported) -> None:
     table = calibrate(model, recipe, _batches(model))
     stem = find_chains(prepared(model, recipe).module)[0]
     first, read = str(stem.anchor.name), str(stem.x.name)
-    entry = table.tensors[read]
-    wider = dataclasses.replace(entry, qparams=dataclasses.replace(entry.qparams, scale=2 * entry.qparams.scale))
-    edited = pipeline.quantize(model, recipe, dataclasses.replace(table, tensors={**table.tensors, read: wider}))
-    assert edited.unused_algorithms == ("bias_correction",)
-    assert set(table.mean_errors) - set(edited.table.mean_errors) == {first}
     narrow = pipeline.quantize(model, Recipe(precision="int8", weight_bits=4), table)
-    assert (narrow.unused_algorithms, dict(narrow.table.mean_errors)) == (("bias_correction",), {})
+    lacking = ("bias_correction_analytic",)
+    assert (narrow.unused_algorithms, dict(narrow.table.mean_errors)) == (lacking, {})
     # Of another number of channels, which only a hand can have made.
     short = MeanErrors(table.mean_errors[first].of, table.mean_errors[first].data[4:])
     cut = pipeline.quantize(model, recipe, dataclasses.replace(table, mean_errors={**table.mean_errors, first: short}))
-    assert first not in cut.table.mean_errors
+    assert first not in cut.table.mean_errors and cut.unused_algorithms == lacking
+    # Errors of weights alone stay what they are where the range of what they read was edited; measured ones do not.
+    entry = table.tensors[read]
+    wider = dataclasses.replace(entry, qparams=dataclasses.replace(entry.qparams, scale=2 * entry.qparams.scale))
+    tensors = {**table.tensors, read: wider}
+    edited = pipeline.quantize(model, recipe, dataclasses.replace(table, tensors=tensors))
+    assert edited.unused_algorithms == () and edited.table.mean_errors == table.mean_errors
+    measured = pipeline.quantize(model, Recipe(precision="int8", algorithms=["bias_correction"]), _batches(model)).table
+    kept = pipeline.quantize(model, recipe, dataclasses.replace(measured, tensors=tensors))
+    assert first in measured.mean_errors and first not in kept.table.mean_errors
 
 
 def test_batches_that_pass_by_once_correct_as_well(imported) -> None:

@@ -79,3 +79,19 @@ def test_every_way_gives_weights_near_the_floats(algorithms: tuple, axis: int) -
     q, scales = weights.choose(weight, axis, recipe, products=x.T @ x)
     assert q.shape == weight.shape and q.dtype == np.int8 and scales.shape == (6,)
     assert numerics.sqnr_db(weight, weights.dequantized(q, scales, axis)) > 35
+
+
+def test_by_default_kernels_of_several_taps_are_rounded_by_squant_and_nothing_else() -> None:
+    def chosen(shape: tuple[int, ...], axis: int, *algorithms: str) -> np.ndarray:
+        weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        return weights.choose(weight, axis, Recipe(precision="int8", algorithms=list(algorithms)))[0]
+
+    for shape, axis, changes in (
+        ((8, 3, 3, 4), 0, True),
+        ((8, 3, 3, 1), 0, True),
+        ((8, 1, 1, 4), 0, False),
+        ((4, 8), 1, False),
+    ):
+        by_default, nearest = chosen(shape, axis, "auto"), chosen(shape, axis)
+        assert np.array_equal(by_default, nearest) != changes
+        assert not changes or np.array_equal(by_default, chosen(shape, axis, "squant"))

@@ -2,8 +2,8 @@
 
     E[y_q - y] = sum over taps and inputs of w_q E[x_q] - w E[x]        with the means over all that a tap multiplies
 
-empirical  x_q are the quantized inputs; sees clipping and rounding of inputs
-analytic   x_q are the inputs themselves: the error that is due to weights alone
+empirical  x_q are the quantized inputs, in another pass over the data; sees clipping and rounding of inputs
+analytic   x_q are the inputs themselves: the error that is due to weights alone, from means that came with the ranges
 
 M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2 and
 appendix D, with the means of calibration data. A sum of products is linear in both, so that means of inputs tell the
@@ -24,50 +24,55 @@ from tvmq import ir
 from tvmq.graph.fusion import AddBias, Chain
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.quantize.data import first
+from tvmq.quantize.input_means import InputMeans
 from tvmq.quantize.numerics import QParams
 
 Array = npt.NDArray[Any]
 
 
-def mean_errors(
+def analytic_errors(chains: Sequence[Chain], weights: Mapping[Any, Array], means: InputMeans) -> dict[Any, Array]:
+    """The mean error of each output channel that is due to weights, float64 [channels], by the anchors of `chains`.
+
+    weights: the dequantized weight of each anchor. Layers whose inputs were not seen are left out.
+    """
+    errors = {}
+    for chain in chains:
+        if (mean := means.of(chain)) is not None:
+            off = weights[chain.anchor].astype(np.float64) - ir.to_numpy(chain.call.args[1])
+            errors[chain.anchor] = _products(tap_means(mean, chain.call), off, chain)
+    return errors
+
+
+def empirical_errors(
     module: tvm.IRModule,
     chains: Sequence[Chain],
     weights: Mapping[Any, Array],
     qparams: Mapping[Any, QParams],
     samples: Iterable[tuple[Array, ...]],
-    *,
-    empirical: bool,
 ) -> dict[Any, Array]:
-    """The mean error of each output channel of the anchors in `chains`, float64 [channels], by anchor.
+    """As `analytic_errors`, with what rounding and clipping of inputs adds.
 
-    weights: the dequantized weight of each anchor; qparams: how what it reads is quantized. Looks at the `first` of the
-    samples; without any there are no errors.
+    qparams: how what a layer reads is quantized. There are no errors without samples.
     """
     by_tensor: dict[str, list[Chain]] = {}
     for chain in chains:
         by_tensor.setdefault(str(chain.x.name), []).append(chain)
-    totals: dict[Any, list[Array]] = {}
-    count = 0
+    plain, met = InputMeans(chains), InputMeans(chains)
 
     def watch(name: str, value: Array) -> None:
-        seen = _rounded(value, qparams[by_tensor[name][0].x]) if empirical else value
-        for chain in by_tensor[name]:
-            total = totals.setdefault(chain.anchor, [np.zeros(()), np.zeros(())])
-            means = tap_means(value, chain.call)
-            total[0] = total[0] + means
-            total[1] = total[1] + (tap_means(seen, chain.call) if empirical else means)
+        plain.see(name, value)
+        met.see(name, _rounded(value, qparams[by_tensor[name][0].x]))
 
     program = interpret.Program(module, by_tensor)
-    for inputs in first(samples):
+    for inputs in samples:
         program.run(inputs, watch)
-        count += 1
     errors = {}
     for chain in chains:
-        if chain.anchor in totals:
-            plain, met = (total / count for total in totals[chain.anchor])
-            wanted = _products(plain, ir.to_numpy(chain.call.args[1]), chain)
-            errors[chain.anchor] = _products(met, weights[chain.anchor], chain) - wanted
+        wanted, seen = plain.of(chain), met.of(chain)
+        if wanted is not None and seen is not None:
+            weight = ir.to_numpy(chain.call.args[1])
+            want = _products(tap_means(wanted, chain.call), weight, chain)
+            errors[chain.anchor] = _products(tap_means(seen, chain.call), weights[chain.anchor], chain) - want
     return errors
 
 

@@ -17,6 +17,7 @@ from tvmq.model import Signature
 from tvmq.oracle import interpret
 from tvmq.quantize import observers, symmetry
 from tvmq.quantize.data import inferences
+from tvmq.quantize.input_means import InputMeans
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable, Entry
 from tvmq.recipe import Recipe
@@ -35,10 +36,11 @@ def calibrate(
     name: str = "",
     progress: Progress | None = None,
     extremes: Extremes | None = None,
+    means: InputMeans | None = None,
 ) -> CalibrationTable:
     """The calibration table of `module` over `batches`, streamed. `progress(n)` is called after the n-th inference.
 
-    extremes: told the range of each tensor in each inference. Fixed ranges need no data.
+    extremes: told the range of each tensor in each inference; means: told each tensor. Fixed ranges need no data.
     Raises CalibrationError for data that is empty, not finite or of the wrong shape, and for a tensor that overflows.
     """
     watched = {tensor: observers.make(recipe) for tensor in _tensors(module)}
@@ -51,6 +53,8 @@ def calibrate(
         watched[tensor].see(value, low, high)
         if extremes is not None:
             extremes.see(tensor, low, high)
+        if means is not None:
+            means.see(tensor, value)
 
     program = interpret.Program(module, frozenset(watched))
     samples = 0

@@ -18,8 +18,9 @@ from tvmq.importer.quantized import is_quantized
 from tvmq.model import Model
 from tvmq.quantize.calibrate import calibrate as observe
 from tvmq.quantize.data import Revisited, inferences, of_fitting_size
+from tvmq.quantize.input_means import InputMeans
 from tvmq.quantize.plan import make_plan
-from tvmq.quantize.refine import Samples, mean_errors_of, reshaped
+from tvmq.quantize.refine import Samples, mean_errors_of, means_for, reshaped
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, wanted_precisions
@@ -78,13 +79,14 @@ def calibrate(
     """
     calibration = read_again(calibration, recipe)
     ready = prepared(model, recipe, calibration) if ready is None else ready
-    table = ranges_of(model, recipe, calibration, progress, ready, extremes)
+    means = means_for(ready.module, recipe)
+    table = ranges_of(model, recipe, calibration, progress, ready, means, extremes)
     # A plan of `auto` takes a target, and algorithms that look at data refuse a table: errors are found by compiling.
     later = Precision.AUTO in wanted_precisions(recipe) or set(recipe.all_algorithms) & set(WITH_DATA)
     if later or isinstance(calibration, CalibrationTable):
         return table
     plan = make_plan(ready.module, table, recipe, model.paths)
-    errors = mean_errors_of(ready.module, plan, recipe, {}, samples_of(model, calibration), {})
+    errors = mean_errors_of(ready.module, plan, recipe, {}, samples_of(model, calibration), means, {})
     return dataclasses.replace(table, mean_errors=errors)
 
 
@@ -94,9 +96,10 @@ def ranges_of(
     calibration: Iterable[Any] | CalibrationTable | None,
     progress: Callable[[int], None] | None,
     ready: Prepared,
+    means: InputMeans,
     extremes: Extremes | None = None,
 ) -> CalibrationTable:
-    """As `calibrate`, but without mean errors, where data are given."""
+    """As `calibrate`, but without mean errors, where data are given. means: learns them of tensors."""
     if isinstance(calibration, CalibrationTable):
         known = {str(var.name) for var in [*ir.main(ready.module).params, *(var for var, _ in ir.calls(ready.module))]}
         unknown = sorted(set(calibration.tensors) - known)
@@ -113,7 +116,7 @@ def ranges_of(
         raise CalibrationError(
             "calibration data", expected="some, since the recipe asks for integers", seen="none", hint=hint
         )
-    options: dict[str, Any] = {"name": model.name, "progress": progress, "extremes": extremes}
+    options: dict[str, Any] = {"name": model.name, "progress": progress, "extremes": extremes, "means": means}
     table = observe(ready.module, model.signature, calibration, recipe, **options)
     return dataclasses.replace(table, smoothed=ready.smoothed)
 

@@ -1,7 +1,7 @@
 """The mean errors of a layer's channels as a calibration table keeps them: with a hash of the integers that make them.
 
-So a table gives the biases that its data gave, as long as weights and the scale of what they read stay what they were;
-where one of them was changed, or rounded in another way, the errors are not those of the layer, and are left aside.
+So a table gives the biases that its data gave, as long as weights stay what they were (and, where errors were measured,
+the scale of what they read); where they are others, or rounded in another way, the errors are left aside.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class MeanErrors:
         return cls(str(value["of"]), packed.from_text(where, value["float32"]))
 
 
-def fingerprint(q: Array, scales: Array, x: QParams) -> str:
-    """16 hexadecimal digits of the integers and scales of a weight, and of how what it multiplies is quantized."""
-    seen = hashlib.sha256(repr((q.shape, x.scale, x.zero_point, x.qmin, x.qmax)).encode())
+def fingerprint(q: Array, scales: Array, x: QParams | None) -> str:
+    """16 hexadecimal digits of the integers and scales of a weight, and of how what it multiplies is quantized.
+
+    x: None for errors that are of weights alone.
+    """
+    read = () if x is None else (x.scale, x.zero_point, x.qmin, x.qmax)
+    seen = hashlib.sha256(repr((q.shape, *read)).encode())
     seen.update(np.ascontiguousarray(q).tobytes())
     seen.update(np.ascontiguousarray(scales, "<f4").tobytes())
     return seen.hexdigest()[:16]

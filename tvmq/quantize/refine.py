@@ -14,13 +14,14 @@ import numpy.typing as npt
 import tvm
 
 from tvmq import ir
-from tvmq.graph.fusion import Chain
+from tvmq.graph.fusion import Chain, find_chains
 from tvmq.graph.pairs import CHANNEL_AXIS
 from tvmq.quantize import packed, weights
 from tvmq.quantize.annotate import weight_floor
-from tvmq.quantize.bias_correction import corrected, mean_errors
+from tvmq.quantize.bias_correction import analytic_errors, corrected, empirical_errors
 from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import UNEVEN, equalize
+from tvmq.quantize.input_means import InputMeans
 from tvmq.quantize.input_products import input_products
 from tvmq.quantize.levels import layers_with
 from tvmq.quantize.mean_errors import MeanErrors, fingerprint
@@ -63,24 +64,35 @@ def products_of(module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Sampl
     return input_products(module, asked, samples()) if asked else {}
 
 
+def means_for(module: tvm.IRModule, recipe: Recipe) -> InputMeans:
+    """What is to learn the means of what layers read, with their ranges; of no layer where the recipe wants none."""
+    analytic = Algorithm.BIAS_CORRECTION_ANALYTIC
+    wanted = recipe.asks(analytic) or analytic in recipe.all_algorithms
+    return InputMeans(chain for chain in find_chains(module) if wanted and chain.kind in CHANNEL_AXIS)
+
+
 def mean_errors_of(
     module: tvm.IRModule,
     plan: Plan,
     recipe: Recipe,
     products: Mapping[str, Array],
     samples: Samples,
+    means: InputMeans,
     known: Mapping[str, MeanErrors],
 ) -> dict[str, MeanErrors]:
     """The mean errors of the layers whose biases are to be corrected, by the names of their anchors.
 
-    known: those that a table has, which are not measured again where they are of the same integers. Layers without
-    either are left out.
+    means: of what layers read; samples: what errors are measured on instead, where the recipe asks for that. known:
+    those that a table has, which are not found again where they are of the same integers. Layers without any of these
+    are left out.
     """
     found: dict[str, MeanErrors] = {}
     for algorithm in (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION):
         chains = to_correct(plan, recipe, algorithm)
         chosen = {chain.anchor: _as_chosen(chain, plan, recipe, products) for chain in chains}
-        of = {chain.anchor: fingerprint(*chosen[chain.anchor], plan.qparams[chain.x]) for chain in chains}
+        empirical = algorithm is Algorithm.BIAS_CORRECTION
+        read = {chain.anchor: plan.qparams[chain.x] if empirical else None for chain in chains}
+        of = {anchor: fingerprint(*chosen[anchor], read[anchor]) for anchor in chosen}
         new = []
         for chain in chains:
             name = str(chain.anchor.name)
@@ -91,8 +103,12 @@ def mean_errors_of(
         weights_of = {
             chain.anchor: weights.dequantized(*chosen[chain.anchor], CHANNEL_AXIS[chain.kind]) for chain in new
         }
-        empirical = algorithm is Algorithm.BIAS_CORRECTION
-        errors = mean_errors(module, new, weights_of, plan.qparams, samples(), empirical=empirical) if new else {}
+        if not new:
+            continue
+        if empirical:
+            errors = empirical_errors(module, new, weights_of, plan.qparams, samples())
+        else:
+            errors = analytic_errors(new, weights_of, means)
         found |= {str(anchor.name): MeanErrors(of[anchor], packed.pack(values)) for anchor, values in errors.items()}
     return found
 
@@ -106,10 +122,13 @@ def to_correct(plan: Plan, recipe: Recipe, algorithm: Algorithm) -> list[Chain]:
 def without_errors(
     plan: Plan, recipe: Recipe, errors: Mapping[str, MeanErrors], known: Container[str]
 ) -> tuple[str, ...]:
-    """`bias_correction`, where it is asked for a layer that has no mean errors, and is not among those `known`."""
-    name = Algorithm.BIAS_CORRECTION.value
-    asked = [str(chain.anchor.name) for chain in to_correct(plan, recipe, Algorithm.BIAS_CORRECTION)]
-    return () if name in known or all(anchor in errors for anchor in asked) else (name,)
+    """The bias corrections that are asked for a layer without mean errors, but for those `known` to be unused."""
+    lacking = []
+    for algorithm in (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION):
+        asked = [str(chain.anchor.name) for chain in to_correct(plan, recipe, algorithm)]
+        if algorithm.value not in known and not all(anchor in errors for anchor in asked):
+            lacking.append(algorithm.value)
+    return tuple(lacking)
 
 
 def with_corrected_biases(module: tvm.IRModule, plan: Plan, errors: Mapping[str, MeanErrors]) -> tvm.IRModule:

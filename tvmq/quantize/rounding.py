@@ -24,23 +24,32 @@ def squant(units: Array, low: int, high: int) -> Array:
     errors of each kernel (and then of each output channel) is at most a half: C. Guo et al., "SQuant: On-the-Fly
     Data-Free Quantization via Diagonal Hessian Approximation", ICLR 2022, algorithm 1.
     """
+    units = np.ascontiguousarray(units)  # so that what is reshaped is no copy
     rounded = np.clip(np.rint(units), low, high)
-    rounded = _flipped(rounded, units, low, high)
-    whole = units.reshape(units.shape[0], 1, -1)
-    return np.asarray(_flipped(rounded.reshape(whole.shape), whole, low, high).reshape(units.shape), np.int8)
+    for kernel in (units.shape[-1], units.shape[1] * units.shape[2]):
+        if kernel > 1:  # the error of one element is at most a half
+            _flip(rounded.reshape(-1, kernel), units.reshape(-1, kernel), low, high)
+    return np.asarray(rounded, np.int8)
 
 
-def _flipped(rounded: Array, units: Array, low: int, high: int) -> Array:
-    """`rounded` with elements moved by one, so that errors along the last axis sum to a half at most."""
+def _flip(rounded: Array, units: Array, low: int, high: int) -> None:
+    """Move elements of `rounded` [rows, elements] by one, so that errors of a row sum to a half at most."""
     errors = rounded - units
-    total = errors.sum(axis=-1, keepdims=True)
+    total = errors.sum(axis=1, keepdims=True)
     direction = np.sign(total)
     # Only elements that were rounded in the direction of the sum, and so change sign by less than one when moved back.
     movable = (errors * direction > 0) & (rounded - direction >= low) & (rounded - direction <= high)
     cost = np.where(movable, -errors * direction, np.inf)
-    rank = cost.argsort(axis=-1, kind="stable").argsort(axis=-1)
-    chosen = movable & (rank < np.rint(np.abs(total)))
-    return np.asarray(np.where(chosen, rounded - direction, rounded))
+    left = np.rint(np.abs(total[:, 0]))
+    rows = np.flatnonzero(left > 0)
+    while rows.size:
+        cheapest = cost[rows].argmin(axis=1)
+        found = np.isfinite(cost[rows, cheapest])
+        rows, cheapest = rows[found], cheapest[found]
+        rounded[rows, cheapest] -= direction[rows, 0]
+        cost[rows, cheapest] = np.inf
+        left[rows] -= 1
+        rows = rows[left[rows] > 0]
 
 
 def gptq(

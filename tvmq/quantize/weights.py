@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,9 @@ def choose(
         scales = np.full_like(scales, scales.max())
     if Algorithm.GPTQ in recipe.algorithms and products is not None:
         return _unfolded(rounding.gptq(matrix, scales, products, -top, top), weight, axis), scales
-    if Algorithm.SQUANT in recipe.algorithms:
+    # By default of kernels alone: inputs of linear layers have little in common that errors could cancel over.
+    kernels_only = Algorithm.AUTO in recipe.algorithms and axis == 0 and math.prod(weight.shape[1:-1]) > 1
+    if Algorithm.SQUANT in recipe.algorithms or kernels_only:
         units = (matrix / scales).T
         # [O, taps, I] -> [O, I, taps]: a kernel is the taps of one input channel.
         inputs = weight.shape[-1] if axis == 0 else matrix.shape[0]
