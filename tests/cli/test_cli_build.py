@@ -187,6 +187,6 @@ def test_biases_that_a_table_cannot_correct_are_told(files, tvmq, tmp_path):
     assert tvmq("calibrate", files.model, "--calibrate", files.data, "-o", table).code == 0
     common = ("compile", files.model, "--precision", "int8", "--recipe", recipe, "-o", tmp_path / "m.tvmq")
     by_table, by_data = (tvmq(*common, "--calibrate", data) for data in (table, files.data))
-    said = "without bias_correction, which takes calibration data, or a table of this recipe"
+    said = "without bias_correction_analytic, which takes calibration data, or a table of this recipe"
     assert (by_table.code, by_data.code) == (0, 0)
     assert said in by_table.out and said not in by_data.out

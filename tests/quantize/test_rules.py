@@ -14,7 +14,7 @@ from tvmq.importer.load import import_model
 from tvmq.model import Model
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.quantize.refine import mean_errors_of, products_of, unused_algorithms, with_corrected_biases
+from tvmq.quantize.refine import mean_errors_of, means_for, products_of, unused_algorithms, with_corrected_biases
 from tvmq.recipe import Recipe, Rule
 from tvmq.recipe_values import Algorithm, Precision
 
@@ -121,7 +121,9 @@ def test_algorithms_by_layer(case) -> None:
     first, *_ = (str(chain.anchor.name) for chain in plan.chains if chain.kind == "matmul")
     products = products_of(case.module, plan, recipe, samples)
     assert set(products) == {first}
-    errors = mean_errors_of(case.module, plan, recipe, products, samples, {})
+    means = means_for(case.module, recipe)
+    interpret.run(case.module, case.batches[0], means.see)
+    errors = mean_errors_of(case.module, plan, recipe, products, samples, means, {})
     corrected = with_corrected_biases(case.module, plan, errors)
     changed = [
         not np.array_equal(before, after)
