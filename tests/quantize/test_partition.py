@@ -51,9 +51,9 @@ def test_integers_that_are_not_used_are_not_given_either(model_of, recipe: Recip
     assert result.min() >= -top
     (want,) = case.run(case.realized(recipe))
     (got,) = conversions.dequantize((result,))
-    (scale,) = (p.scale for p in conversions.outputs.values())
-    limits = [q * scale for q in (-top, top)] if recipe.symmetric else (-np.inf, np.inf)
-    assert np.abs(got - np.clip(want, *limits)).max() <= 1.001 * scale
+    (p,) = conversions.outputs.values()
+    low, high = ((q - p.zero_point) * p.scale for q in (p.qmin, p.qmax))
+    assert np.abs(got - np.clip(want, low, high)).max() <= 0.501 * p.scale
 
 
 def test_an_input_that_is_read_as_float_too_stays_float(model_of) -> None:
