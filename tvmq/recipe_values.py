@@ -76,7 +76,7 @@ class Algorithm(str, enum.Enum):
     """What may be done so that quantization costs less accuracy."""
 
     AUTO = "auto"
-    """Of int8: `equalize` and `smooth` where channels are uneven, `squant` kernels, `bias_correction_analytic`."""
+    """Of int8: `equalize` and divide channels that are uneven, `squant` kernels, `bias_correction_analytic`."""
     EQUALIZE = "equalize"
     """Cross-layer equalization: like ranges for the channels of a tensor. No data."""
     SMOOTH = "smooth"

@@ -4,7 +4,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.graph.fusion import AddBias, AddTensor, Apply, Chain, Limit, find_chains
+from tvmq.graph.fusion import AddBias, AddTensor, Apply, Chain, Limit, TimesChannels, find_chains
 
 SHAPE = (1, 5, 5, 4)
 op = relax.op
@@ -123,6 +123,23 @@ def test_what_is_no_bias(graph, shape: tuple[int, ...]):
     ]
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 4), (1, 1, 1, 4)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_multiplies_channels(graph, shape: tuple[int, ...], swapped: bool):
+    def build(emit, x):
+        factors, c = _const(*shape), emit(_conv(x), "c")
+        return emit(op.multiply(factors, c) if swapped else op.multiply(c, factors), "m")
+
+    (chain,) = find_chains(graph(build, SHAPE))
+    assert _kinds(chain) == [TimesChannels] and chain.followers[0].value.shape == (4,)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 4), (5, 1), (1, 5, 1, 1), (1, 1, 1, 1, 4)])
+def test_what_multiplies_no_channels(graph, shape: tuple[int, ...]):
+    module = graph(lambda emit, x: emit(op.multiply(emit(_conv(x), "c"), _const(*shape)), "m"), SHAPE)
+    assert _chains(module) == ["conv2d: c"]
+
+
 def _add_broadcast(emit, x):
     return emit(op.add(emit(_conv(x), "c"), emit(op.mean(x, [1, 2], keepdims=True), "m")), "a")
 
@@ -134,7 +151,7 @@ def test_a_residual_of_another_shape_is_not_held(graph):
 def test_operators_an_epilogue_cannot_hold_end_the_chain(graph):
     def build(emit, x):
         c = emit(_conv(x), "c")
-        return emit(op.multiply(c, _const(4)), "scaled")
+        return emit(op.multiply(c, _const(1)), "scaled")
 
     assert _chains(graph(build, SHAPE)) == ["conv2d: c"]
 

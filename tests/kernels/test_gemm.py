@@ -203,6 +203,22 @@ def test_residuals_in_the_tile_are_the_oracle(name: str) -> None:
     check(cases, target)
 
 
+@levels
+def test_factors_of_channels_after_activations_are_the_oracle(name: str) -> None:
+    """A second scale a channel, at tails of channels too."""
+    target = runnable(name)
+    dtype = target.isa.activation_dtype
+    cases = []
+    for channels in (5, 64, 129):
+        (bias, scale), (add, multiply, last) = requantize(channels, 33, dtype)
+        to_real = ir.constant(ir.to_numpy(scale) * np.float32(0.05))
+        factors = ir.constant(np.abs(floats((channels,), 7)) * np.float32(20))
+        steps = (add, multiply, ops.Activate("gelu"), ops.Scale(), last)
+        epilogue = ([bias, to_real, factors], steps)
+        cases.append(matmul(f"n{channels}", integers((7, 33), dtype), weights((33, channels)), epilogue=epilogue))
+    check(cases, target)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["avx2", "avx512-vnni", "host"])

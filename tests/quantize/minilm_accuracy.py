@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 in int8: how alike its sentence embeddings are, and what it finds, as a Markdown table.
 
-    python -m tests.quantize.minilm_accuracy [--sentences 500] [--rows "int8;int8-dynamic;NNCF"]
+    python -m tests.quantize.minilm_accuracy [--sentences 500] [--seed 0] [--rows "int8;int8-dynamic;NNCF"]
 
 Compiled bundles embed sentences of everyday life, made from a small grammar, and of the Python reference; others of the
 same kinds calibrate, peers too. Retrieval: each of 50 sentences looks for the ten most similar among 100, and among
@@ -45,7 +45,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "int8, attention": {"precision": "int8", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
     "int8, all kinds": {"precision": "int8", "kinds": [*KINDS]},
     "int8, without algorithms": {"precision": "int8", "algorithms": []},
+    "int8, bias_correction": {"precision": "int8", "algorithms": ["bias_correction"]},
     "int8, smooth": {"precision": "int8", "algorithms": ["smooth"]},
+    "int8, mse": {"precision": "int8", "observer": "mse"},
     "int8, auto and gptq": {"precision": "int8", "algorithms": ["auto", "gptq"]},
     "int8-dynamic": {"precision": "int8-dynamic"},
     "int8-dynamic, attention": {"precision": "int8-dynamic", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
@@ -144,10 +146,12 @@ def minilm() -> tuple[Any, Any]:
     return SentenceEncoder(bert).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def measure(rows: Sequence[str], count: int, calibrate_on: int) -> Iterator[tuple[str, dict[str, float]]]:
+def measure(
+    rows: Sequence[str], count: int, calibrate_on: int, seed: int = 0
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Each row and its figures, as they are found."""
     network, tokenizer = minilm()
-    texts = sentences(count + calibrate_on)
+    texts = sentences(count + calibrate_on, seed)
     test, calibration = encoded(tokenizer, texts[:count]), encoded(tokenizer, texts[count:])
 
     def by_torch(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
@@ -173,10 +177,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sentences", type=int, default=500)
     parser.add_argument("--calibrate", type=int, default=100, help="sentences to calibrate on")
+    parser.add_argument("--seed", type=int, default=0, help="which sentences")
     parser.add_argument("--rows", default=";".join((*ROWS, *TEXT_PEERS)), help="separated by semicolons")
     options = parser.parse_args()
     lines = []
-    for row, made in measure(options.rows.split(";"), options.sentences, options.calibrate):
+    for row, made in measure(options.rows.split(";"), options.sentences, options.calibrate, options.seed):
         lines.append((row, *(f"{value:.4f}" for value in made.values())))
         print(*lines[-1], flush=True)
     print(table(("int8 against float32", *COLUMNS), lines))

@@ -19,7 +19,8 @@ from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import equalize, gain
 from tvmq.quantize.refine import unused_algorithms
-from tvmq.quantize.smooth import channel_maxima, smooth, smooth_norms
+from tvmq.quantize.seen import ChannelsSeen, channels_seen
+from tvmq.quantize.smooth import bounded, divided, smooth
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, Rule
 
@@ -135,7 +136,7 @@ def test_uneven_channels_become_even_and_accurate(make_a_case, algorithm: str, a
     (hidden,) = (str(var.name) for group in Channels(case.module).groups.values() for var in group.read)
     spreads = []
     for m in (case.module, module):
-        largest = channel_maxima(m, case.batches, {hidden})[hidden]
+        largest = channels_seen(m, case.batches, {hidden})[hidden].largest
         spreads.append(largest.max() / largest.min())
     assert spreads[0] > 300 and spreads[1] < 10
     reference = case.reference()[0]
@@ -161,7 +162,7 @@ def test_smoothing_divides_outlying_channels_of_a_layer_norm(make_a_case) -> Non
     module = smooth(case.module, case.batches, 0.5)
     _assert_same(case, module)
     (name,) = (str(var.name) for group in Channels(case.module).groups.values() for var in group.read)
-    before, after = (channel_maxima(m, case.batches, {name})[name] for m in (case.module, module))
+    before, after = (channels_seen(m, case.batches, {name})[name].largest for m in (case.module, module))
     assert after.max() / np.median(after) < 0.3 * before.max() / np.median(before)
 
 
@@ -228,19 +229,52 @@ def test_a_table_of_smoothed_norms_gives_the_model_that_its_data_gave() -> None:
     np.testing.assert_array_equal(by_table.simulate(batches[0])[0], by_data.simulate(batches[0])[0])
 
 
+def test_what_channels_hold_is_seen_over_all_samples(make_a_case) -> None:
+    case = make_a_case(PostNorm(), (2, 5, 16))
+    norm = next(str(var.name) for var, call in ir.calls(case.module) if ir.is_call(call, "nn.layer_norm"))
+    seen = channels_seen(case.module, case.batches, {norm})[norm]
+    kept: list[np.ndarray] = []
+    program = interpret.Program(case.module, {norm})
+    for inputs in case.batches:
+        program.run(inputs, lambda _, value: kept.append(value))
+    rows = np.concatenate(kept).reshape(-1, 16)
+    np.testing.assert_array_equal(seen.low, rows.min(axis=0))
+    np.testing.assert_array_equal(seen.high, rows.max(axis=0))
+    np.testing.assert_array_equal(seen.largest, np.abs(rows).max(axis=0))
+    np.testing.assert_allclose(seen.variance, rows.astype(np.float64).var(axis=0), rtol=1e-9)
+
+
+def test_channels_are_bounded_where_they_are_outliers_and_only_as_far_as_weights_can_take_it() -> None:
+    rng = np.random.default_rng(0)
+    read, even = rng.standard_normal((32, 24)).astype(np.float32), np.ones(32)
+    recipe = Recipe(precision="int8")
+
+    def factors(largest: np.ndarray, weights: np.ndarray = read) -> np.ndarray | None:
+        return bounded(ChannelsSeen(-largest, largest, largest**2 / 9), weights, recipe)
+
+    for left_alone in (even, np.zeros(32), np.full(32, np.inf), np.full(32, np.nan)):
+        assert factors(left_alone) is None
+    outlying = np.where(np.arange(32) == 5, 20.0, 1.0)
+    found = factors(outlying)
+    assert found is not None and found[5] > 2 and (np.delete(found, 5) == 1).all()
+    # The same channel read by weights that are large already: these would lose what it gains.
+    large = np.where(np.arange(32) == 5, 20.0, 1.0)[:, None].astype(np.float32) * read
+    assert factors(outlying, large) is None
+
+
 @pytest.mark.parametrize(
     ("name", "factors", "said"),
     [
-        ("norm", np.ones(3), "the 16 channels of a layer norm of the model, saw 3 numbers, the least 1"),
+        ("norm", np.ones(3), "of a layer norm or .*, 16 channels, saw 3 numbers, the least 1"),
         ("norm", np.zeros(16), "saw 16 numbers, the least 0"),
-        ("other", np.ones(16), "smoothed 'other': expected a number above 0 for each of the 0 channels"),
+        ("other", np.ones(16), "smoothed 'other': expected a number above 0 for each channel of .*, 0 channels"),
     ],
 )
-def test_factors_that_fit_no_norm_are_refused(make_a_case, name: str, factors: np.ndarray, said: str) -> None:
+def test_factors_that_fit_no_tensor_are_refused(make_a_case, name: str, factors: np.ndarray, said: str) -> None:
     case = make_a_case(PostNorm(), (2, 5, 16))
     norm = next(str(var.name) for var, call in ir.calls(case.module) if ir.is_call(call, "nn.layer_norm"))
     with pytest.raises(CalibrationError, match=said):
-        smooth_norms(case.module, {norm if name == "norm" else name: factors})
+        divided(case.module, {norm if name == "norm" else name: factors}, Recipe())
 
 
 @pytest.mark.parametrize(

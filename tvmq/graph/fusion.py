@@ -58,6 +58,13 @@ class TimesTensor:
 
 
 @dataclass(frozen=True)
+class TimesChannels:
+    """Multiply by a constant along the last axis: float32 [channels]."""
+
+    value: Array
+
+
+@dataclass(frozen=True)
 class Limit:
     """Limit to [low, high]; None leaves a side open."""
 
@@ -79,7 +86,7 @@ class Apply:
     function: str
 
 
-Follower = AddBias | AddTensor | TimesTensor | Limit | Leak | Apply | Rounded
+Follower = AddBias | AddTensor | TimesTensor | TimesChannels | Limit | Leak | Apply | Rounded
 
 
 @dataclass(frozen=True)
@@ -309,8 +316,7 @@ def _follower(running: Any, call: Any) -> Follower | None:
     first = call.args[0].same_as(running)
     other = call.args[1] if first else call.args[0]
     if ir.is_constant(other):
-        channels = ir.shape_of(running)[-1] if ir.shape_of(running) else 1
-        return _bias(ir.to_numpy(other), channels) if ir.is_call(call, "add") else None
+        return _by_channel(call, ir.to_numpy(other))
     if ir.shape_of(other) != ir.shape_of(running):
         return None
     if ir.is_call(call, "multiply"):
@@ -329,7 +335,12 @@ def _unary_follower(call: Any) -> Follower:
     return Apply(ACTIVATIONS[ir.op_name(call)])
 
 
-def _bias(value: Array, channels: int) -> AddBias | None:
-    if value.dtype != np.float32 or not (value.size == 1 or (value.size == channels and value.shape[-1] == channels)):
+def _by_channel(call: Any, value: Array) -> AddBias | TimesChannels | None:
+    """How `call` adds or multiplies by a constant a channel; None for others, and for a product with one number."""
+    channels = ir.shape_of(call)[-1] if ir.shape_of(call) else 1
+    one_each = value.size == channels and value.shape[-1:] == (channels,)
+    if value.dtype != np.float32 or not (one_each or value.size == 1):
         return None
-    return AddBias(np.broadcast_to(value.reshape(-1), (channels,)).copy())
+    if ir.is_call(call, "multiply"):
+        return TimesChannels(value.reshape(-1)) if one_each and channels > 1 else None
+    return AddBias(np.broadcast_to(value.reshape(-1), (channels,)).copy()) if ir.is_call(call, "add") else None

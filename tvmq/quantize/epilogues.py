@@ -154,20 +154,26 @@ class ChainEpilogue:
         """Followers without a rounding, then that to `end`."""
         limits: tuple[float | None, float | None] = (None, None)
         in_its_unit = end is not None and self.unit == end.scale
+        factor = None if end is None or in_its_unit else numerics.reciprocal(end.scale)
         for index, follower in enumerate(part):
-            if isinstance(follower, fusion.Limit) and index == len(part) - 1 and in_its_unit:
+            last = index == len(part) - 1
+            if isinstance(follower, fusion.Limit) and last and in_its_unit:
                 limits = (self._scaled(follower.low), self._scaled(follower.high))
+            elif isinstance(follower, fusion.TimesChannels) and last and factor is not None:
+                self._operand(ops.Scale(), ir.constant(follower.value * factor))
+                factor = None
             else:
                 self._follow(follower)
         if end is None:
             return
-        if not in_its_unit:
-            self.steps.append(ops.Multiply(float(numerics.reciprocal(end.scale))))
-        last = end.to_integer(*limits)
+        if factor is not None:
+            self.steps.append(ops.Multiply(float(factor)))
+        to_integer = end.to_integer(*limits)
         if end is self.out:
-            self.steps.append(last)
+            self.steps.append(to_integer)
         else:
-            self.steps.append(ops.Round(last.qmin - last.zero_point, last.qmax - last.zero_point))
+            low, high = (limit - to_integer.zero_point for limit in (to_integer.qmin, to_integer.qmax))
+            self.steps.append(ops.Round(low, high))
 
     def _follow(self, follower: fusion.Follower) -> None:
         match follower:
@@ -181,6 +187,8 @@ class ChainEpilogue:
                 else:
                     scale = float(np.float32(source.scale / self.unit))
                     self._operand(ops.Residual(-scale if negative else scale, source.zero_point), source.var)
+            case fusion.TimesChannels(value):
+                self._operand(ops.Scale(), ir.constant(value))
             case fusion.TimesTensor(operand):
                 source = self.source(operand)
                 if source is None:

@@ -26,7 +26,7 @@ from tvmq.quantize.input_products import input_products
 from tvmq.quantize.levels import layers_with
 from tvmq.quantize.mean_errors import MeanErrors, fingerprint
 from tvmq.quantize.plan import Plan
-from tvmq.quantize.smooth import norm_factors, smooth, smooth_norms
+from tvmq.quantize.smooth import channel_factors, divided, smooth
 from tvmq.recipe import Recipe, wanted_precisions
 from tvmq.recipe_values import Algorithm, Precision, WeightLevels
 
@@ -37,9 +37,9 @@ Samples = Callable[[], Iterable[tuple[Array, ...]]]
 def reshaped(
     module: tvm.IRModule, recipe: Recipe, samples: Samples, known: Mapping[str, bytes] | None = None
 ) -> tuple[tvm.IRModule, dict[str, bytes]]:
-    """The float module after equalization and smoothing, and by what layer norms were smoothed by default (packed).
+    """The float module after equalization and smoothing, and by what tensors were smoothed by default (packed).
 
-    known: that, of a table, whose ranges are of such norms; None where the recipe decides.
+    known: that, of a table, whose ranges are of such tensors; None where the recipe decides.
     """
     by_default = Algorithm.AUTO in recipe.algorithms and bool(
         wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}
@@ -51,9 +51,9 @@ def reshaped(
     if Algorithm.SMOOTH in recipe.algorithms:
         return smooth(module, samples(), recipe.smoothing), {}
     if known is None and by_default:
-        known = {name: packed.pack(f) for name, f in norm_factors(module, samples(), recipe.smoothing).items()}
+        known = {name: packed.pack(f) for name, f in channel_factors(module, samples(), recipe).items()}
     smoothed = dict(known or {})
-    return smooth_norms(module, {name: packed.unpack(data) for name, data in smoothed.items()}), smoothed
+    return divided(module, {name: packed.unpack(data) for name, data in smoothed.items()}, recipe), smoothed
 
 
 def products_of(module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Samples) -> dict[str, Array]:

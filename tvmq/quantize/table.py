@@ -43,8 +43,8 @@ class CalibrationTable:
     """The entries by tensor name; `samples` counts the inferences behind them.
 
     A tensor without an entry stays float. mean_errors: by the name of a convolution or linear layer, what its biases
-    are corrected by. smoothed: by the name of a layer norm, packed, what each channel of its result was divided by;
-    ranges are of what it makes since.
+    are corrected by. smoothed: by the name of a layer norm or an activation function, packed, what each channel of its
+    result was divided by; ranges are of what it makes since.
     """
 
     model: str
