@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "int8, bias_correction": {"precision": "int8", "algorithms": ["bias_correction"]},
     "int8, smooth": {"precision": "int8", "algorithms": ["smooth"]},
     "int8, mse": {"precision": "int8", "observer": "mse"},
+    "int8, auto and bias_correction": {"precision": "int8", "algorithms": ["auto", "bias_correction"]},
     "int8, auto and gptq": {"precision": "int8", "algorithms": ["auto", "gptq"]},
     "int8-dynamic": {"precision": "int8-dynamic"},
     "int8-dynamic, attention": {"precision": "int8-dynamic", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
