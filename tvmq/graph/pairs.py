@@ -22,7 +22,7 @@ Readers = Mapping[Any, list[Any]]
 # The axis of a weight that holds its output channels.
 CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 # Operators that move elements, whatever these are.
-_MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice")
+_MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice", "take", "flip")
 # Operators that have a form, or are part of a kernel, that reads integers.
 _READ_INTEGERS = (
     *("nn.conv2d", "matmul", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean", "nn.layer_norm", "nn.softmax"),

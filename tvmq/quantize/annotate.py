@@ -28,6 +28,7 @@ from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
 from tvmq.graph.pairs import CHANNEL_AXIS
 from tvmq.quantize import groups, numerics, products, rounding, tables, weights
+from tvmq.quantize.kept import as_product
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
 from tvmq.recipe import Recipe
@@ -49,6 +50,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
     rounded: dict[Any, Any] = {}  # old variable -> its twin that went through 16 bits
     integer = _readers(plan, plan.integer, plan.qparams.keys())
     narrow = _readers(plan, plan.narrow, plan.stored)
+    chained = {member for chain in plan.chains for member in chain.members}
     weighted = {chain.anchor: chain for chain in plan.chains if chain.kind in CHANNEL_AXIS}
     reads_wide = {chain.anchor: {chain.x} for chain in plan.chains if chain.anchor in plan.wide_layers}
 
@@ -72,7 +74,8 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
         old = state.current
         new = value
         if old in integer and ir.is_call(value):
-            new = ir.substitute(value, _twins(state, value, integer[old] - plan.produced, pair))
+            read = value if old in chained else as_product(value)
+            new = ir.substitute(read, _twins(state, read, integer[old] - plan.produced, pair))
         elif old in narrow and ir.is_call(value):
             new = ir.substitute(value, _twins(state, value, narrow[old] - plan.narrow, through_half))
         if old in reads_wide:

@@ -107,7 +107,7 @@ def _name(expr: Any) -> str:
 
 
 def no_stored_form(call: Any, *, integer: bool) -> str | None:
-    """Why a concat or pass-through operator cannot be computed on 8-bit integers, or on halves; None where it can."""
+    """Why what is no chain cannot be computed on 8-bit integers, or on halves; None where it can."""
     if ir.is_call(call, "nn.pad") and str(call.attrs.pad_mode) != "constant":
         return f"pads by mode {str(call.attrs.pad_mode)!r}"
     if ir.is_call(call, "nn.pad") and not integer and float(call.attrs.pad_value) != 0.0:

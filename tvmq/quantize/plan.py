@@ -24,21 +24,12 @@ from tvmq.quantize import auto, numerics, products, tables, wide
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.carried import carried
 from tvmq.quantize.decisions import Decision, kind_of, with_levels
+from tvmq.quantize.kept import factor, keeps_integers, qparams_behind
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, Rule
 from tvmq.recipe_values import DEFAULT_KINDS, HALVES, KINDS, LINEAR, PowerOfTwo, Precision, WeightLevels
-
-# Operators whose result holds elements of their input only, so that both have one range.
-_PASS_THROUGH = (*MOVES, "nn.max_pool2d", "image.resize2d", "flip")
-
-
-def is_pass_through(call: Any) -> bool:
-    """Whether `call` gives elements of the tensor that it reads only: also those at constant places."""
-    if ir.is_call(call, "take"):
-        return ir.is_constant(call.args[1]) and not ir.is_constant(call.args[0]) and call.attrs.axis is not None
-    return bool(ir.is_call(call, *_PASS_THROUGH))
 
 
 @dataclass(frozen=True)
@@ -121,15 +112,14 @@ class _Planner:
         for var, call in ir.calls(self.module):
             if var not in self.inside:
                 self._decide(var, call)
-        source = self._propagate()
+        qparams = self._propagate()
         narrowed = narrow(self.module, self.chains, self.asked)
         for var in narrowed.computed - self.asked:
             self._renote(var, self.half, "")
         for var, reason in narrowed.reasons.items():
             self._renote(var, Precision.FP32, reason)
         variables = (*ir.main(self.module).params, *(var for var, _ in ir.bindings(self.module)))
-        wanted = [var for var in variables if var in self.wanted]
-        qparams = {var: self.entries[str(source[var].name)].qparams for var in wanted}
+        qparams = {var: qparams[var] for var in variables if var in self.wanted}
         made_wide = frozenset(var for var in self.wide if var in self.integer and var in self.chain_of_end)
         produced = frozenset(var for var in self.wanted if var in self.integer) - made_wide
         return Plan(
@@ -173,7 +163,7 @@ class _Planner:
             self.embeddings.add(var)
             self._note(var, kind, Precision.INT8_WEIGHT, "")
             return
-        if chain is None and not ir.is_call(call, "concat") and not is_pass_through(call):
+        if chain is None and not ir.is_call(call, "concat") and not keeps_integers(call):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
             missing = "both operands are activations" if two else "no integer or 16-bit kernel for this operator"
             self._note(var, kind, Precision.FP32, why or missing)
@@ -303,7 +293,7 @@ class _Planner:
         return None
 
     def _follower_reason(self, var: Any, call: Any) -> str | None:
-        """Why a concat or a pass-through operator stays float."""
+        """Why a concat, or an operator that keeps integers, stays float."""
         sources = _tensors(call)
         for source in sources:
             if ir.is_constant(source):
@@ -312,13 +302,16 @@ class _Planner:
                 return f"its input {_name(source)} is float"
         if declined := no_stored_form(call, integer=True):
             return declined
+        if factor(call) != 1.0 and sources[0] in self.products:
+            return "it is part of the kernel of a product, which makes floats"
         if ir.is_call(call, "nn.pad") and not self._holds(sources[0], float(call.attrs.pad_value)):
             return f"pads with {float(call.attrs.pad_value):g}, outside of its input's range"
         return next((missing for tensor in [*sources, var] if (missing := self._missing(tensor))), None)
 
     def _holds(self, var: Any, value: float) -> bool:
         """Whether `value` is in the range that the integers of `var` stand for, where that is known."""
-        while var in self.integer and is_pass_through(self.values.get(var)):
+        while self._keeps(var):
+            value /= factor(self.values[var])
             var = self.values[var].args[0]
         entry = self.entries.get(str(var.name))
         if entry is None:
@@ -333,29 +326,33 @@ class _Planner:
             return f"{_name(var)} is not in the calibration table"
         return f"the calibration table keeps {_name(var)} float" if entry.keep_float else None
 
-    def _propagate(self) -> dict[Any, Any]:
-        """Quantize what wanted concats and pass-through operators read.
+    def _propagate(self) -> dict[Any, QParams]:
+        """Quantize what wanted concats and operators that keep integers read.
 
-        Returns, for each wanted variable, the one whose range it shares.
+        Returns the parameters of each wanted variable: by its range, or by what it keeps.
         """
         values, computing = self.values, {*self.chain_of_end, *self.products}
         for var, _ in reversed(list(ir.calls(self.module))):
             if var in self.wanted and var in self.integer and var not in computing:
                 self.wanted.update(ir.operands(values[var]))
-        # A pass-through operator whose result nobody wants as integers is better done in float, next to its reader.
+        # What keeps integers is better done in float, next to its reader, where nobody wants integers.
         for var, _ in ir.calls(self.module):
             if var in self.integer and var not in computing and var not in self.wanted:
                 self.integer.discard(var)
                 self._renote(var, Precision.FP32, "nobody reads its result as integers")
-        source: dict[Any, Any] = {var: var for var in self.wanted}
+        found = {var: self.entries[str(var.name)].qparams for var in self.wanted}
         for var, call in ir.calls(self.module):
             if var not in self.wanted or var not in self.integer:
                 continue
-            if is_pass_through(call):
-                source[var] = source[next(ir.operands(call))]
-            elif ir.is_call(call, "concat") and len({source[field] for field in _tensors(call)}) == 1:
-                source[var] = source[_tensors(call)[0]]
-        return source
+            if self._keeps(var):
+                found[var] = qparams_behind(found[next(ir.operands(call))], call)
+            elif ir.is_call(call, "concat") and len({found[part] for part in _tensors(call)}) == 1:
+                found[var] = found[_tensors(call)[0]]
+        return found
+
+    def _keeps(self, var: Any) -> bool:
+        """Whether the integers of `var` are those of what its operator reads."""
+        return var in self.integer and var not in self.chain_of_end and keeps_integers(self.values.get(var))
 
     def _note(self, var: Any, kind: str, precision: Precision, reason: str) -> None:
         self.decisions[var] = Decision(str(var.name), kind, precision, reason)
@@ -365,7 +362,7 @@ class _Planner:
 
 
 def _tensors(call: Any) -> list[Any]:
-    """The tensors that a concat, an attention or a pass-through operator reads, constants included."""
+    """The tensors that a concat, an attention or another operator without a chain reads, constants included."""
     if ir.is_call(call, "concat"):
         return list(call.args[0].fields)
     return list(call.args) if ir.is_call(call, "nn.attention") else [call.args[0]]

@@ -29,8 +29,8 @@ from tvmq.oracle import interpret
 from tvmq.quantize import averages, numerics, wide
 from tvmq.quantize.annotate import reads_int16
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
+from tvmq.quantize.kept import factor, keeps_integers, scaled
 from tvmq.quantize.narrow import no_stored_form
-from tvmq.quantize.plan import is_pass_through
 from tvmq.quantize.realize_products import Products
 
 Array = npt.NDArray[Any]
@@ -142,7 +142,7 @@ class _Realizer:
             new = op_calls.elementwise(x, (), steps, out_shape=ir.shape_of(value), out_dtype=out.dtype)
         else:
             name = str(producer.name)
-        var = state.emit(new, name)
+        var = new if isinstance(new, relax.Var) else state.emit(new, name)
         self.stored[state.current] = dataclasses.replace(out, var=var)
         return var
 
@@ -167,8 +167,8 @@ class _Realizer:
         call = self.values.get(var)
         if var in self.chain_of_end:
             return self._chain(state, self.chain_of_end[var], out)
-        if is_pass_through(call):
-            return self._pass_through(call, out)
+        if keeps_integers(call):
+            return self._kept(call, out)
         if ir.is_call(call, "concat"):
             return self._concat(call, out)
         return self.products.of(state, var, out)
@@ -303,10 +303,14 @@ class _Realizer:
 
     # --- operators that move integers ---
 
-    def _pass_through(self, call: Any, out: Stored) -> Any:
+    def _kept(self, call: Any, out: Stored) -> Any:
         x = self._source(call.args[0])
-        if x is None or not x.like(out) or no_stored_form(call, integer=out.is_integer):
+        if x is None or no_stored_form(call, integer=out.is_integer):
             return None
+        if not dataclasses.replace(x, scale=scaled(x.scale, call)).like(out):
+            return None
+        if factor(call) != 1.0:
+            return x.var
         if ir.is_call(call, "nn.max_pool2d"):
             return _max_pool(call, x.var, out.dtype)
         if ir.is_call(call, "image.resize2d") and str(call.attrs.method) == "linear":
