@@ -77,18 +77,20 @@ ROWS: dict[str, dict[str, Any]] = {
 TEXT = """# Accuracy on CIFAR-10
 
 {images} test images; 512 training images calibrate. Each cell: top-1 (how much less than fp32), and the share of images with
-the class that fp32 gives them, in percent; and the signal-to-noise ratio of logits. Of about a hundred images with another
-class half may become right by chance, or wrong: top-1 differs by 0.08 between equally good recipes, and the ratio by less
-than 0.1 dB. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on these. Rows are recipes of int8 bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`),
-float layers whose weights are rounded. `uneven` is the same network after half of its channels were rescaled by up to 50
-either way, which changes nothing that it computes. Peers were measured on the same images. Empty cells were not measured;
-others may be of an earlier run, which this one went on from.
+the class that fp32 gives them, in percent; and the signal-to-noise ratio of logits. Of a hundred images that get another
+class some become right by chance, and some wrong: top-1 of equally good recipes differs by 0.08, and the ratio tells them
+apart better. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on these. Rows are recipes of int8
+bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`), float layers whose weights are
+rounded. `uneven` is the same network after half of its channels were rescaled by up to 50 either way, which changes nothing
+that it computes. Peers were measured on the same images. Empty cells were not measured; others, those without a ratio too,
+may be of an earlier run, which this one went on from.
 
 `default` is what a recipe of int8 does by itself (`auto`): kernels are rounded as `squant` says, biases corrected
-(`bias_correction_analytic`), and channels equalized where they are uneven. `plain` is without algorithms: batch norms folded (as in every row), extremes as ranges, asymmetric activations and
-symmetric weights with a scale a channel (what others call a mixed preset; `symmetric` has no zero points); the rows after
-it add to it. `squant` is a closed form of what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search for limits
-of activations, `clip_weights` for those of weights. Made by
+(`bias_correction_analytic`), and channels equalized where they are uneven. `plain` is without algorithms: batch norms folded
+(as in every row), extremes as ranges, asymmetric activations and symmetric weights with a scale a channel (what others call
+a mixed preset; `symmetric` has no zero points); the rows after it add to it. `squant` is a closed form of what AdaRound
+learns; `mse`, `octav`, `entropy` and `percentile` search for limits of activations, `clip_weights` for those of weights.
+Made by
 
     python -m tests.quantize.accuracy_table{choice} --known figures.json -o docs/accuracy.md
 

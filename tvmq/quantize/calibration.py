@@ -31,7 +31,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The float module that is calibrated and planned, and by what its layer norms were divided by default (packed)."""
+    """The float module that is calibrated and planned, and by what its tensors were divided by default (packed)."""
 
     module: tvm.IRModule
     smoothed: Mapping[str, bytes]
