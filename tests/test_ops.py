@@ -20,6 +20,7 @@ ALL_STEPS = (
     Residual(),
     Residual(0.1, 7),
     ops.Minus(),
+    ops.ChannelLeak(),
     ops.Times(),
     ops.Times(0.1, 7),
     Clip(),

@@ -69,15 +69,26 @@ def exp(m: Math, x: Value) -> Value:
 
     Range reduction by Cody and Waite, x = n ln 2 + r, and the polynomial of the Cephes library (expf).
     """
-    x = m.minimum(m.maximum(x, m.number(-87.0)), m.number(88.3))
+    p, n = _reduced(m, m.minimum(m.maximum(x, m.number(-87.0)), m.number(88.3)))
+    return m.scale(m.add(p, m.number(1.0)), n)
+
+
+def expm1(m: Math, x: Value) -> Value:
+    """e**x - 1 for x <= 0 within 2e-7 of its value: 2**n * p + (2**n - 1), where `exp` is 2**n * (p + 1)."""
+    p, n = _reduced(m, m.maximum(x, m.number(-87.0)))
+    power = m.scale(m.number(1.0), n)
+    return m.fma(p, power, m.sub(power, m.number(1.0)))
+
+
+def _reduced(m: Math, x: Value) -> tuple[Value, Value]:
+    """(e**r - 1, n) for x in [-87, 88.3]."""
     n = m.rint(m.mul(x, m.number(LOG2_E)))
     r = m.fma(n, m.number(-0.693359375), x)
     r = m.fma(n, m.number(2.12194440e-4), r)
     p = _polynomial(
         m, r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
     )
-    p = m.add(m.fma(p, m.mul(r, r), r), m.number(1.0))
-    return m.scale(p, n)
+    return m.fma(p, m.mul(r, r), r), n
 
 
 def power_of_two(m: Math, x: Value) -> Value:
@@ -144,6 +155,12 @@ def silu(m: Math, x: Value) -> Value:
     return m.mul(x, sigmoid(m, x))
 
 
+def elu(m: Math, x: Value) -> Value:
+    """x, below zero e**x - 1."""
+    zero = m.number(0.0)
+    return m.where_less(x, zero, expm1(m, m.minimum(x, zero)), x)
+
+
 def hardsigmoid(m: Math, x: Value) -> Value:
     """clip(x + 3, 0, 6) / 6."""
     shifted = m.minimum(m.maximum(m.add(x, m.number(3.0)), m.number(0.0)), m.number(6.0))
@@ -164,6 +181,7 @@ ACTIVATIONS: dict[str, Callable[[Math, Value], Value]] = {
     "hardswish": hardswish,
     "hardsigmoid": hardsigmoid,
     "exp": exp,
+    "elu": elu,
 }
 
 

@@ -128,6 +128,11 @@ class Times:
 
 
 @dataclass(frozen=True)
+class ChannelLeak:
+    """Multiply what is below zero by a float32 tensor operand of shape [channels], in float32."""
+
+
+@dataclass(frozen=True)
 class Clip:
     """Limit to [low, high]; None leaves a side open."""
 
@@ -183,7 +188,7 @@ class QuantizeRows:
     dtype: str
 
 
-OperandStep = Bias | Scale | RowScale | ColumnScale | Residual | Minus | Times
+OperandStep = Bias | Scale | RowScale | ColumnScale | Residual | Minus | Times | ChannelLeak
 Step = OperandStep | Dequantize | Multiply | Clip | Leak | Activate | Round | Quantize | QuantizeRows
 Epilogue = tuple[Step, ...]
 

@@ -11,7 +11,7 @@ from harness import Case, check, conv, floats, integers, requantize, runnable, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvmq import ops
+from tvmq import ir, ops
 from tvmq.kernels import depthwise, depthwise_rows
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sse2", "avx512-pairs", "avx-vnni")]
@@ -103,7 +103,10 @@ def test_a_residual_and_no_bias(name: str) -> None:
     target = runnable(name)
     dtype = target.isa.activation_dtype
     operands, (scale, last) = requantize(19, 9, dtype, bias=False)
-    steps = (scale, ops.Residual(0.41, 7), last)
+    operands, steps = (
+        [*operands, ir.constant(floats((19,), 3))],
+        (scale, ops.ChannelLeak(), ops.Residual(0.41, 7), last),
+    )
     x, added = integers((2, 5, 7, 19), dtype), integers((2, 5, 7, 19), dtype, 5)
     check(
         [

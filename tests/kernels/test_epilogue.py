@@ -64,6 +64,8 @@ def test_every_integer_step(name: str, dtype: str) -> None:
                 (),
                 (floats(acc.shape),),
             ),
+            a_map("leak_by_channel", acc, (ops.Scale(), ops.ChannelLeak(), to_integer), (scale, floats((33,), 1))),
+            a_map("leak_of_integers", acc, (ops.ChannelLeak(),), (floats((33,), 1),)),
             a_map("low", q, (ops.Dequantize(0.3, zero), ops.Clip(0.0, None), to_integer)),
             a_map("high", q, (ops.Dequantize(0.3, zero), ops.Clip(None, 6.0), to_integer)),
             a_map("crossed", q, (ops.Dequantize(0.3, zero), ops.Clip(5.0, 2.0), to_integer)),
@@ -122,7 +124,7 @@ def test_activations_of_integers_are_looked_up(name: str, dtype: str) -> None:
             x,
             (ops.Dequantize(0.03, zero), ops.Activate(function), ops.Multiply(90.0), to_integer),
         )
-        for function in ("sigmoid", "gelu", "hardswish")
+        for function in ("sigmoid", "gelu", "hardswish", "elu")
         for x in sizes
     ]
     assert all("lookup" in title for title in lowered_titles(cases, target))

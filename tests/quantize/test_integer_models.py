@@ -111,7 +111,26 @@ class Leaks(nn.Module):
         return self.c(functional.leaky_relu(functional.max_pool2d(y, 3, 1, 1), -0.3))
 
 
+class Curves(nn.Module):
+    """ELU, SELU, CELU and PReLU behind convolutions, a residual sum, a pool, and on their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.slopes, self.slope = nn.PReLU(4), nn.PReLU(init=-0.2)
+        self.slopes.weight.data = torch.tensor([0.1, -0.5, 2.0, 0.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 4, H, W] -> [N, 4, H, W]."""
+        x = functional.elu(self.a(x), 0.7)
+        y = self.slopes(self.b(x) + x)
+        y = functional.selu(functional.max_pool2d(y, 3, 1, 1)) + functional.celu(y, 0.6)
+        y = self.slope(functional.max_pool2d(functional.celu(y), 3, 1, 1))
+        return self.c(self.slopes(functional.max_pool2d(y, 3, 1, 1)))
+
+
 MODELS = {
+    "curves": (Curves, (1, 4, 5, 7)),
     "leaks": (Leaks, (1, 4, 5, 7)),
     "sizes": (Sizes, (1, 4, 5, 7)),
     "frame": (Frame, (1, 4, 6, 5)),

@@ -325,6 +325,7 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
     "hardswish": functional.hardswish,
     "hardsigmoid": functional.hardsigmoid,
+    "elu": functional.elu,
 }
 
 
@@ -342,6 +343,14 @@ def test_erf_is_precise_everywhere():
     expected = torch.special.erf(torch.from_numpy(x.astype(np.float64))).numpy()
     assert np.abs(functions.erf(functions.NumPyMath(), x) - expected).max() < 3e-7
     assert functions.erf(functions.NumPyMath(), np.array([-1e30, -4, 4, np.inf], F32)).tolist() == [-1, -1, 1, 1]
+
+
+def test_what_an_elu_is_below_zero_is_precise_next_to_zero_too():
+    x = -np.concatenate([np.geomspace(1e-30, 200, 20001), np.linspace(0.3, 0.4, 5001)]).astype(F32)
+    got = functions.expm1(functions.NumPyMath(), x)
+    np.testing.assert_allclose(got, np.expm1(x.astype(np.float64)), rtol=2e-7)
+    elu = numerics.activation(np.array([-1e30, -0.0, 0.0, 3e38, np.inf], F32), "elu")
+    assert elu.tolist() == [-1, 0, 0, F32(3e38), np.inf]
 
 
 def test_powers_of_a_softmax():

@@ -21,6 +21,7 @@ from tvm import relax
 
 from tvmq import ir
 from tvmq.graph import composites, pairs
+from tvmq.graph.composites import Apply, ChannelLeak, Elu, Leak
 from tvmq.graph.pairs import Rounded
 
 Array = npt.NDArray[Any]
@@ -72,21 +73,7 @@ class Limit:
     high: float | None
 
 
-@dataclass(frozen=True)
-class Leak:
-    """Multiply what is below zero by `slope`."""
-
-    slope: float
-
-
-@dataclass(frozen=True)
-class Apply:
-    """A named activation."""
-
-    function: str
-
-
-Follower = AddBias | AddTensor | TimesTensor | TimesChannels | Limit | Leak | Apply | Rounded
+Follower = AddBias | AddTensor | TimesTensor | TimesChannels | Limit | Leak | ChannelLeak | Apply | Elu | Rounded
 
 
 @dataclass(frozen=True)
@@ -133,8 +120,13 @@ def find_chains(module: tvm.IRModule) -> list[Chain]:
     # What is rounded before an add leaves it to a chain whose sum is not.
     chains = [grower.grown(chain, rounded=True) for chain in chains]
     for var, call in ir.calls(module):
-        if var not in grower.taken and anchor_kind(call) in (*BINARY, "unary"):
-            chains.append(grower.grown(grower.start(var), rounded=True))
+        if var in grower.taken:
+            continue
+        chain = grower.composite(var)
+        if chain is None and anchor_kind(call) in (*BINARY, "unary"):
+            chain = grower.start(var)
+        if chain is not None:
+            chains.append(grower.grown(chain, rounded=True))
     return sorted(chains, key=lambda chain: order[chain.anchor])
 
 
@@ -273,6 +265,16 @@ class _Grower:
             followers.append(_unary_follower(call))
         return self.grown(Chain(kind, var, call, (var,), tuple(followers)))
 
+    def composite(self, var: Any) -> Chain | None:
+        """The chain of an activation function whose first operator is `var`; None where there is none."""
+        call = self.values[var]
+        if not call.args or not all(ir.is_static(t) and ir.dtype_of(t) == "float32" for t in (call, call.args[0])):
+            return None
+        found = composites.find(call.args[0], self.values, self.readers, alone=False)
+        if found is None or not found[0][0].same_as(var) or any(member in self.taken for member in found[0]):
+            return None
+        return Chain("unary", var, call, tuple(found[0]), (found[1],))
+
     def grown(self, chain: Chain, *, rounded: bool = False) -> Chain:
         """`chain` and what follows it; `rounded`: also beyond integers."""
         members, followers = list(chain.members), list(chain.followers)
@@ -290,7 +292,7 @@ class _Grower:
         """The variables that continue a chain whose value is `running`, and as what; None where it ends."""
         composite = composites.find(running, self.values, self.readers)
         if composite is not None and not any(member in self.taken for member in composite[0]):
-            return composite[0], Apply(composite[1])
+            return composite
         reader = ir.only_reader(self.readers, running)
         follower = None if reader is None or reader in self.taken else _follower(running, self.values[reader])
         return None if follower is None else ([reader], follower)

@@ -69,9 +69,9 @@ def _select(node: fx.Node, importer: Any) -> Any:
 
 
 def _elu(node: fx.Node, importer: Any) -> Any:
-    """`scale * (max(0, x) + alpha * min(0, exp(input_scale * x) - 1))`; selu is a case of it. TVM's drops the scales.
+    """`scale * x`, below zero `scale * alpha * (exp(input_scale * x) - 1)`: selu and celu too. TVM's drops the scales.
 
-    exp(min(0, x)) - 1 is min(0, exp(x) - 1), and does not overflow.
+    max(0, x) * scale + (exp(min(0, x) * input_scale) - 1) * alpha * scale: nothing overflows, and nothing is selected.
     """
     a = arguments(node)
     x = importer.env[a["self"]]
@@ -80,8 +80,8 @@ def _elu(node: fx.Node, importer: Any) -> Any:
     def scaled(value: Any, factor: float) -> Any:
         return value if factor == 1 else _op.multiply(value, relax.const(factor, dtype))
 
-    negative = _op.minimum(scaled(x, a["input_scale"]), relax.const(0, dtype))
-    curve = _op.subtract(_op.exp(negative), relax.const(1, dtype))
+    negative = _op.minimum(x, relax.const(0, dtype))
+    curve = _op.subtract(_op.exp(scaled(negative, a["input_scale"])), relax.const(1, dtype))
     return importer.block_builder.emit(
         _op.add(scaled(_op.nn.relu(x), a["scale"]), scaled(curve, a["alpha"] * a["scale"]))
     )

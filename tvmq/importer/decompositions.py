@@ -126,6 +126,17 @@ def _attention(
     return torch.matmul(torch.softmax(scores, -1), value)
 
 
+def _celu(x: Tensor, alpha: float = 1.0) -> Any:
+    """`x`, below zero `alpha * (exp(x / alpha) - 1)` (torch.celu), as the ELU that it is."""
+    return aten.elu.default(x, alpha, 1.0, 1.0 / alpha)
+
+
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """`x`, below zero times its channel's weight (torch.prelu): a sum, which `tvmq.graph.composites` finds again."""
+    slopes = weight if weight.numel() == 1 or x.ndim < 2 else weight.reshape(-1, *[1] * (x.ndim - 2))
+    return torch.relu(x) + torch.clamp(x, max=0.0) * slopes
+
+
 def _exp2(x: Tensor) -> Tensor:
     """`2 ** x` (torch.exp2). TVM has no converter."""
     return torch.pow(2.0, x if x.is_floating_point() else x.to(torch.get_default_dtype()))
@@ -291,6 +302,8 @@ OURS: dict[Any, Callable[..., Any]] = {
     aten.remainder.Scalar: _remainder,
     aten._int_mm.default: _int_mm,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.celu.default: _celu,
+    aten.prelu.default: _prelu,
     aten.exp2.default: _exp2,
     aten.copy.default: _copy,
     aten.im2col.default: _im2col,

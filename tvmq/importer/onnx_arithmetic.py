@@ -25,7 +25,7 @@ def table() -> dict[str, Convert]:
         "Mod": _mod,
         "Pow": lambda n: torch.pow(n[0], n[1]).to(n[0].dtype),
         "BitShift": _bit_shift,
-        "PRelu": lambda n: torch.where(n[0] < 0, n[0] * n[1], n[0]),
+        "PRelu": _prelu,
         "Max": lambda n: functools.reduce(torch.maximum, n.tensors),
         "Min": lambda n: functools.reduce(torch.minimum, n.tensors),
         "Sum": lambda n: functools.reduce(torch.add, n.tensors),
@@ -154,9 +154,16 @@ def _is_inf(n: Inputs) -> Any:
     return infinite if n.attr("detect_positive", 1) else infinite & (n[0] < 0)
 
 
+def _prelu(n: Inputs) -> Any:
+    """Of floats the sum that PyTorch's PReLU becomes, with slopes of any shape."""
+    if not n[0].is_floating_point():
+        return torch.where(n[0] < 0, n[0] * n[1], n[0])
+    return torch.relu(n[0]) + torch.clamp(n[0], max=0.0) * n[1]
+
+
 def _selu(n: Inputs) -> Any:
     alpha, gamma = n.attr("alpha", 1.6732632423543772), n.attr("gamma", 1.0507009873554805)
-    return gamma * functional.elu(n[0], alpha)
+    return torch.ops.aten.elu.default(n[0], alpha, gamma)
 
 
 def _shrink(n: Inputs) -> Any:

@@ -205,7 +205,7 @@ class RowDepthwise(Depthwise):
 
         def one(step: ops.Step, flat: Flat, vector: int) -> Operand:
             operand = Interleaved(flat, rows)
-            if not isinstance(step, ops.Bias | ops.Scale):
+            if not isinstance(step, ops.Bias | ops.Scale | ops.ChannelLeak):
                 return operand
             return _Held(T.Bind(operand.load(span.first + vector * _SEGMENT, span.lanes)))
 

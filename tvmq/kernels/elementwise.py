@@ -47,7 +47,7 @@ class Map:
             place = Place(at, flat, lanes, row)
             out.store(run_epilogue(x.load(flat, lanes), x.value_dtype, self.epilogue, read, place), flat, lanes)
 
-        by_row = any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale) for step in self.epilogue)
+        by_row = any(isinstance(step, ops.Bias | ops.Scale | ops.RowScale | ops.ChannelLeak) for step in self.epilogue)
         if by_row or any(isinstance(operand, _Repeated) for operand in read):
             with builder.parallel(count // channels) as row:
                 builder.for_each(channels, self.lanes, lambda at, lanes: run(row, at, lanes))

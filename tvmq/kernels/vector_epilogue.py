@@ -58,6 +58,8 @@ def _with_operand(value: Expr, dtype: str, step: ops.OperandStep, operand: Reada
         case ops.RowScale():
             factor = splat(operand.load(place.row), lanes)
             return fenced(_to_float(value, dtype, lanes) * factor, lanes), FLOAT
+        case ops.ChannelLeak():
+            return _leaking(_to_float(value, dtype, lanes), operand.load(place.channel, lanes), lanes), FLOAT
         case ops.Minus():
             return value - operand.load(place.flat, lanes), dtype
         case ops.Residual(scale, zero_point):
@@ -82,9 +84,7 @@ def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, 
         case ops.Clip(low, high):
             return _limit(value, low, high, dtype, lanes), dtype
         case ops.Leak(slope):
-            value = T.Bind(_to_float(value, dtype, lanes))
-            below = fenced(value * number(slope, FLOAT, lanes), lanes)
-            return T.Select(value < number(0.0, FLOAT, lanes), below, value), FLOAT
+            return _leaking(_to_float(value, dtype, lanes), number(slope, FLOAT, lanes), lanes), FLOAT
         case ops.Activate(name):
             return functions.ACTIVATIONS[name](VectorMath(lanes), T.Bind(value)), FLOAT
         case ops.Round(low, high):
@@ -100,6 +100,11 @@ def _step(value: Expr, dtype: str, step: ops.Step, place: Place) -> tuple[Expr, 
             raise AssertionError("kernels of whole rows take it off first")
         case _:
             raise AssertionError("has an operand")
+
+
+def _leaking(value: Expr, slope: Expr, lanes: int) -> Expr:
+    value = T.Bind(value)
+    return T.Select(value < number(0.0, FLOAT, lanes), fenced(value * slope, lanes), value)
 
 
 # Numbers from 2**23 to 2**24 are whole: a sum that lies there was rounded, half to even, and its last bits count.

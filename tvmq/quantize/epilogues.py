@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import ir, ops
-from tvmq.graph import fusion
+from tvmq.graph import composites, fusion
 from tvmq.graph.fusion import Chain
 from tvmq.graph.pairs import Rounded
 from tvmq.quantize import numerics, wide
@@ -146,7 +147,7 @@ class ChainEpilogue:
         """What the followers of this part are computed in units of, when it begins with integers."""
         part, end = self._part()
         added = [self.source(f.operand) for f in part if isinstance(f, fusion.AddTensor)]
-        activated = any(isinstance(f, fusion.Apply | fusion.TimesTensor) for f in part)
+        activated = any(isinstance(f, composites.Apply | composites.Elu | fusion.TimesTensor) for f in part)
         linear = not activated and all(source is not None and source.is_integer for source in added)
         return end.scale if end is not None and linear else 1.0
 
@@ -200,10 +201,10 @@ class ChainEpilogue:
                 pass
             case fusion.Limit(low, high):
                 self.steps.append(ops.Clip(self._scaled(low), self._scaled(high)))
-            case fusion.Leak(slope):
-                self.steps.append(ops.Leak(slope))
-            case fusion.Apply(function):
-                self.steps.append(ops.Activate(function))
+            case composites.ChannelLeak(slopes):
+                self._operand(ops.ChannelLeak(), ir.constant(slopes))
+            case composites.Leak() | composites.Apply() | composites.Elu():
+                self.steps += _function_steps(follower)
 
     def _scaled(self, limit: float | None) -> float | None:
         return None if limit is None else float(np.float32(limit / self.unit))
@@ -211,3 +212,26 @@ class ChainEpilogue:
     def _operand(self, step: ops.Step, operand: Any) -> None:
         self.steps.append(step)
         self.operands.append(operand)
+
+
+def _function_steps(follower: composites.Leak | composites.Apply | composites.Elu) -> Iterator[ops.Step]:
+    match follower:
+        case composites.Leak(slope):
+            yield ops.Leak(slope)
+        case composites.Apply(function):
+            yield ops.Activate(function)
+        case composites.Elu():
+            yield from _elu_steps(follower)
+
+
+def _elu_steps(elu: composites.Elu) -> Iterator[ops.Step]:
+    """What is below zero leaks after the curve, and factors of its argument and of its result go around it."""
+    outer = elu.positive / elu.rate
+    if elu.rate != 1:
+        yield ops.Multiply(float(np.float32(elu.rate)))
+    yield ops.Activate("elu")
+    # The rate of a CELU, 1 / alpha, was rounded.
+    if not math.isclose(elu.negative, outer, rel_tol=2.0**-22):
+        yield ops.Leak(float(np.float32(elu.negative / outer)))
+    if outer != 1:
+        yield ops.Multiply(float(np.float32(outer)))

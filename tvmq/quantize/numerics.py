@@ -217,6 +217,9 @@ def _with_operand(v: Array, step: ops.OperandStep, operand: Array) -> Array:
             return v.astype(F32) * np.asarray(operand, F32)[..., None]
         case ops.ColumnScale():
             return v.astype(F32) * np.asarray(operand, F32)[..., None, :]
+        case ops.ChannelLeak():
+            v = v.astype(F32)
+            return np.where(v < 0, v * np.asarray(operand, F32), v)
         case ops.Minus():
             return v - operand
         case ops.Residual(scale, zero_point):
