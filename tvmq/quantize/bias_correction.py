@@ -54,16 +54,14 @@ def empirical_errors(
 
     qparams: how what a layer reads is quantized. There are no errors without samples.
     """
-    by_tensor: dict[str, list[Chain]] = {}
-    for chain in chains:
-        by_tensor.setdefault(str(chain.x.name), []).append(chain)
+    read = {str(chain.x.name): qparams[chain.x] for chain in chains}
     plain, met = InputMeans(chains), InputMeans(chains)
 
     def watch(name: str, value: Array) -> None:
         plain.see(name, value)
-        met.see(name, _rounded(value, qparams[by_tensor[name][0].x]))
+        met.see(name, _rounded(value, read[name]))
 
-    program = interpret.Program(module, by_tensor)
+    program = interpret.Program(module, read)
     for inputs in samples:
         program.run(inputs, watch)
     errors = {}

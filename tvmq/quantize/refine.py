@@ -32,6 +32,7 @@ from tvmq.recipe_values import Algorithm, Precision, WeightLevels
 
 Array = npt.NDArray[Any]
 Samples = Callable[[], Iterable[tuple[Array, ...]]]
+CORRECTIONS = (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION)
 
 
 def reshaped(
@@ -87,7 +88,7 @@ def mean_errors_of(
     are left out.
     """
     found: dict[str, MeanErrors] = {}
-    for algorithm in (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION):
+    for algorithm in CORRECTIONS:
         chains = to_correct(plan, recipe, algorithm)
         chosen = {chain.anchor: _as_chosen(chain, plan, recipe, products) for chain in chains}
         empirical = algorithm is Algorithm.BIAS_CORRECTION
@@ -124,7 +125,7 @@ def without_errors(
 ) -> tuple[str, ...]:
     """The bias corrections that are asked for a layer without mean errors, but for those `known` to be unused."""
     lacking = []
-    for algorithm in (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION):
+    for algorithm in CORRECTIONS:
         asked = [str(chain.anchor.name) for chain in to_correct(plan, recipe, algorithm)]
         if algorithm.value not in known and not all(anchor in errors for anchor in asked):
             lacking.append(algorithm.value)
@@ -174,8 +175,7 @@ def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple
         Algorithm.CLIP_WEIGHTS: [*by_channel, *uniform],
         Algorithm.SQUANT: by_channel,
         Algorithm.GPTQ: [*(layers[a] for a in (*planned, *plan.linear) if _one_by_one(layers[a])), *uniform],
-        Algorithm.BIAS_CORRECTION: static,
-        Algorithm.BIAS_CORRECTION_ANALYTIC: static,
+        **dict.fromkeys(CORRECTIONS, static),
     }
 
     def used(algorithm: Algorithm) -> bool:
