@@ -55,16 +55,19 @@ class Volumes(nn.Module):
 
 
 class Means(nn.Module):
-    """Means along axes other than height and width, between linear layers."""
+    """Means and sums along axes other than height and width, the last one too, between linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.d, self.e, self.f = nn.Linear(9, 8), nn.Linear(6, 8), nn.Linear(1, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, R, S, 8] -> [S + 1, 8]."""
+        """[N, R, S, 8] -> [S + 3, 8]."""
         x = torch.relu(self.b(torch.relu(self.a(x)).mean(1)))
-        return self.c(torch.cat([x.mean(0), x.mean((0, 1), keepdim=True)[0]]))
+        y = torch.relu(self.c(torch.cat([x.mean(0), x.sum((0, 1), keepdim=True)[0]])))
+        y = self.d(torch.cat([y, torch.relu(y.mean(-1, keepdim=True))], 1))
+        return self.b(torch.cat([y, self.e(y.sum(-1)[None]), self.f(y.mean()[None, None])]))
 
 
 def a_decoder() -> nn.Module:

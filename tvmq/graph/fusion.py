@@ -23,6 +23,7 @@ from tvmq import ir
 from tvmq.graph import composites, pairs
 from tvmq.graph.composites import Apply, ChannelLeak, Elu, Leak
 from tvmq.graph.pairs import Rounded
+from tvmq.graph.reductions import REDUCTIONS, are_neighbours, axes_of, is_over_last
 
 Array = npt.NDArray[Any]
 ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -196,11 +197,12 @@ def _has_matrix_weight(call: Any) -> bool:
 
 
 def _is_window_mean(call: Any) -> bool:
-    """Whether `call` averages windows of channels-last images, or along neighbouring axes before the last."""
-    if ir.is_call(call, "mean"):
-        last = len(ir.shape_of(call.args[0])) - 1
-        axes = sorted(int(a) % (last + 1) for a in call.attrs.axis or ())
-        return bool(axes) and axes == list(range(axes[0], axes[-1] + 1)) and axes[-1] < last
+    """Whether `call` averages windows of channels-last images, or averages or sums along neighbouring axes.
+
+    Those over the last axis keep it: an epilogue's channels are along the last axis of the result.
+    """
+    if ir.is_call(call, *REDUCTIONS):
+        return are_neighbours(axes_of(call)) and (bool(call.attrs.keepdims) or not is_over_last(call))
     if len(ir.shape_of(call.args[0])) != 4 or str(call.attrs.layout) != "NHWC":
         return False
     if ir.is_call(call, "nn.adaptive_avg_pool2d"):
@@ -234,7 +236,7 @@ def _is_last(call: Any, *axes: Any) -> bool:
 _ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "conv2d": (("nn.conv2d",), _is_channels_last_conv2d),
     "matmul": (("matmul",), _has_matrix_weight),
-    "avg_pool2d": (("nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean"), _is_window_mean),
+    "avg_pool2d": (("nn.avg_pool2d", "nn.adaptive_avg_pool2d", *REDUCTIONS), _is_window_mean),
     "add": (("add",), _same_shape_tensors),
     "subtract": (("subtract",), _same_shape_tensors),
     "multiply": (("multiply",), _can_multiply),

@@ -25,7 +25,7 @@ CHANNEL_AXIS = {"conv2d": 0, "matmul": 1}
 _MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strided_slice", "take", "flip")
 # Operators that have a form, or are part of a kernel, that reads integers.
 _READ_INTEGERS = (
-    *("nn.conv2d", "matmul", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean", "nn.layer_norm", "nn.softmax"),
+    *("nn.conv2d", "matmul", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean", "sum", "nn.layer_norm", "nn.softmax"),
     *(
         "add",
         "subtract",

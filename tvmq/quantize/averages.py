@@ -1,4 +1,4 @@
-"""Windows of averages, their images, and averages over floats of which they read the integers.
+"""Windows of averages and sums, their images, and averages over floats of which they read the integers.
 
     mean(dequantize(quantize(y, s, z), s, z)), y read by others  ->  tvmq.avg_pool2d(y; read = multiply(1 / s), round)
 
@@ -16,6 +16,7 @@ from typing import Any
 from tvmq import ir, ops
 from tvmq.graph.fusion import Chain
 from tvmq.graph.pairs import alike
+from tvmq.graph.reductions import REDUCTIONS, axes_of, is_for_integers
 from tvmq.quantize import numerics
 from tvmq.quantize.epilogues import Stored
 
@@ -33,25 +34,27 @@ def is_uneven(call: Any) -> bool:
 def image_of(call: Any) -> tuple[int, ...]:
     """The channels-last image [N, H, W, C] whose windows are averaged: what `call` reads, or that in another shape.
 
-    A mean of [..., rest, C] along some axes before `rest` is over the height of [..., axes, rest, C].
+    A mean or sum of [..., rest, C] along some axes before `rest` is over the height of [..., axes, rest, C]; one along
+    the last axes over that of [..., axes, 1, 1].
     """
     shape = ir.shape_of(call.args[0])
-    if not ir.is_call(call, "mean") or _is_of_images(call):
+    if not ir.is_call(call, *REDUCTIONS) or _is_of_images(call):
         return shape
-    axes = sorted(int(a) % len(shape) for a in call.attrs.axis)
-    parts = shape[: axes[0]], shape[axes[0] : axes[-1] + 1], shape[axes[-1] + 1 : -1]
-    return (*(math.prod(part) for part in parts), shape[-1])
+    axes = axes_of(call)
+    *rest, channels = shape[axes[-1] + 1 :] or (1,)
+    parts = shape[: axes[0]], shape[axes[0] : axes[-1] + 1], rest
+    return (*(math.prod(part) for part in parts), channels)
 
 
 def _is_of_images(call: Any) -> bool:
-    """Whether a mean is over height and width of images."""
-    return len(ir.shape_of(call.args[0])) == 4 and sorted(int(a) % 4 for a in call.attrs.axis) == [1, 2]
+    """Whether a mean or sum is over height and width of images."""
+    return len(ir.shape_of(call.args[0])) == 4 and axes_of(call) == [1, 2]
 
 
 def window(call: Any) -> dict[str, Any]:
-    """The pooling geometry of a window mean that is not uneven, of `image_of` it."""
+    """The pooling geometry of a window mean or sum that is not uneven, of `image_of` it."""
     height, width = image_of(call)[1:3]
-    if ir.is_call(call, "mean"):
+    if ir.is_call(call, *REDUCTIONS):
         width = width if _is_of_images(call) else 1
         pool = strides = (height, width)
     elif ir.is_call(call, "nn.adaptive_avg_pool2d"):
@@ -91,6 +94,6 @@ def rounded_when_read(var: Any, out: Stored) -> Stored:
 
 
 def _can_round(chain: Chain) -> bool:
-    if chain.kind != "avg_pool2d" or is_uneven(chain.call):
+    if chain.kind != "avg_pool2d" or is_uneven(chain.call) or is_for_integers(chain.call):
         return False
     return bool(math.prod(window(chain.call)["pool"]) <= MOST_ROUNDED)

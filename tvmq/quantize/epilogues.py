@@ -15,6 +15,7 @@ from tvmq import ir, ops
 from tvmq.graph import composites, fusion
 from tvmq.graph.fusion import Chain
 from tvmq.graph.pairs import Rounded
+from tvmq.graph.reductions import terms
 from tvmq.quantize import numerics, wide
 
 Array = npt.NDArray[Any]
@@ -97,12 +98,14 @@ class ChainEpilogue:
         self.operands: list[Any] = []
         self.followers = list(chain.followers)
         self.unit = self._unit() if integers is not None else 1.0
+        count = terms(chain.call)
         if integers is None:
+            self.steps += [ops.Multiply(float(count))] if count != 1 else []
             return
         if chain.kind in (*fusion.BINARY, "unary"):
             self.steps.append(ops.Dequantize(float(np.float32(integers.scale / self.unit)), integers.zero_point))
         elif chain.kind == "avg_pool2d":
-            self.steps.append(ops.Multiply(float(np.float32(integers.scale / self.unit))))
+            self.steps.append(ops.Multiply(float(np.float32(integers.scale * count / self.unit))))
 
     def integer_products(self, weight_scales: Array) -> None:
         """int32 accumulators: the bias in their unit, then one multiplication by s_x * s_w / unit a channel.

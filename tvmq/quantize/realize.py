@@ -25,6 +25,7 @@ from tvmq import ir, op_calls, ops
 from tvmq.graph import fusion
 from tvmq.graph.fusion import Chain, find_chains
 from tvmq.graph.pairs import CHANNEL_AXIS, is_symmetric
+from tvmq.graph.reductions import is_for_integers
 from tvmq.oracle import interpret
 from tvmq.quantize import averages, numerics, wide
 from tvmq.quantize.annotate import reads_int16
@@ -225,6 +226,8 @@ class _Realizer:
         x = self._source(chain.x)
         if x is not None and x.is_wide and not reads_int16(chain, chain.x):
             x = None
+        if x is None and is_for_integers(chain.call):
+            return None
         weight = None
         if chain.kind in CHANNEL_AXIS:
             weight = self._weight(chain)
