@@ -52,6 +52,9 @@ MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
         (IMAGE, lambda x: functional.avg_pool2d(x, 2, 3, ceil_mode=True), {"nn.avg_pool2d"}),
         (IMAGE, lambda x: functional.avg_pool2d(x, 3, 2, ceil_mode=True), {"nn.avg_pool2d"}),
         (IMAGE, lambda x: functional.avg_pool2d(x, 3, 2, 1, True, False), {"nn.avg_pool2d"}),
+        # Windows beyond the padding, which is counted.
+        (IMAGE, lambda x: functional.avg_pool2d(x, 3, 2, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
+        (LINE, lambda x: functional.avg_pool1d(x, 4, 3, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
         (LINE, lambda x: functional.adaptive_avg_pool1d(x, 4), {"nn.adaptive_avg_pool2d"}),
         (LINE, lambda x: x.mean(2, keepdim=True), {"mean"}),
         (LINE, lambda x: x.amax(2, keepdim=True), {"max"}),
@@ -59,10 +62,16 @@ MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
         (VOLUME, lambda x: functional.max_pool3d(x, (2, 1, 2), 2, 0, (2, 1, 1), True), {"nn.max_pool2d"}),
         (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, 1), {"nn.avg_pool2d"}),
         (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, 1, count_include_pad=False), {"nn.avg_pool2d"}),
+        (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, ceil_mode=True), {"nn.avg_pool2d"}),
+        (VOLUME, lambda x: functional.avg_pool3d(x, 3, (2, 3, 4), (1, 0, 1), True, False), {"nn.avg_pool2d"}),
+        (VOLUME, lambda x: functional.avg_pool3d(x, (3, 2, 3), 2, 1, ceil_mode=True), {"nn.avg_pool2d"}),
+        (VOLUME, lambda x: functional.avg_pool3d(x, (4, 3, 2), 3, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
         (VOLUME, lambda x: functional.adaptive_avg_pool3d(x, (2, 3, 4)), {"nn.adaptive_avg_pool2d"}),
         (VOLUME, lambda x: functional.adaptive_avg_pool3d(x, 1), {"mean"}),
         (VOLUME, lambda x: functional.adaptive_max_pool3d(x, (5, 3, 1)), {"nn.max_pool2d"}),
         (VOLUME, lambda x: x.mean((2, 3), keepdim=True), {"mean"}),
+        (VOLUME, lambda x: functional.pad(x, (1, 2, 0, 3, 4, 0), value=0.7), {"nn.pad"}),
+        (LINE, lambda x: functional.pad(x, (1, 2, 1, 0)), {"nn.pad"}),
         (VOLUME, lambda x: x.mean((2, 3, 4)), {"mean"}),
         (VOLUME, lambda x: x * x.mean((2, 3, 4), keepdim=True), {"mean", "multiply"}),
     ],
@@ -95,10 +104,8 @@ class _Bare(nn.Module):
 @pytest.mark.parametrize(
     ("shape", "function", "kind"),
     [
-        # Windows beyond the padding, which is counted: no padding says both.
-        (IMAGE, lambda x: functional.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "nn.avg_pool2d"),
         (IMAGE, lambda x: functional.avg_pool2d(x, 2, divisor_override=3), "nn.avg_pool2d"),
-        (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, ceil_mode=True), "divide"),
+        (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, divisor_override=5), "divide"),
         (VOLUME, lambda x: x.mean(1, keepdim=True), "mean"),
         (VOLUME, lambda x: functional.adaptive_max_pool3d(x, (2, 3, 4)), "max"),
     ],

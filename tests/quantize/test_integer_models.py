@@ -50,6 +50,7 @@ class Volumes(nn.Module):
         """[N, 3, D, H, W] -> [N, 3, D', H', W']."""
         x = functional.max_pool3d(torch.relu(self.a(x)), (1, 3, 2), (1, 2, 1), (0, 1, 1))
         x = functional.avg_pool3d(self.b(x), 2, 1, 1)
+        x = functional.avg_pool3d(x, (2, 2, 3), (1, 1, 2), (0, 0, 1), ceil_mode=True)
         x = self.c(x) * torch.sigmoid(self.d(functional.adaptive_avg_pool3d(x, 1)))
         return self.up(functional.adaptive_avg_pool3d(x, (3, 2, 2)))
 
@@ -87,7 +88,7 @@ class Frame(nn.Module):
 
 
 class Sizes(nn.Module):
-    """Resizing, mirrored pixels, and a pool whose windows differ, between convolutions."""
+    """Resizing, mirrored pixels, and pools whose windows differ, between convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,8 @@ class Sizes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 4, H, W] -> [N, 4, 3, 4]."""
-        x = self.b(functional.interpolate(torch.relu(self.a(x)), scale_factor=2, mode="bilinear"))
+        x = functional.avg_pool2d(torch.relu(self.a(x)), (1, 3), (1, 2), (0, 1), ceil_mode=True)
+        x = self.b(functional.interpolate(x, size=(10, 14), mode="bilinear"))
         x = functional.pad(functional.interpolate(x, size=(7, 17)), (2, 1, 1, 0), mode="reflect").flip(3)
         return self.c(functional.adaptive_avg_pool2d(x, (3, 4)))
 
@@ -135,7 +137,7 @@ class Curves(nn.Module):
 MODELS = {
     "curves": (Curves, (1, 4, 5, 7)),
     "leaks": (Leaks, (1, 4, 5, 7)),
-    "sizes": (Sizes, (1, 4, 5, 7)),
+    "sizes": (Sizes, (1, 4, 5, 8)),
     "frame": (Frame, (1, 4, 6, 5)),
     "gates": (Gates, (2, 8, 6, 5)),
     "line": (a_line, (2, 4, 14)),

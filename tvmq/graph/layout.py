@@ -103,8 +103,13 @@ def _image(emit: convolutions.Emit, x: Any, name: str) -> Any:
     if len(shape) == 4:
         return relax.op.permute_dims(x, TO_NHWC)
     last = emit(relax.op.permute_dims(x, [0, *range(2, len(shape)), 1]), name)
+    return relax.op.reshape(last, _image_shape(shape))
+
+
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the image of a line or volume."""
     rows = (shape[0], 1) if len(shape) == 3 else (shape[0] * shape[2], shape[3])
-    return relax.op.reshape(last, (*rows, shape[-1], shape[1]))
+    return (*rows, shape[-1], shape[1])
 
 
 def _line_or_volume(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -224,7 +229,9 @@ def _pool(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
         return pools.of_volume(state.emit, layout.twin(state, call.args[0]), call, name)
     static = ir.is_static(call) and ir.is_static(call.args[0])
     return (
-        pools.of_image(layout.twin(state, call.args[0]), call) if str(call.attrs.layout) == "NCHW" and static else None
+        pools.of_image(state.emit, layout.twin(state, call.args[0]), call, name)
+        if str(call.attrs.layout) == "NCHW" and static
+        else None
     )
 
 
@@ -246,13 +253,19 @@ def _reduce(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
     return getattr(relax.op, ir.op_name(call))(layout.twin(state, x), axis=axes, keepdims=True)
 
 
-def _pad(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
-    if not _is_image(layout, call.args[0]):
+def _pad(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    x = call.args[0]
+    if not layout.has_twin(x) or not ir.is_static(call):
         return None
-    widths = np.array([int(w) for w in call.attrs.pad_width]).reshape(4, 2)[list(TO_NHWC)].ravel()
-    return relax.op.nn.pad(
-        layout.twin(state, call.args[0]), [int(w) for w in widths], call.attrs.pad_mode, call.attrs.pad_value
-    )
+    shape, out = ir.shape_of(x), ir.shape_of(call)
+    order = [0, *range(2, len(shape)), 1]
+    twin, last = layout.twin(state, x), [shape[axis] for axis in order]
+    widths = np.array([int(w) for w in call.attrs.pad_width]).reshape(-1, 2)[order].ravel()
+    whole = twin if len(shape) == 4 else state.emit(relax.op.reshape(twin, last), f"{name}_flat")
+    padded = relax.op.nn.pad(whole, [int(w) for w in widths], call.attrs.pad_mode, call.attrs.pad_value)
+    if len(shape) == 4:
+        return padded
+    return relax.op.reshape(state.emit(padded, f"{name}_padded"), _image_shape(out))
 
 
 def _strided_slice(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:

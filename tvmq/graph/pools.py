@@ -23,7 +23,7 @@ _op = relax.op
 OF_VOLUMES = ("nn.max_pool3d", "nn.avg_pool3d", "nn.adaptive_avg_pool3d")
 
 
-def of_image(x: Any, call: Any) -> Any:
+def of_image(emit: Emit, x: Any, call: Any, name: str) -> Any:
     """The pool `call` of image x [N, H, W, C]."""
     a = call.attrs
     if ir.is_call(call, "nn.adaptive_avg_pool2d"):
@@ -31,10 +31,14 @@ def of_image(x: Any, call: Any) -> Any:
     pool = _op.nn.max_pool2d if ir.is_call(call, "nn.max_pool2d") else _op.nn.avg_pool2d
     padding, ceil_mode, include = _ints(a.padding), bool(a.ceil_mode), bool(a.count_include_pad)
     reached = _reached(call)
-    # An average counts padding, but not what lies beyond it.
-    if ceil_mode and (reached == padding or ir.is_call(call, "nn.max_pool2d") or not (include and any(padding))):
-        padding, ceil_mode, include = reached, False, include and reached == padding
-    return pool(x, a.pool_size, a.strides, padding, a.dilation, ceil_mode, include, "NHWC", "NHWC")
+    if ceil_mode and reached != padding:
+        # An average counts padding, but not what lies beyond it: zeros then.
+        if include and any(padding) and not ir.is_call(call, "nn.max_pool2d"):
+            top, left, bottom, right = padding
+            x = emit(_op.nn.pad(x, [0, 0, top, bottom, left, right, 0, 0]), f"{name}_padded")
+            reached = [end - start for end, start in zip(reached, padding, strict=True)]
+        padding, include = reached, False
+    return pool(x, a.pool_size, a.strides, padding, a.dilation, False, include, "NHWC", "NHWC")
 
 
 def _reached(call: Any) -> list[int]:

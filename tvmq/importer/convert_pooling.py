@@ -21,6 +21,7 @@ def table() -> dict[str, Converter]:
     """The converters of this file, by operator name with overload."""
     return {
         "avg_pool2d.default": _avg_pool2d,
+        "avg_pool3d.default": _avg_pool3d,
         "max_pool2d_with_indices.default": _max_pool,
         "max_pool3d_with_indices.default": _max_pool,
         "adaptive_max_pool2d.default": _adaptive_max_pool,
@@ -73,6 +74,32 @@ def _avg_pool2d(node: fx.Node, importer: Any) -> Any:
         return _op.multiply(pooled, relax.const(math.prod(kernel) / divisor, ir.dtype_of(x)))
 
     return _on_batch(importer, a["self"], pool, 2)
+
+
+def _avg_pool3d(node: fx.Node, importer: Any) -> Any:
+    """`avg_pool3d`; TVM's converter ignores ceil_mode.
+
+    Volumes are padded at their ends up to where the last windows reach; padding that counts, unlike what lies beyond
+    it, is zeros then.
+    """
+    a = arguments(node)
+    kernel, padding = _each(a["kernel_size"], 3), _each(a["padding"], 3)
+    stride = _each(a["stride"] or kernel, 3)
+    outputs = tuple(node.meta["val"].shape[-3:])
+
+    def pool(x: Any) -> Any:
+        sizes = zip(ir.shape_of(x)[2:], outputs, kernel, stride, padding, strict=True)
+        beyond = [max((o - 1) * s + k - n - 2 * p, 0) for n, o, k, s, p in sizes]
+        if not any(beyond):
+            return _op.nn.avg_pool3d(x, kernel, stride, (*padding, *padding), count_include_pad=a["count_include_pad"])
+        before, after = padding, [p + more for p, more in zip(padding, beyond, strict=True)]
+        if a["count_include_pad"] and any(padding):
+            sides = [width for p in padding for width in (p, p)]
+            x = importer.block_builder.emit(_op.nn.pad(x, [0, 0, 0, 0, *sides]))
+            before, after = (0, 0, 0), beyond
+        return _op.nn.avg_pool3d(x, kernel, stride, (*before, *after), count_include_pad=False)
+
+    return _on_batch(importer, a["self"], pool, 3)
 
 
 def _adaptive_max_pool(node: fx.Node, importer: Any) -> Any:

@@ -102,21 +102,16 @@ def _avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    """The sum of the taps over their count (torch.nn.AvgPool3d), and what TVM ignores: divisor_override, ceil_mode."""
-    if not ceil_mode and not divisor_override:
+    """The sum of the taps over a given number (torch.nn.AvgPool3d), which TVM ignores."""
+    if not divisor_override:
         return NotImplemented
     kernel, sides = _triple(kernel_size), _triple(padding)
     steps = _triple(stride) if len(stride) else kernel
     for axis, k, s, p in zip((-3, -2, -1), kernel, steps, sides, strict=True):
         extent = x.shape[axis]
         count = _windows(extent, k, s, p, ceil_mode)
-        end = max((count - 1) * s + k - extent - p, 0)
-        sums = _tap_sums(_padded(x, x.ndim + axis, p, end), axis, k, s, count)
-        whole = torch.ones(extent + 2 * p if count_include_pad else extent, dtype=x.dtype)
-        reached = _padded(whole, 0, *((0, max(end - p, 0)) if count_include_pad else (p, end)))
-        terms = _tap_sums(reached, 0, k, s, count).reshape([-1, *[1] * (-1 - axis)])
-        x = sums if divisor_override else sums / terms
-    return x / float(divisor_override) if divisor_override else x
+        x = _tap_sums(_padded(x, x.ndim + axis, p, max((count - 1) * s + k - extent - p, 0)), axis, k, s, count)
+    return x / float(divisor_override)
 
 
 def _triple(value: Sequence[int]) -> list[int]:
