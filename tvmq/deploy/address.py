@@ -10,11 +10,12 @@
 
 from __future__ import annotations
 
-import queue
 import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -192,26 +193,26 @@ def _open(host: str, port: int, key: str, secret: bytes | None, timeout_s: float
 
 def _connect(host: str, port: int, key: str, timeout_s: float) -> Any:
     """TVM's session, or what TVM raises of LOST; None after `timeout_s` seconds."""
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    given_up = threading.Event()
+    answer: Future[Any] = Future()
 
     def run() -> None:
+        found: Any
         try:
-            session = rpc.connect(host, port, key)
+            found = rpc.connect(host, port, key)
         except LOST as error:
-            answer.put(error)
-            return
-        if given_up.is_set():
-            close(session)
-        answer.put(session)
+            found = error
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(found)
+        elif not isinstance(found, Exception):
+            close(found)
 
     # TVM waits without limit for a server that is silent, or busy with another client.
     threading.Thread(target=run, daemon=True, name="tvmq-connect").start()
     try:
-        return answer.get(timeout=timeout_s)
-    except queue.Empty:
-        given_up.set()
-        return None
+        return answer.result(timeout_s)
+    except Late:
+        # Given up, or answered in this very moment: a session is taken here or closed there, and never neither.
+        return None if answer.cancel() else answer.result()
 
 
 def close(session: Any) -> None:

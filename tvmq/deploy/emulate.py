@@ -168,7 +168,7 @@ def _first_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:
         if not chunk:
             if ready:  # end of file: it is ending, and its exit code and last words are about to be known
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1)
+                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
             break
         line += chunk
     return line

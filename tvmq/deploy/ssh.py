@@ -21,6 +21,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -83,10 +84,10 @@ class Tunnel:
         self._copy(board_archive(machine, f"device {self._name}"), folder)
         _send(serving, b"serve\n" + self.secret + b"\n")
         _, port = self._words(serving, "listening", timeout_s)
-        here = _free_port()
-        forward = ("-o", "ExitOnForwardFailure=yes", "-L", f"{self.host}:{here}:127.0.0.1:{port}")
-        # ssh listens before it runs the command, which ends with our end of its stdin.
-        self._words(self._start("echo tvmq-tunnel is open; exec cat", *forward), "tvmq-tunnel", timeout_s)
+        with _reserved_port() as here:
+            forward = ("-o", "ExitOnForwardFailure=yes", "-L", f"{self.host}:{here}:127.0.0.1:{port}")
+            # ssh listens before it runs the command, which ends with our end of its stdin.
+            self._words(self._start("echo tvmq-tunnel is open; exec cat", *forward), "tvmq-tunnel", timeout_s)
         return here
 
     def _start(self, script: str, *options: str) -> subprocess.Popen[bytes]:
@@ -123,15 +124,22 @@ class Tunnel:
 
     def _failed(self, expected: str, seen: str) -> DeviceError:
         """What ssh or the board said last, else `seen`."""
-        self._log.seek(0)
-        said = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        # Not `seek`: the connections write where this file's position is.
+        log = self._log.fileno()
+        text = os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")
+        said = [line.strip() for line in text.splitlines() if line.strip()]
         hint = f"does this work: ssh {self._place} uname -m"
         return DeviceError(f"device {self._name}", expected=expected, seen=said[-1] if said else seen, hint=hint)
 
 
-def _free_port() -> int:
-    with socket.create_server((Tunnel.host, 0)) as server:
-        return int(server.getsockname()[1])
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port here that the system gives to nobody who asks for any; ssh, which asks for it, may listen there."""
+    with socket.socket() as holder:
+        # Two who say so share a port of which one at most listens.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((Tunnel.host, 0))
+        yield int(holder.getsockname()[1])
 
 
 def _send(process: subprocess.Popen[bytes], data: bytes) -> None:

@@ -164,14 +164,16 @@ def _ended(log: Path) -> CheckFailed:
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, seconds: float) -> list[tuple[float, int]]:
     start, seen = time.monotonic(), [(0.0, 0)]
-    while (elapsed := time.monotonic() - start) < seconds:
+    while True:
+        elapsed = time.monotonic() - start
         if process.poll() is not None:
             raise _ended(folder / _LOG)
         size = (folder / RECORDS).stat().st_size
         if size > seen[-1][1]:
             seen.append((elapsed, size))
+        if elapsed >= seconds:
+            return seen
         time.sleep(min(_LOOK, seconds - elapsed))
-    return seen
 
 
 def _curve(lines: Sequence[bytes], looks: Iterable[tuple[float, int]], weights: Sequence[int]) -> tuple[Curve, int]:

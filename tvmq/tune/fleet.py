@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -80,8 +80,8 @@ class RpcBoard:
 
     def alive(self) -> bool:
         """See `Board`."""
-        self.close()
         try:
+            self.close()
             self.session = RemoteSession(self._address, _REOPEN_S, self.name)
         except TvmqError:
             return False
@@ -89,9 +89,9 @@ class RpcBoard:
 
     def close(self) -> None:
         """The server is free for others then."""
-        if self.session is not None:
-            self.session.close()
-        self.session = None
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
 
 
 def boards(device: str, timing: Timing, timeout_s: float = CONNECT_TIMEOUT) -> list[Board]:
@@ -119,11 +119,14 @@ class Fleet:
 
     boards: Sequence[Board]
     timeout_s: float
+    clock: Callable[[], float] = time.monotonic
     dropped: list[str] = field(default_factory=list)
     remote = True
 
     def __post_init__(self) -> None:
         self._seats = [_Seat(board) for board in self.boards]
+        # Of the seats, and of a round's end: a candidate is one board's at a time, and its result is told once.
+        self._lock = threading.Lock()
 
     @property
     def timing(self) -> Timing:
@@ -150,10 +153,12 @@ class Fleet:
             for _ in folders:
                 yield self._next(round_)
         finally:
-            round_.closed.set()
+            with self._lock:
+                round_.closed.set()
             # Each finishes what it is at, as long as it is given time for that.
             while any(seat.job is not None and not self._late(seat) for seat in self._seats):
                 time.sleep(_LOOK / 10)
+            self._drop_late(round_)
 
     def close(self) -> None:
         """Let go of the boards."""
@@ -165,25 +170,27 @@ class Fleet:
             try:
                 return round_.done.get(timeout=_LOOK)
             except queue.Empty:
-                for seat in self._seats:
-                    if seat.job is not None and self._late(seat):
-                        self._drop(seat, round_, f"no answer in {self.timeout_s:g} s")
+                self._drop_late(round_)
                 if self.width == 0 and round_.done.empty():
                     names = ", ".join(self.dropped)
                     raise DeviceError(f"devices {names}", expected="an answer", seen="none: all are lost") from None
 
+    def _drop_late(self, round_: _Round) -> None:
+        for seat in self._seats:
+            if seat.job is not None and self._late(seat):
+                self._drop(seat, round_, f"no answer in {self.timeout_s:g} s")
+
     def _late(self, seat: _Seat) -> bool:
-        return seat.lost or time.monotonic() - seat.since > self.timeout_s
+        return seat.lost or self.clock() - seat.since > self.timeout_s
 
     def _work(self, seat: _Seat, round_: _Round) -> None:
         """One board: candidate after candidate, until there are none, or the board is lost."""
         while not seat.lost and not round_.closed.is_set():
-            job = round_.take()
+            job = self._begin(seat, round_)
             if job is None:
                 # Another board may be lost yet, and its candidate come back.
                 round_.closed.wait(_LOOK / 10)
                 continue
-            seat.job, seat.since = job, time.monotonic()
             try:
                 result = Measured(tuple(seat.board.time(round_.folders[job])), "", seat.board.name)
             except TvmqError as error:
@@ -191,21 +198,38 @@ class Fleet:
                     self._drop(seat, round_, str(error))
                     return
                 result = Measured((), str(error), seat.board.name)
-            if seat.lost:
-                return
-            seat.job = None
-            round_.done.put((job, result))
+            self._end(seat, round_, job, result)
+
+    def _begin(self, seat: _Seat, round_: _Round) -> int | None:
+        """The next candidate, which is the board's from now on."""
+        with self._lock:
+            if seat.lost or round_.closed.is_set():
+                return None
+            # In this order: a seat with a candidate is late by its `since`.
+            seat.since = self.clock()
+            seat.job = round_.take()
+            return seat.job
+
+    def _end(self, seat: _Seat, round_: _Round, job: int, result: Measured) -> None:
+        """Tell a result, unless it comes too late: its candidate is another board's then."""
+        with self._lock:
+            if not seat.lost:
+                seat.job = None
+                round_.done.put((job, result))
 
     def _drop(self, seat: _Seat, round_: _Round, why: str) -> None:
-        """A board is lost: it gets no more candidates, and another board gets its."""
-        job, seat.job, seat.lost = seat.job, None, True
-        self.dropped.append(seat.board.name)
-        if job is not None:
-            round_.give_back(job, seat.board.name, why)
+        """A board is lost, once: it gets no more candidates, and another board gets its."""
+        with self._lock:
+            if seat.lost:
+                return
+            job, seat.job, seat.lost = seat.job, None, True
+            self.dropped.append(seat.board.name)
+            if job is not None:
+                round_.give_back(job, seat.board.name, why)
 
 
 class _Round:
-    """The candidates of one call of `Fleet.time`."""
+    """The candidates of one call of `Fleet.time`, whose lock is held while they are given out and taken back."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
@@ -213,18 +237,15 @@ class _Round:
         self.closed = threading.Event()
         self._waiting = deque(range(len(folders)))
         self._losses = [0] * len(folders)
-        self._lock = threading.Lock()
 
     def take(self) -> int | None:
         """The next candidate."""
-        with self._lock:
-            return self._waiting.popleft() if self._waiting else None
+        return self._waiting.popleft() if self._waiting else None
 
     def give_back(self, job: int, board: str, why: str) -> None:
         """A candidate whose board was lost: another try, or a failure."""
-        with self._lock:
-            self._losses[job] += 1
-            if self._losses[job] < _LOSSES:
-                self._waiting.appendleft(job)
-                return
-        self.done.put((job, Measured((), f"lost {_LOSSES} boards: {why}", board)))
+        self._losses[job] += 1
+        if self._losses[job] < _LOSSES:
+            self._waiting.appendleft(job)
+        else:
+            self.done.put((job, Measured((), f"lost {_LOSSES} boards: {why}", board)))

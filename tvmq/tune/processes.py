@@ -6,24 +6,30 @@ import dataclasses
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tvmq
+from tvmq.deploy.board_root import locked
 from tvmq.deploy.crosslink import user_cache
 from tvmq.kernels.decision import Decision
 from tvmq.kernels.task import Task
 from tvmq.target import Target
+from tvmq.tune.candidate import PROGRAM
+from tvmq.tune.worker import READY
 
 # Seconds that a candidate may take to build: large unrolled tiles take two on an idle core.
 BUILD_TIMEOUT_S = 60.0
+# Seconds until a process can take a job: it loads TVM, in 1.5 on an idle core. No candidate is to blame for these.
+START_TIMEOUT_S = 120.0
 # TVM imports PyTorch where it is installed; without it a worker starts in half of the time.
 _START = "import sys; sys.modules['torch'] = None; from tvmq.tune.worker import main; main()"
 # Candidates that the cache keeps, of about 30 kB each.
@@ -47,19 +53,20 @@ class Worker:
         self._rest = b""
 
     def ask(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer; {"error": ...} also where the process ends, or takes longer than `timeout_s` seconds."""
-        process = self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write((json.dumps(job) + "\n").encode())
-            process.stdin.flush()
-            line = self._line(process, time.monotonic() + timeout_s)
-        except OSError:
-            line = b""
+        """The answer; {"error": ...} also where the process ends, or takes longer than `timeout_s` seconds.
+
+        A process that is started for it has START_TIMEOUT_S more.
+        """
+        process, limit_s, line = self._process, START_TIMEOUT_S, READY
+        if process is None:
+            process = self._start()
+            line = self._line(process, time.monotonic() + limit_s)
+        if line == READY:
+            limit_s, line = timeout_s, self._answer(process, job, timeout_s)
         if line.endswith(b"\n"):
             return dict(json.loads(line))
         late = process.poll() is None and line == b"..."
-        reason = f"no answer in {timeout_s:g} s" if late else ""
+        reason = f"no answer in {limit_s:g} s" if late else ""
         self._end()
         return {"error": reason or f"the process ended: {self._why(process)}"}
 
@@ -69,20 +76,29 @@ class Worker:
         self._log.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            package = str(Path(tvmq.__file__).resolve().parent.parent)
-            paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-                # Ctrl-C is for the tuner, which finishes the trial in flight.
-                start_new_session=True,
-            )
-            self._rest = b""
+        package = str(Path(tvmq.__file__).resolve().parent.parent)
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            # Ctrl-C is for the tuner, which finishes the trial in flight.
+            start_new_session=True,
+        )
+        self._rest = b""
         return self._process
+
+    def _answer(self, process: subprocess.Popen[bytes], job: dict[str, Any], timeout_s: float) -> bytes:
+        """The line that answers a job; as `_line` where there is none."""
+        assert process.stdin is not None
+        try:
+            process.stdin.write((json.dumps(job) + "\n").encode())
+            process.stdin.flush()
+            return self._line(process, time.monotonic() + timeout_s)
+        except OSError:
+            return b""
 
     def _line(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
         """The next line; b"..." where there is none in time, less where the process ended."""
@@ -159,16 +175,14 @@ def default_cache() -> Path:
     return (user_cache() or Path(tempfile.gettempdir())) / "tvmq" / "candidates"
 
 
-def _prune(cache: Path) -> None:
+def _prune(cache: Path, kept: int = _KEPT) -> None:
     """Remove the oldest candidates."""
-    folders = sorted(_ages(cache.iterdir() if cache.is_dir() else ()), reverse=True)
-    for _, folder in folders[_KEPT:]:
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def _ages(folders: Iterable[Path]) -> Iterator[tuple[float, Path]]:
-    for folder in folders:
-        if folder.is_dir():
-            yield folder.stat().st_mtime, folder
+    if not cache.is_dir():
+        return
+    # One process at a time: a folder that is half removed looks new to another.
+    with locked(cache):
+        folders = sorted((folder.stat().st_mtime, folder) for folder in cache.iterdir() if folder.is_dir())
+        for _, folder in folders[: max(0, len(folders) - kept)]:
+            # First what says that all is there.
+            (folder / PROGRAM).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A process that builds or times candidates: a JSON job a line on stdin, a JSON answer a line on stdout.
+"""A process that builds or times candidates: a JSON job a line on stdin, a JSON answer a line on stdout, READY first.
 
     {"do": "build", "task": ..., "decision": ..., "target": ..., "cache": ...}   -> {"folder": ...}
     {"do": "time", "folder": ..., "timing": ...}                                 -> {"seconds": [...]}
@@ -25,6 +25,9 @@ from tvmq.kernels.task import task_of_json
 from tvmq.target import Target
 from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
+
+# What it says when it can take jobs.
+READY = b"ready\n"
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +89,7 @@ def end_with_input() -> None:
 def main() -> None:
     """Serve stdin. What libraries print goes to stderr."""
     end_with_input()
+    os.write(1, READY)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, answers)
