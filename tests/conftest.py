@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from hypothesis import HealthCheck, settings
 from samples import calibration_of
 from torch import nn
 from torch.nn import functional
@@ -38,6 +39,10 @@ from tvmq.quantize.realize import realize
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, wants_integers
 from tvmq.tune import logs, records
+
+# How long an example takes says something of the machine only.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 INT8 = Recipe(precision="int8")
 

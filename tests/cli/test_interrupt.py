@@ -17,8 +17,8 @@ from tvmq.cli import main
 from tvmq.target import load_target
 from tvmq.tune.database import RECORDS, read
 
-# Loading TVM takes 3 s on an idle machine.
-PATIENCE_S = 120.0
+# Loading TVM takes 3 s on an idle machine, four trials of tuning 20 s.
+PATIENCE_S = 240.0
 
 # Written just before LLVM gets the kernels.
 SCHEDULED = "stages/*_schedule.py"
@@ -56,8 +56,9 @@ def interrupt(words: list[str], folder: Path, ready: Callable[[], bool]) -> tupl
         deadline = time.monotonic() + PATIENCE_S
         while not ready() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        # A terminal sends it to every process of the group: zig gets it too.
-        os.killpg(process.pid, signal.SIGINT)
+        if process.poll() is None:
+            # A terminal sends it to every process of the group: zig gets it too.
+            os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
     finally:
         if process.poll() is None:
@@ -79,9 +80,11 @@ def test_during_calibration(files, tmp_path):
 
 
 def test_during_building(files, tmp_path):
+    """Wherever it is then: the linker, found before the real one, never ends."""
+    (tmp_path / "ziglang.py").write_text("import time; time.sleep(999)")
     code, out, err = interrupt(building(files), tmp_path, lambda: any(tmp_path.glob(SCHEDULED)))
     assert (code, out, err) == (130, "", "tvmq: interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["stages"]
+    assert {path.name for path in tmp_path.iterdir()} - {"ziglang.py", "__pycache__"} == {"stages"}
 
 
 def test_while_the_bundle_is_linked_or_written(files, tmp_path):

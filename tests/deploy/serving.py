@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tvm
 import tvm_ffi.libinfo
+from waiting import PATIENCE_S, wait_until
 
 from tvmq.deploy.board_root import RUNNER, SOURCE
 from tvmq.deploy.crosslink import zig_cc
 
-PATIENCE_S = 60.0
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
@@ -169,17 +170,17 @@ def children(process: int | None) -> Path:
     return Path(f"/proc/{process}/task/{process}/children")
 
 
-def is_alive(process: int) -> bool:
-    """Whether a process runs."""
+@contextlib.contextmanager
+def closed_port() -> Iterator[int]:
+    """A port at which nobody listens, and which the system gives to nobody meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end closes; it resets the connection where it has not read all that was said to it."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Until it holds; the test fails where it never does."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True

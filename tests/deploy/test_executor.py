@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,11 +250,9 @@ def test_a_board_that_dies_is_one_line(board: EmulatedBoard, bundle_of: Callable
     ]
     executor._outputs = executor._outputs or list(executor._parameters.values())
     for action in actions:
-        started = time.monotonic()
         with pytest.raises(DeviceError, match=f"device {url}: expected an answer, saw .*; reconnect") as caught:
             action()
         assert "\n" not in str(caught.value)
-        assert time.monotonic() - started < 5
 
 
 @pytest.mark.emulated

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import SECRET, NativeServing, is_alive, secret_file, wait_until
+from serving import SECRET, NativeServing, closed_port, secret_file
+from waiting import PATIENCE_S, is_alive, wait_until
 
 from tvmq.deploy.board_root import HEADERS, SOURCE
 from tvmq.deploy.session import connect
@@ -35,7 +36,7 @@ def test_the_end_of_its_input_leaves_no_process_and_no_file(native_runner: Path,
         assert serving.runner.stdin is not None
         serving.runner.stdin.close()
         serving.runner.stdin = None
-        assert serving.runner.wait(60) == 0
+        assert serving.runner.wait(PATIENCE_S) == 0
         wait_until(lambda: not is_alive(process))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DeviceError, match="expected an answer"):
@@ -87,9 +88,9 @@ def test_each_header_is_in_the_program() -> None:
 
 
 def test_a_tracker_that_is_not_there_is_said_and_the_board_serves_on(native_runner: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        place = f"127.0.0.1:{listener.getsockname()[1]}"
-    with NativeServing(native_runner, "--tracker", place, "--key", "pi") as serving:
+    with contextlib.ExitStack() as ends:
+        place = f"127.0.0.1:{ends.enter_context(closed_port())}"
+        serving = ends.enter_context(NativeServing(native_runner, "--tracker", place, "--key", "pi"))
         serving.wait_for(f"^no tracker at {place}: Connection refused; trying on$")
         # Only those whom the tracker sends are served.
         with pytest.raises(DeviceError, match="saw one that asks for a secret or a key"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving import is_alive, wait_until
+from waiting import is_alive, wait_until
 
 from tvmq.deploy.address import Ssh, parse
 from tvmq.deploy.executor import load
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="a pack f
 
 FAKE = """\
 #!{python} -IS
-import os, socket, subprocess, sys, threading
+import contextlib, os, socket, subprocess, sys, threading
 words = sys.argv[1:]
 with open({log!r}, "a") as log:
     print(os.getpid(), *words, file=log)
@@ -36,9 +36,11 @@ while words[0].startswith("-"):
 place, command = words
 
 def pump(source, sink):
-    while data := source.recv(65536):
-        sink.sendall(data)
-    sink.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):  # one end may be reset
+        while data := source.recv(65536):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
 
 def serve(listener, where):
     while True:

@@ -141,7 +141,7 @@ def test_epilogues_are_those_of_dense_kernels() -> None:
     check(found, runnable("avx512-vnni"), sparse=Sparse.FORCE)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rows=st.integers(1, 40),
     depth=st.integers(1, 70),
@@ -154,7 +154,7 @@ def test_any_matmul(rows: int, depth: int, channels: int, block: tuple[int, int]
     check([a_matmul(dtype, rows, depth, channels, block, density)], target_of("host"), sparse=Sparse.FORCE)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     image=st.tuples(st.integers(1, 2), st.integers(3, 9), st.integers(3, 9), st.integers(1, 20)),
     channels=st.integers(1, 40),
@@ -217,7 +217,7 @@ def test_pixels_as_lanes_with_epilogues() -> None:
     check([case], target, sparse=Sparse.FORCE)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     rows=st.integers(16, 90),
     depth=st.integers(1, 90),
@@ -274,7 +274,7 @@ def test_n_of_m_is_told() -> None:
 # --- the stream -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     channels=st.integers(1, 50),
     taps=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from waiting import is_alive, wait_until
 
 from tvmq import zoo
 from tvmq.errors import CheckFailed, InputError, TuningError
@@ -93,10 +93,7 @@ time.sleep(999)
     assert looks[0] == (0.0, 0)
     assert [size for _, size in looks[1:]] == [1]
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    wait_until(lambda: not is_alive(child))
 
 
 def bench() -> TuningBench:

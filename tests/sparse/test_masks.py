@@ -18,7 +18,7 @@ matrices = arrays.arrays(
 blocks = st.builds(Block, st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weight=matrices, block=blocks, density=st.floats(0, 1))
 def test_blocks_are_whole_and_as_many_as_asked_for(weight, block, density) -> None:
     mask = masks.by_block(weight, density, block)
@@ -32,14 +32,14 @@ def test_blocks_are_whole_and_as_many_as_asked_for(weight, block, density) -> No
     assert sum(part.all() for part in per_block) == round(density * rows * columns)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=matrices, density=st.floats(0, 1))
 def test_no_weight_that_goes_is_larger_than_one_that_stays(weight, density) -> None:
     mask = masks.by_block(weight, density)
     assert np.abs(weight[~mask]).max(initial=0) <= np.abs(weight[mask]).min(initial=np.inf)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=matrices, n=st.integers(1, 4), m=st.integers(4, 8))
 def test_n_of_m(weight, n, m) -> None:
     mask = masks.n_of_m(weight, n, m)
@@ -49,7 +49,7 @@ def test_n_of_m(weight, n, m) -> None:
     assert all(row[~kept].max(initial=0) <= row[kept].min(initial=np.inf) for row, kept in groups)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=matrices, density=st.floats(0, 1))
 def test_a_threshold_for_a_density_keeps_that_or_more_where_magnitudes_are_equal(weight, density) -> None:
     alpha = masks.alpha_of([weight], density)

@@ -1,4 +1,4 @@
-"""Tuning tests use the kernels' harness; no log of the machine's user is read or written."""
+"""Tuning tests use the kernels' harness and the boards' servers; no log of the machine's user is read or written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("kernels", "deploy")]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 # Without PyTorch TVM starts in half of the time. 1 is PR_SET_PDEATHSIG; a session is a fork of its server.
 _START = """
@@ -83,11 +82,3 @@ class Farm:
         """End everything."""
         for server in (*self.boards, self.tracker):
             server.kill()
-
-
-def running(process: int) -> bool:
-    """Whether a process is there, and no zombie that its new parent has not collected."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,9 @@ import numpy as np
 import pytest
 import tvm
 from servers import ALONE, Farm, Server
+from serving import NativeServing, Serve, Serving, compile_runner, secret_file
 from tvm.tirx.script.builder import ir as T
+from waiting import PATIENCE_S, wait_until
 
 from tvmq.cli import main
 from tvmq.deploy.crosslink import linker
@@ -30,20 +31,12 @@ from tvmq.tune import candidate
 from tvmq.tune.candidate import Timing
 from tvmq.tune.fleet import Fleet, boards
 
-sys.path.append(str(Path(__file__).parents[1] / "deploy"))
-from serving import NativeServing, Serving, compile_runner, wait_until
-
-SECRET = "0123456789abcdef0123456789abcdef"
-
 
 @pytest.fixture(scope="module")
 def farm() -> Iterator[Farm]:
     found = Farm()
     yield found
     found.close()
-
-
-Serve = Callable[..., Serving]
 
 
 @pytest.fixture(scope="module", params=["python", "native"])
@@ -57,7 +50,7 @@ def serve(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def registered(farm: Farm, key: str, *words: str, count: int = 1, serve: Serve = Serving) -> Serving:
     """Another board of `key`, once the tracker knows `count` of them."""
     serving = serve("--tracker", f"127.0.0.1:{farm.tracker.port}", "--key", key, *words)
-    wait_until(lambda: Tracker("127.0.0.1", farm.tracker.port, 9.0).keys().count(key) == count)
+    wait_until(lambda: Tracker("127.0.0.1", farm.tracker.port, PATIENCE_S).keys().count(key) == count)
     return serving
 
 
@@ -71,9 +64,7 @@ def test_an_emulated_board_is_not_tuned_on(serve: Serve) -> None:
 def test_a_board_of_a_tracker_asks_for_its_secret_too(
     farm: Farm, serve: Serve, tmp_path: Path, bundle_of: Callable[..., Path]
 ) -> None:
-    secret = tmp_path / "s"
-    secret.write_text(SECRET)
-    secret.chmod(0o600)
+    secret = secret_file(tmp_path / "s")
     key = f"guarded-{type(serve).__name__}"
     device = f"tracker://127.0.0.1:{farm.tracker.port}/{key}"
     with registered(farm, key, "--secret", str(secret), serve=serve) as serving:
@@ -103,7 +94,7 @@ def test_a_board_is_offered_again_after_each_session(farm: Farm, serve: Serve) -
         os.kill(serving.sessions()[0], signal.SIGKILL)
         serving.wait_for("ended by (SIGKILL|signal 9)")
         # The client that gave up is still in the tracker's line: its turn comes first, and passes.
-        second = connect(device, timeout_s=30)
+        second = connect(device, PATIENCE_S)
         assert second.fetch(second.tensor(np.arange(3))).tolist() == [0, 1, 2]
 
 
@@ -148,14 +139,12 @@ def test_three_boards_are_faster_than_one_and_lose_nothing_with_one(farm: Farm, 
 
 
 def test_tvm_s_own_server_knows_no_secret(tmp_path: Path) -> None:
-    secret = tmp_path / "s"
-    secret.write_text(SECRET)
-    secret.chmod(0o600)
+    secret = secret_file(tmp_path / "s")
     server = Server(ALONE)
     try:
         with pytest.raises(DeviceError, match="expected a board with a secret, saw none; .secret=none after the"):
             connect(f"rpc://127.0.0.1:{server.port}?secret={secret}")
-        session = connect(f"rpc://127.0.0.1:{server.port}?secret=none", timeout_s=60)
+        session = connect(f"rpc://127.0.0.1:{server.port}?secret=none", PATIENCE_S)
         assert session.fetch(session.tensor(np.arange(3))).tolist() == [0, 1, 2]
         session.close()
     finally:
