@@ -79,14 +79,15 @@ def test_rules(rules, kind, names, expected):
     assert (precision.value, why) == expected
 
 
-def test_linear_precisions_are_for_linear_layers():
+def test_precisions_of_layers_that_read_floats_are_for_these():
     recipe = Recipe(precision="int4-weight", rules=[Rule("head", "fp32"), Rule("stem", "int8-dynamic")])
     assert recipe.precision_of("matmul", "a") == (Precision.INT4_WEIGHT, "the recipe's precision")
     assert recipe.precision_of("matmul", "head") == (Precision.FP32, "rule 'head'")
-    assert recipe.precision_of("conv2d", "a") == (Precision.FP32, "int4-weight is for linear layers")
+    assert recipe.precision_of("conv2d", "a") == (Precision.INT4_WEIGHT, "the recipe's precision")
     assert recipe.precision_of("conv2d", "stem") == (Precision.FP32, "int8-dynamic is for linear layers")
     assert recipe.precision_of("attention", "stem") == (Precision.INT8_DYNAMIC, "rule 'stem'")
-    assert recipe.precision_of("attention", "a") == (Precision.FP32, "int4-weight is for linear layers")
+    layers = "int4-weight is for convolutions and linear layers"
+    assert recipe.precision_of("attention", "a") == (Precision.FP32, layers)
     without = Recipe(precision="int8-weight", kinds=("conv2d",))
     assert without.precision_of("matmul", "a") == (Precision.FP32, "the recipe's kinds leave out matmul")
 

@@ -65,9 +65,12 @@ def grouped_matmul(
     return _call("grouped_matmul", args, {"bits": bits}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
-def dequantize_groups(weight: Expr, scales: Expr, *, bits: int) -> Any:
-    """`tvmq.dequantize_groups`: each element of `weight` int8 [K, N] times the scale of its group and column."""
-    shape = [int(n) for n in weight.ty.shape.values]
+def dequantize_groups(weight: Expr, scales: Expr, *, bits: int, shape: Sequence[int] = ()) -> Any:
+    """`tvmq.dequantize_groups`: each element of `weight` int8 [K, N] times the scale of its group and column.
+
+    shape: [N, kh, kw, I] of the convolution's weight that this is the matrix of, as `groups.matrix_of` makes it.
+    """
+    shape = shape or [int(n) for n in weight.ty.shape.values]
     return _call("dequantize_groups", [weight, scales], {"bits": bits}, (), out_shape=shape, out_dtype="float32")
 
 
@@ -88,9 +91,14 @@ def asymmetric_matmul(
     return _call("asymmetric_matmul", args, {"bits": bits}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
-def dequantize_asymmetric(weight: Expr, scales: Expr, zero_points: Expr, *, bits: int) -> Any:
-    """`tvmq.dequantize_asymmetric`: each element of `weight` int8 [K, N] less its zero point, times its scale."""
-    shape, args = [int(n) for n in weight.ty.shape.values], [weight, scales, zero_points]
+def dequantize_asymmetric(
+    weight: Expr, scales: Expr, zero_points: Expr, *, bits: int, shape: Sequence[int] = ()
+) -> Any:
+    """`tvmq.dequantize_asymmetric`: each element of `weight` int8 [K, N] less its zero point, times its scale.
+
+    shape: see `dequantize_groups`.
+    """
+    shape, args = shape or [int(n) for n in weight.ty.shape.values], [weight, scales, zero_points]
     return _call("dequantize_asymmetric", args, {"bits": bits}, (), out_shape=shape, out_dtype="float32")
 
 
@@ -116,10 +124,13 @@ def lookup_matmul(
     return _call("lookup_matmul", args, {}, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
-def dequantize_places(weight: Expr, scales: Expr, table: Expr) -> Any:
-    """`tvmq.dequantize_places`: the columns of `table` that a weight's elements name, times their groups' scales."""
+def dequantize_places(weight: Expr, scales: Expr, table: Expr, *, shape: Sequence[int] = ()) -> Any:
+    """`tvmq.dequantize_places`: the columns of `table` that a weight's elements name, times their groups' scales.
+
+    shape: see `dequantize_groups`.
+    """
     (rows, channels), (width, _) = ([int(n) for n in each.ty.shape.values] for each in (weight, table))
-    shape = [rows * width, channels]
+    shape = shape or [rows * width, channels]
     return _call("dequantize_places", [weight, scales, table], {}, (), out_shape=shape, out_dtype="float32")
 
 

@@ -27,8 +27,9 @@ rounded when they are written; x and the weight of an anchor have one dtype. The
 its meaning is `numerics.epilogue`, and kernels agree with that bit for bit. A map, layer norm or softmax whose epilogue
 ends in `QuantizeRows` has several results. A grouped matmul multiplies floats with a weight of 8- or 4-bit integers,
 whose scales (bfloat16) are of groups along K; an asymmetric one takes zero points off them first; those of a lookup
-matmul, from -8 to 7, are places in a table. Attributes are plain data, so that a module prints, hashes and compares
-like any other. Here are the steps, and what a call says of itself; `op_calls` makes calls.
+matmul, from -8 to 7, are places in a table. What dequantizes such a matrix may give a convolution's [O, kh, kw, I] too,
+whose matrix is [kh * kw * I and more, O]. Attributes are plain data, so that a module prints, hashes and compares like
+any other. Here are the steps, and what a call says of itself; `op_calls` makes calls.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ NAMES = (
     "dequantize_places",
     "lookup_matmul",
 )
+
+
+# What makes floats of the weights of weight-only layers.
+DEQUANTIZERS = tuple(f"{PREFIX}dequantize_{kind}" for kind in ("groups", "asymmetric", "places"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ calibrate   the range of each tensor, over calibration data                   qu
 plan        what becomes integer or 16-bit, and why the rest does not         quantize/plan.py
 annotate    explicit quantize and dequantize pairs, and conversions           quantize/annotate.py
 realize     fusion chains become tvmq operators, integer or float             quantize/realize.py
-lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py
+lower       tvmq operators become calls of TensorIR kernels, weights packed   kernels/lower.py, prepare.py
 schedule    TVM legalizes the rest; a generic rule schedules it               kernels/schedule.py
 build       LLVM compiles; ziglang links                                      deploy/build.py
 check       where this machine can run the result, it does, once              deploy/build.py
@@ -32,6 +32,7 @@ from tvmq.graph.pairs import without_repeats
 from tvmq.importer.quantized import is_quantized
 from tvmq.kernels.decision import Records
 from tvmq.kernels.lower import lower
+from tvmq.kernels.prepare import split
 from tvmq.kernels.rates import rates_of
 from tvmq.kernels.schedule import schedule
 from tvmq.model import Model
@@ -172,7 +173,7 @@ def _program(
     made = realized_module(model, spec, recipe, calibration, report, stages)
     quantized, realized, model, conversions = made.quantized, made.module, made.model, made.conversions
     report("lower", 0)
-    lowered = lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse, records=known)
+    lowered = split(lower(realized, spec, winograd=recipe.winograd, sparse=recipe.sparse, records=known))
     stages("lower", lowered.module)
     report("schedule", 0)
     scheduled = stages("schedule", schedule(lowered.module, spec))

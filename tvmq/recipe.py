@@ -16,11 +16,12 @@ from tvmq.errors import RecipeError, nearest
 from tvmq.recipe_values import (
     CALIBRATED,
     DEFAULT_KINDS,
+    FLOAT_ENDS,
     GROUP_SIZES,
     KINDS,
-    LINEAR,
     OF_LAYERS,
     PRODUCTS,
+    WEIGHT_ONLY,
     Aggregate,
     Algorithm,
     Observer,
@@ -38,20 +39,23 @@ else:
 # What the weights of a precision may be: floats are rounded to anything, 4 bits are numbers or places in a table.
 _LEVELS = {
     Precision.FP32: tuple(WeightLevels),
-    Precision.INT8_WEIGHT: (WeightLevels.NONE, WeightLevels.UNIFORM, WeightLevels.ASYMMETRIC),
-    Precision.INT4_WEIGHT: (
+    Precision.INT8_WEIGHT: (
         WeightLevels.NONE,
         WeightLevels.UNIFORM,
         WeightLevels.ASYMMETRIC,
-        WeightLevels.LOG2,
-        WeightLevels.NORMAL_FLOAT,
-        WeightLevels.CODEBOOK,
-        WeightLevels.VECTOR_CODEBOOK,
+        WeightLevels.STOCHASTIC,
     ),
+    Precision.INT4_WEIGHT: tuple(WeightLevels),
 }
 # Precisions whose weights have a number of bits that may be chosen, and those whose weights may have groups.
 _WITH_BITS = (*CALIBRATED, Precision.INT8_DYNAMIC, Precision.AUTO)
-_WITH_GROUPS = (Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
+_WITH_GROUPS = WEIGHT_ONLY
+# What may have the precisions of layers that read and make floats.
+_KINDS_WITH_FLOAT_ENDS = {
+    Precision.INT8_DYNAMIC: ("matmul", "embedding", *PRODUCTS),
+    Precision.INT8_WEIGHT: ("conv2d", "matmul", "embedding"),
+    Precision.INT4_WEIGHT: ("conv2d", "matmul"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ class Recipe:
     of rounding that raises by so many decibels at most (up to 10; None: of none). narrow_range: activations leave the
     least integer out, as weights do. activation_bits, weight_bits: 2 to 8, stored as 8;
     fewer leave integers unused (7: half of the range). power_of_two: scales that are rounded up to one. per_channel: a
-    weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a linear layer with
-    weight-only precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
+    weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a layer with weight-only
+    precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
     operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm`,
     `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; nothing where
     empty. smoothing: the alpha of `smooth`, the share that goes by activations. weight_levels: of fp32 layers a
@@ -275,12 +279,10 @@ class Recipe:
             precision, why = ruled, f"rule {rule.match!r}"
         if precision is Precision.INT16 and kind not in ("conv2d", "matmul"):
             return Precision.FP32, "int16 is for convolutions and linear layers"
-        others: tuple[str, ...] = ()
-        if precision is not Precision.INT4_WEIGHT:
-            others = ("embedding", *PRODUCTS) if precision is Precision.INT8_DYNAMIC else ("embedding",)
-        if precision in LINEAR and kind not in ("matmul", *others):
-            return Precision.FP32, f"{precision.value} is for linear layers"
-        integer = precision in (*CALIBRATED, *LINEAR) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
+        if precision in FLOAT_ENDS and kind not in _KINDS_WITH_FLOAT_ENDS[precision]:
+            layers = "convolutions and linear layers" if precision in WEIGHT_ONLY else "linear layers"
+            return Precision.FP32, f"{precision.value} is for {layers}"
+        integer = precision in (*CALIBRATED, *FLOAT_ENDS) or (precision is Precision.AUTO and kind in DEFAULT_KINDS)
         if ruled is None and integer and kind in KINDS and kind not in self.kinds:
             return Precision.FP32, f"the recipe's kinds leave out {kind}"
         return precision, why
@@ -301,7 +303,7 @@ class Recipe:
             raise RecipeError(where, expected=error.expected, seen=error.seen, hint=error.hint) from None
 
     def weight_group(self, precision: Precision) -> int | None:
-        """How many inputs of a linear layer share a weight scale; None means all of them."""
+        """How many inputs of a layer share a weight scale; None means all of them."""
         return 32 if self.group_size is None and precision is Precision.INT4_WEIGHT else self.group_size
 
 

@@ -17,9 +17,9 @@ class Precision(str, enum.Enum):
     INT8_DYNAMIC = "int8-dynamic"
     """Linear layers: int8 weights, and int8 activations with a scale a row that is found while running."""
     INT8_WEIGHT = "int8-weight"
-    """Linear layers: int8 weights, multiplied as float32."""
+    """Convolutions and linear layers: int8 weights, multiplied as float32."""
     INT4_WEIGHT = "int4-weight"
-    """Linear layers: 4-bit weights with a scale a group, multiplied as float32."""
+    """Convolutions and linear layers: 4-bit weights with a scale a group, multiplied as float32."""
     AUTO = "auto"
     """The fastest of fp32, bf16 and int8 by estimate; int8 only where there is calibration data."""
 
@@ -30,8 +30,10 @@ HALVES = {Precision.BF16: "bfloat16", Precision.FP16: "float16"}
 # Whose scales of activations are fixed beforehand: by calibration data.
 CALIBRATED = (Precision.INT8, Precision.INT16)
 
-# Of linear layers (products with a constant matrix) only; none needs calibration.
-LINEAR = (Precision.INT8_DYNAMIC, Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
+# Of weights alone: of convolutions and linear layers.
+WEIGHT_ONLY = (Precision.INT8_WEIGHT, Precision.INT4_WEIGHT)
+# Of layers that read and make floats; none needs calibration. INT8_DYNAMIC is for linear ones.
+FLOAT_ENDS = (Precision.INT8_DYNAMIC, *WEIGHT_ONLY)
 
 
 class Sparse(str, enum.Enum):

@@ -44,11 +44,20 @@ def refused(done: subprocess.CompletedProcess[str], said: str) -> None:
 # --- Results --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["depthwise_separable", "transformer", "returned_and_consumed"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("depthwise_separable", "int8"),
+        ("transformer", "int8"),
+        ("returned_and_consumed", "int8"),
+        ("residual", "int4-weight"),
+    ],
+)
 def test_outputs_are_those_of_the_executor(
-    native: Run, bundle_of: Callable[..., Path], tmp_path: Path, name: str
+    native: Run, bundle_of: Callable[..., Path], tmp_path: Path, name: str, precision: str
 ) -> None:
-    path = bundle_of(name)
+    path = bundle_of(name, precision)
+    assert bool(bundles.read(path).manifest["prepared"]["weights"]) == (precision == "int4-weight")
     executor = load(path)
     (spec,) = executor.signature.inputs
     x = np.random.default_rng(7).standard_normal(spec.shape).astype(spec.dtype)

@@ -7,6 +7,7 @@ import pytest
 from harness import Case, check, check_choices, choice_of, floats, grouped, lowered_titles, runnable, target_of
 
 from tvmq import ops
+from tvmq.kernels import coded_panels
 from tvmq.kernels import grouped as kernels
 from tvmq.kernels.gemm import pack
 from tvmq.kernels.lowering import Packing
@@ -78,7 +79,7 @@ def test_largest_values_and_zeros(name: str) -> None:
 
 def test_words_hold_eight_inputs_the_first_lowest() -> None:
     weight = np.arange(-8, 8, dtype=np.int8).reshape(1, 1, 1, 16)
-    words = kernels.pack_words(weight, 1, 1, 2, 8)
+    words = coded_panels.pack_words(weight, 1, 1, 2, 8)
     assert [f"{word:08x}" for word in words.view(np.uint32)] == ["76543210", "88888888", "fedcba98", "88888888"]
 
 

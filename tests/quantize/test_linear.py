@@ -67,8 +67,11 @@ def test_what_is_realized_agrees_with_its_simulation(any_case, recipe: Recipe, s
 
 @pytest.mark.parametrize("recipe", MIXED, ids=range(len(MIXED)))
 def test_no_pair_is_left(any_case, recipe: Recipe) -> None:
-    left = ("quantize", "dequantize", "tvmq.dequantize_groups", "matmul")
-    for _, call in ir.calls(any_case.realized(recipe)):
+    left, module = ("quantize", "dequantize", "matmul"), any_case.realized(recipe)
+    values, readers = dict(ir.bindings(module)), ir.users(module)
+    for var, call in ir.calls(module):
+        if ir.is_call(call, *ops.DEQUANTIZERS):
+            assert all(ir.is_call(values[reader], "tvmq.conv2d") for reader in readers[var])
         assert not ir.is_call(call, *left) or (ir.is_call(call, "matmul") and not ir.is_constant(call.args[1])), call
         if ir.is_call(call, "tvmq.map"):
             assert ops.epilogue_of(call) != (ops.RowScale(),)
@@ -92,7 +95,7 @@ def test_no_data_is_needed(model_of) -> None:
         case = model_of("transformer")
         from tvmq.quantize.plan import make_plan
 
-        assert make_plan(case.module, None, recipe, case.paths).linear
+        assert make_plan(case.module, None, recipe, case.paths).float_ends
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,26 @@ static void fill_inputs(bundle* b, const dynamic* d, const request* r, int64_t s
   if (given != r->input_count) fail("--input: expected each of the bundle's inputs at most once, the first is %s", b->inputs[0].name);
 }
 
+/* Have the library's `prepare` make what main takes of the last parameters, which are let go. */
+static void decode_parameters(const bundle* b, program* p, TVMFFIAny machine) {
+  /* A bundle of an older tvmq has no such. */
+  if (!has(b->manifest, "prepared")) return;
+  TVMFFIAny prepared = entry_of(b, "prepared");
+  int count = (int)number(prepared, "parameters"), made = (int)length_of(item(prepared, "weights"));
+  if (made == 0) return;
+  if (count > p->count - b->input_count) fail("the manifest: prepared");
+  TVMFFIAny* reads = p->arguments + p->count - count;
+  TVMFFIAny weights = call(method(machine, "prepare"), count, reads, "prepare");
+  for (int i = 0; i < count; i++) TVMFFIObjectDecRef(reads[i].v_obj);
+  p->count += made - count;
+  TVMFFIAny* arguments = allocate((size_t)p->count * sizeof *arguments);
+  memcpy(arguments, p->arguments, (size_t)(p->count - made) * sizeof *arguments);
+  for (int i = 0; i < made; i++) arguments[p->count - made + i] = element(weights, i);
+  free(p->arguments);
+  p->arguments = arguments;
+  TVMFFIObjectDecRef(weights.v_obj);
+}
+
 static program prepare(bundle* b) {
   if (b->parameters.data == NULL) b->parameters = member(b, "", "params.bin");
   TVMFFIAny entries = entry_of(b, "parameters");
@@ -105,7 +125,9 @@ static program prepare(bundle* b) {
     fill_parameter(&parameter, entry, b->parameters);
     p.arguments[b->input_count + i] = parameter.tensor;
   }
-  p.main = method(load(b), "main");
+  TVMFFIAny machine = load(b);
+  decode_parameters(b, &p, machine);
+  p.main = method(machine, "main");
   return p;
 }
 

@@ -31,6 +31,7 @@ from tvmq.errors import CheckFailed
 from tvmq.files import scratch_folder
 from tvmq.kernels import memory
 from tvmq.kernels.lowering import Lowered
+from tvmq.kernels.prepare import PREPARE
 from tvmq.kernels.schedule import build
 from tvmq.model import Model
 from tvmq.quantize import numerics, wide
@@ -199,12 +200,25 @@ def _manifest(product: Product) -> dict[str, Any]:
         "operators": operators(product),
         "converters": dict(product.model.converters),
         "parameters": index,
+        "prepared": _prepared(product),
         "packed": {
             name: [{"parameter": parameter, **dataclasses.asdict(packing)} for parameter, packing in constants]
             for name, constants in product.lowered.packed.items()
         },
         "steps": [dataclasses.asdict(step) for step in product.steps],
     }
+
+
+def _prepared(product: Product) -> dict[str, Any]:
+    """What `prepare` makes of the last parameters, how many these are, and in whose place main takes it."""
+    made = product.lowered.prepared
+    if not made:
+        return {"parameters": 0, "weights": []}
+    params = {str(param.name): param for param in ir.main(product.lowered.module).params}
+    weights = [
+        {"name": name, "shape": list(ir.shape_of(params[name])), "dtype": ir.dtype_of(params[name])} for name in made
+    ]
+    return {"parameters": len(product.lowered.module[PREPARE].params), "weights": weights}
 
 
 def _members(product: Product, library: bytes, expected: tuple[Array, ...]) -> dict[str, bytes]:
@@ -227,10 +241,11 @@ def oracle(product: Product) -> str:
     def visit(state: ir.Rewrite, name: str, value: Any) -> Any:
         if name not in packed:
             return None
-        x, *constants = value.args
-        for i, (parameter, _) in enumerate(packed[name]):
-            constants[i] = state.parameter(parameter, ir.to_numpy(constants[i]))
-        args = [x, *constants]
+        args = list(value.args)
+        # What is packed are the first constants: after an input, or from the start of what dequantizes a weight.
+        first = next(i for i, arg in enumerate(args) if ir.is_constant(arg))
+        for i, (parameter, _) in enumerate(packed[name], first):
+            args[i] = state.parameter(parameter, ir.to_numpy(args[i]))
         return tvm.relax.Call(value.op, args, value.attrs)
 
     return str(tvm.ir.save_json(ir.rewrite(product.realized, visit)))

@@ -3,7 +3,8 @@
     manifest.json     schema, target, signature, recipe, versions, steps, sha256 and size of every other member
     lib.so            the compiled module
     params.bin        the parameters, each at a multiple of 64 bytes; one with many zeros as a bit for each element that
-                      says whether it is there, and those that are: it becomes dense when it is read
+                      says whether it is there, and those that are: it becomes dense when it is read. `prepare` of the
+                      library makes of the last ones what the manifest has as `prepared`, which `main` takes instead
     golden.npz        example inputs, and the outputs that the model must give
     oracle.json       the realized graph in Relax, its packed weights named, for op by op verification
     calibration.json  the calibration table (integer bundles)

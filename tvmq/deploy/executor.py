@@ -17,6 +17,7 @@ from tvmq.deploy.latency import Latency, latency
 from tvmq.deploy.permission import allow_tiles
 from tvmq.deploy.session import Session, connect
 from tvmq.errors import SignatureError
+from tvmq.kernels.prepare import PREPARE
 from tvmq.model import Signature, as_array
 from tvmq.quantize.partition import Conversions
 
@@ -77,7 +78,8 @@ class Executor:
         self.library = session.load(bundle)
         allow_tiles(bundle, session, self.library)
         self._machine = session.call(lambda: relax.VirtualMachine(self.library, session.device))
-        self._parameters = _on_device(bundle, session, {} if shared is None else shared)
+        stored = _on_device(bundle, session, {} if shared is None else shared)
+        self._parameters = _prepared(bundle, session, self._machine, stored)
         self._inputs: dict[str, Any] = {}
         self._outputs: list[Any] | None = None
 
@@ -94,9 +96,7 @@ class Executor:
         """One inference on the inputs that were set. Raises SignatureError where one is missing."""
         self._bind()
         self.session.call(lambda: self._machine.invoke_stateful("main"))
-        result = self.session.call(lambda: self._machine.get_outputs("main"))
-        # One tensor over RPC comes by itself; a tuple has no `numpy`.
-        self._outputs = [result] if hasattr(result, "numpy") else list(result)
+        self._outputs = self.session.call(lambda: results_of(self._machine, "main"))
 
     def get_output(self, index: int = 0) -> Array:
         """Output `index` of the last run. Raises SignatureError where there is none."""
@@ -157,7 +157,7 @@ class Executor:
         return runner.profile(self._machine, self.tensors(), repeat)
 
     def tensors(self) -> dict[str, Any]:
-        """The inputs that are set (else the golden ones) and the parameters, by name, on the device."""
+        """The inputs that are set (else the golden ones), and what main takes after them, by name, on the device."""
         self._fill()
         return {**self._inputs, **self._parameters}
 
@@ -304,6 +304,32 @@ class DynamicExecutor(Executor):
 def _values(inputs: tuple[object, ...], named: Mapping[str, object]) -> object:
     """What a call passes: inputs by keyword, one mapping, or in order."""
     return named if named else inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs
+
+
+def _prepared(bundle: Bundle, session: Session, machine: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """What main takes after its inputs: the parameters, the last of which `prepare` makes others of, on the device."""
+    made = bundle.manifest.get("prepared") or {"parameters": 0, "weights": []}
+    names, weights = list(stored), [str(weight["name"]) for weight in made["weights"]]
+    if not weights:
+        return stored
+    count = len(names) - int(made["parameters"])
+    reads = [stored[name] for name in names[count:]]
+    found = session.call(lambda: prepare(machine, reads))
+    return {**{name: stored[name] for name in names[:count]}, **dict(zip(weights, found, strict=True))}
+
+
+def prepare(machine: Any, reads: Sequence[Any]) -> list[Any]:
+    """What a library's `prepare` makes of parameters."""
+    machine.set_input(PREPARE, *reads)
+    machine.invoke_stateful(PREPARE)
+    return results_of(machine, PREPARE)
+
+
+def results_of(machine: Any, name: str) -> list[Any]:
+    """The tensors that a function gave when it was invoked."""
+    result = machine.get_outputs(name)
+    # One tensor over RPC comes by itself; a tuple has no `numpy`.
+    return [result] if hasattr(result, "numpy") else list(result)
 
 
 def _on_device(bundle: Bundle, session: Session, shared: dict[Any, Any]) -> dict[str, Any]:

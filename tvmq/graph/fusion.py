@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir
+from tvmq import ir, ops
 from tvmq.graph import composites, pairs
 from tvmq.graph.composites import Apply, ChannelLeak, Elu, Leak
 from tvmq.graph.pairs import Rounded
@@ -183,8 +183,7 @@ def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
     if len(call.args) < 2 or ir.is_constant(call.args[1]) or not ir.is_call(call, "nn.conv2d", "matmul"):
         return True
     weight: Any = values.get(call.args[1])
-    ours = (f"tvmq.dequantize_{kind}" for kind in ("groups", "asymmetric", "places"))
-    converted = ir.is_call(weight, "dequantize", "astype", *ours)
+    converted = ir.is_call(weight, "dequantize", "astype", *ops.DEQUANTIZERS)
     return converted and ir.is_constant(weight.args[0])
 
 

@@ -45,13 +45,23 @@ def lower(
         functions[tiles.PERMISSION] = tiles.permission()
     lowered = tvm.IRModule({**functions, **{var: f for var, f in lowering.functions.values()}})
     choices = lowering.decisions.made
-    return Lowered(lowered, lowering.names, lowering.parameters, lowering.packed, lowering.notes, choices)
+    return Lowered(
+        lowered,
+        lowering.names,
+        lowering.parameters,
+        lowering.packed,
+        lowering.notes,
+        choices,
+        tuple(lowering.prepared),
+    )
 
 
 def visit(lowering: Lowering, state: ir.Rewrite, name: str, value: Any) -> Any:
     """What becomes of one binding of main: see `ir.rewrite`."""
     if not ir.is_call(value):
         return None
+    if ir.is_call(value, *ops.DEQUANTIZERS):
+        return None  # a convolution's weight, which its kernel says how to make: see lower_decoded.py
     if not ir.op_name(value).startswith(ops.PREFIX):
         return relax.Call(value.op, lowering.lift(state, name, value.args), value.attrs, value.ty_args)
     rules = INT16_RULES if ir.dtype_of(value.args[0]) == wide.DTYPE else RULES

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmq import ir, ops
+from tvmq.kernels.coded_panels import WORD
 from tvmq.kernels.decision import Point
-from tvmq.kernels.grouped import FEW_ROWS, WORD, Grouped
+from tvmq.kernels.grouped import FEW_ROWS, Grouped
 from tvmq.kernels.level_table import LevelTable, level_table
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared
 from tvmq.kernels.spaces import GroupedSpace
@@ -85,15 +86,19 @@ def _lowered(
         kind = f"asymmetric-{kind}"
     title = f"{SHORT[dtype]}-w{bits}-{kind}-{tile}x{spec.nr}-{m.name}"
     lowering.names[name] = title
-    packed = [_packed(weight, "words" if bits == 4 else "gemm", spec.nr, WORD if bits == 4 else 1)]
-    packed += [_packed(each, "gemm", spec.nr, 1) for each in (scales, zero_points) if each is not None]
+    packed = [packed_rows(weight, bits, spec.nr)]
+    packed += [packed_rows(each, 0, spec.nr) for each in (scales, zero_points) if each is not None]
     args = lowering.pack(state, name, packed)
     args += lowering.lift(state, name, call.args[1 + len(packed) :])
     return lowering.call(spec, title, [x, *args], ir.shape_of(call), dtype)
 
 
-def _packed(constant: Any, kind: str, nr: int, kr: int) -> tuple[Array, Packing]:
-    """A [rows, N] constant as a weight [N, 1, 1, rows], and how it is packed."""
+def packed_rows(constant: Any, bits: int, nr: int, groups: int = 1) -> tuple[Array, Packing]:
+    """A [rows, N] constant as a weight [N, 1, 1, rows], and how it is packed: numbers of 4 bits as words.
+
+    groups: of a grouped convolution, whose panels are apart.
+    """
     array = ir.to_numpy(constant)
     kernel = np.ascontiguousarray(array.T).reshape(array.shape[1], 1, 1, array.shape[0])
-    return kernel, Packing(kind, kernel.shape, 1, 1, nr, kr)
+    kind, kr = ("words", WORD) if bits == 4 else ("gemm", 1)
+    return kernel, Packing(kind, kernel.shape, 1, groups, nr, kr)

@@ -11,7 +11,16 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import gemm, gemm_blocking, inline_llvm, lower_depthwise, lower_sparse, lower_winograd, tile_blocking
+from tvmq.kernels import (
+    gemm,
+    gemm_blocking,
+    inline_llvm,
+    lower_decoded,
+    lower_depthwise,
+    lower_sparse,
+    lower_winograd,
+    tile_blocking,
+)
 from tvmq.kernels.decision import Choice, Space
 from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.lowering import SHORT, Lowering, Packing, declared, dtype_of, fold_zero_point
@@ -24,10 +33,13 @@ from tvmq.kernels.task import task_of
 from tvmq.kernels.tile_gemm import TileGemm
 
 Array = npt.NDArray[Any]
+# Rounding to few bits alone leaves fewer.
+_MANY_ZEROS = 0.5
 
 
 def conv2d(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
     """`tvmq.conv2d`: padding, and a product with panels; depthwise ones have a kernel of their own."""
+    call = lower_decoded.with_floats(lowering, state, name, call)
     a = ops.attributes(call)
     x, weight, *operands = call.args
     kernel = ir.to_numpy(weight)
@@ -105,6 +117,12 @@ def _spaces(lowering: Lowering, m: Micro, geometry: Geometry) -> tuple[Space, ..
 def _sparse(lowering: Lowering, name: str, call: Any, kernel: Array, geometry: Geometry) -> lower_sparse.Choice | None:
     """The sparse product of `call`, None where a dense one is the better choice."""
     if not lower_sparse.considers(lowering, kernel):
+        return None
+    if name in lowering.coded:
+        if (zeros := lower_sparse.share_of_zeros(kernel)) > _MANY_ZEROS:
+            lowering.note(
+                name, f"dense: {zeros:.0%} of the weights are zero, but those of few bits have no sparse kernel"
+            )
         return None
     if kernel.dtype == np.float16:
         lowering.note(name, "zeros are multiplied: float16 has no sparse kernel")

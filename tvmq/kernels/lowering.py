@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import depthwise, depthwise_rows, gemm, grouped, inline_llvm, micro, tile_gemm, tiles, winograd
+from tvmq.kernels import coded_panels, depthwise, depthwise_rows, gemm, inline_llvm, micro, tile_gemm, tiles, winograd
 from tvmq.kernels.builder import BF16, FLOAT, FP16, stored_dtype
 from tvmq.kernels.decision import Choice, Decisions
 from tvmq.kernels.elementwise import Map
@@ -42,8 +42,8 @@ _NARROWED = 16
 @dataclass(frozen=True)
 class Packing:
     """How a weight of `shape` was packed: see `pack` in gemm, tile_gemm, depthwise (nr: its lanes), depthwise_rows
-    (nr, taps: its most and least lanes; kr: its rows) and winograd (taps: m), and `pack_words` in grouped; "plain" ones
-    are as they were.
+    (nr, taps: its most and least lanes; kr: its rows) and winograd (taps: m), and `pack_words` in coded_panels; "plain"
+    ones are as they were.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Packing:
             return depthwise_rows.pack(weight, self.kr, self.nr, self.taps)
         if self.kind == "winograd":
             return winograd.pack(weight, self.taps, self.nr)
-        pack = {"tiles": tile_gemm.pack, "words": grouped.pack_words}.get(self.kind, gemm.pack)
+        pack = {"tiles": tile_gemm.pack, "words": coded_panels.pack_words}.get(self.kind, gemm.pack)
         return pack(weight, self.taps, self.groups, self.nr, self.kr)
 
     def unpack(self, packed: Array) -> Array:
@@ -76,7 +76,7 @@ class Packing:
             return depthwise_rows.unpack(packed, self.shape, self.kr, self.nr, self.taps)
         if self.kind == "winograd":
             return winograd.unpack(packed, self.shape, self.taps, self.nr)
-        unpack = {"tiles": tile_gemm.unpack, "words": grouped.unpack_words}.get(self.kind, gemm.unpack)
+        unpack = {"tiles": tile_gemm.unpack, "words": coded_panels.unpack_words}.get(self.kind, gemm.unpack)
         return unpack(packed, self.shape, self.taps, self.groups, self.nr, self.kr)
 
 
@@ -93,6 +93,7 @@ class Lowered:
     `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
     operator -> (name of the parameter, how to unpack it) of its weight, and of more constants after it that are packed.
     `notes`: variable -> what its user should know of the kernel. `choices`: variable -> what was free, and decided.
+    `prepared`: variables of main that follow from parameters alone, see prepare.py.
     """
 
     module: tvm.IRModule
@@ -101,6 +102,7 @@ class Lowered:
     packed: dict[str, list[tuple[str, Packing | SparsePacking]]]
     notes: dict[str, str]
     choices: dict[str, Choice]
+    prepared: tuple[str, ...] = ()
 
 
 @dataclass
@@ -118,6 +120,9 @@ class Lowering:
     parameters: dict[str, Array] = field(default_factory=dict)
     packed: dict[str, list[tuple[str, Packing | SparsePacking]]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    # Operators whose weight is stored in other bits than their kernel reads -> what makes it of these, packed as told.
+    coded: dict[str, Callable[[Packing], Any]] = field(default_factory=dict)
+    prepared: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.builder = relax.BlockBuilder()
@@ -168,6 +173,10 @@ class Lowering:
 
     def pack(self, state: ir.Rewrite, name: str, weights: Sequence[tuple[Array, Packing | SparsePacking]]) -> list[Any]:
         """Parameters for the first constants of operator `name`: its weight, and what is packed with it."""
+        if name in self.coded:
+            ((_, packing),) = weights
+            assert isinstance(packing, Packing)
+            return [self.coded[name](packing)]
         suffixes = ("weight", "scales", "zero_points")
         made = [self.parameter(state, f"{name}_{s}", p.pack(w)) for s, (w, p) in zip(suffixes, weights, strict=False)]
         self.packed[name] = [(str(var.name), packing) for var, (_, packing) in zip(made, weights, strict=True)]

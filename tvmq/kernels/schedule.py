@@ -8,6 +8,7 @@ import tvm
 from tvm import relax, s_tir, tirx
 
 from tvmq.kernels import builder, memory, pipeline
+from tvmq.kernels.prepare import PREPARE
 from tvmq.target import Target
 
 # A parallel loop is worth its start above this many elements.
@@ -16,6 +17,7 @@ _GRAIN = 2048
 
 def schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """A lowered module with every remaining operator legalized, fused and scheduled: calls of kernels only."""
+    entries = {str(var.name_hint) for var in module.get_global_vars()}
     with target.tvm_target(), tvm.transform.PassContext(opt_level=3):
         legal = tvm.transform.Sequential(
             [
@@ -26,7 +28,7 @@ def schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
                 relax.transform.FoldConstant(),
                 relax.transform.FuseOps(),
                 relax.transform.FuseTIR(),
-                relax.transform.DeadCodeElimination(["main"]),
+                relax.transform.DeadCodeElimination([name for name in ("main", PREPARE) if name in entries]),
                 relax.transform.RewriteDataflowReshape(),
             ]
         )(module)

@@ -11,6 +11,8 @@ where it is: tiles at its border take zeros from outside. Weights are transforme
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -291,6 +293,22 @@ def _both_ways(patch: list[list[Expr]], one: Any) -> list[Expr]:
     columns = [[T.Bind(value) for value in one([row[j] for row in patch])] for j in range(len(patch))]
     rows = [[column[i] for column in columns] for i in range(len(columns[0]))]
     return [value for row in rows for value in one(row)]
+
+
+def transformed(taps: list[list[Expr]], m: int) -> list[Expr]:
+    """The components of 3 x 3 weights, row by row, in their own precision: what `transform` computes."""
+    return _both_ways(taps, lambda column: [_combined(column, factors) for factors in G[m]])
+
+
+def _combined(values: Sequence[Expr], factors: Array) -> Expr:
+    """The sum of values times factors, without those that are zero."""
+    lanes = values[0].ty.dtype.lanes
+    terms = [
+        value if factor == 1 else value * builder.number(float(factor), FLOAT, lanes)
+        for value, factor in zip(values, factors, strict=True)
+        if factor
+    ]
+    return functools.reduce(operator.add, terms)
 
 
 def _input2(d: Sequence[Expr]) -> list[Expr]:

@@ -131,7 +131,7 @@ def _verified(executor: Executor, bundle: Bundle, device: str, inputs: object, s
     unchecked: list[str] = []
     saved: Path | None = None
     runner = StepRunner(bundle, executor.session, executor.library)
-    tensors = {name: executor.session.tensor(array) for name, array in bundle.parameters().items()}
+    tensors = executor.tensors()
     tensors.update(
         {spec.name: executor.session.tensor(a) for spec, a in zip(bundle.signature.inputs, arrays, strict=True)}
     )
@@ -196,8 +196,8 @@ def _graph(bundle: Bundle) -> tuple[tvm.IRModule, list[Array]]:
     ops.register()
     module = tvm.ir.load_json(bundle.members[bundles.ORACLE].decode())
     weights = _weights(bundle)
-    dtypes = [ir.dtype_of(param) for param in ir.main(module).params[-len(weights) :]] if weights else []
-    return module, [_stored_as(weight, dtype) for weight, dtype in zip(weights, dtypes, strict=True)]
+    params = ir.main(module).params[-len(weights) :] if weights else []
+    return module, [_stored_as(weight, param) for weight, param in zip(weights, params, strict=True)]
 
 
 def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
@@ -208,21 +208,22 @@ def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
     return _Oracle(tensors, outputs, frozenset(tensors) - inexact)
 
 
-def _stored_as(weight: Array, dtype: str) -> Array:
-    """An unpacked weight as the oracle has it: packed ones hold the bits of bfloat16, Winograd's its float32 values."""
+def _stored_as(weight: Array, param: Any) -> Array:
+    """An unpacked weight as the oracle has it, matrices [K, N].
+
+    Packed ones hold the bits of bfloat16, Winograd's its float32 values.
+    """
+    if len(ir.shape_of(param)) == 2:
+        weight = weight.reshape(weight.shape[0], -1).T
+    dtype = ir.dtype_of(param)
     return weight.astype(dtype) if weight.dtype.kind == "f" else weight.view(dtype)
 
 
 def _weights(bundle: Bundle) -> list[Array]:
     """The oracle's weights, unpacked from the bundle's parameters, in the order of its own."""
     parameters = bundle.parameters()
-    weights = []
-    kinds: Mapping[str, str] = {row["name"]: row["kind"] for row in bundle.manifest["operators"]}
-    packed = [(name, entry) for name, entries in bundle.manifest["packed"].items() for entry in entries]
-    for name, entry in packed:
-        weight = packing_of(entry).unpack(parameters[entry["parameter"]])
-        weights.append(weight.reshape(weight.shape[0], -1).T if kinds.get(name) == "matmul" else weight)
-    return weights
+    packed = [entry for entries in bundle.manifest["packed"].values() for entry in entries]
+    return [packing_of(entry).unpack(parameters[entry["parameter"]]) for entry in packed]
 
 
 def _compare(name: str, step: Step, want: Array, got: Array, exact: bool) -> OpCheck:

@@ -33,8 +33,8 @@ def _matmul(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(product, args[2:], ops.epilogue_of(call))
 
 
-def _dequantize_groups(_call: Any, args: list[Array]) -> Array:
-    return groups.dequantize_groups(*args)
+def _dequantize_groups(call: Any, args: list[Array]) -> Array:
+    return groups.weight_of(groups.dequantize_groups(*args), ir.shape_of(call))
 
 
 def _grouped_matmul(call: Any, args: list[Array]) -> Value:
@@ -42,8 +42,8 @@ def _grouped_matmul(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(product, args[3:], ops.epilogue_of(call))
 
 
-def _dequantize_asymmetric(_call: Any, args: list[Array]) -> Array:
-    return groups.dequantize_asymmetric(*args)
+def _dequantize_asymmetric(call: Any, args: list[Array]) -> Array:
+    return groups.weight_of(groups.dequantize_asymmetric(*args), ir.shape_of(call))
 
 
 def _asymmetric_matmul(call: Any, args: list[Array]) -> Value:
@@ -57,8 +57,8 @@ def _embedding(_call: Any, args: list[Array]) -> Array:
     return numerics.dequantize(table[rows], scales[rows][..., None], 0)
 
 
-def _dequantize_places(_call: Any, args: list[Array]) -> Array:
-    return tables.dequantize(*args)
+def _dequantize_places(call: Any, args: list[Array]) -> Array:
+    return groups.weight_of(tables.dequantize(*args), ir.shape_of(call))
 
 
 def _lookup_matmul(call: Any, args: list[Array]) -> Value:

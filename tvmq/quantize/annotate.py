@@ -5,7 +5,7 @@
 
 What a layer with int16 activations reads has a pair of int16, behind the kernel that makes it or before the layer. A
 linear layer with dynamic precision reads rows that are quantized and dequantized (one pair for all layers that read the
-tensor); one with weight-only precision reads its input as it is, and a weight that is dequantized by groups. What
+tensor); a layer with weight-only precision reads its input as it is, and a weight that is dequantized by groups. What
 becomes of products of two activations, products.py tells.
 
 The result is a float program: run as it is, it simulates quantization. It depends on the recipe and the table, not on
@@ -23,16 +23,17 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from tvmq import ir, op_calls
+from tvmq import ir
 from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
 from tvmq.graph.pairs import CHANNEL_AXIS
-from tvmq.quantize import groups, numerics, products, rounding, tables, weights
+from tvmq.quantize import numerics, products, weights
+from tvmq.quantize.coded import coded
 from tvmq.quantize.kept import as_product
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
 from tvmq.recipe import Recipe
-from tvmq.recipe_values import Precision, WeightLevels
+from tvmq.recipe_values import Precision
 
 Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
@@ -89,9 +90,9 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_half(ir.to_numpy(new.args[1]), plan.half)), "float32")
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
-        elif old in plan.linear:
+        elif old in plan.float_ends:
             layer = plan.recipes.get(old, recipe)
-            new = _linear(state, name, new, plan.linear[old], layer, pairs, seen.get(str(old.name)))
+            new = _linear(state, name, new, plan.float_ends[old], layer, pairs, seen.get(str(old.name)))
         elif old in plan.embeddings:
             new = _embedding(state, name, new)
         elif old in plan.products:
@@ -142,36 +143,14 @@ def _linear(
     pairs: Pairs,
     seen: Array | None,
 ) -> Any:
-    """The matmul `call` with dynamic or weight-only precision; `pairs` keeps the twins of what it reads."""
+    """The layer `call` with dynamic or weight-only precision; `pairs` keeps the twins of what it reads."""
     x, weight = call.args[0], ir.to_numpy(call.args[1])
     if precision is Precision.INT8_DYNAMIC:
         twin = _weight(weight, 1, 0.0, recipe, seen)
         x = pairs.by_row(state, x)
-    elif precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP:
-        twin = _places(weight, recipe, seen)
     else:
-        bits, group = 4 if precision is Precision.INT4_WEIGHT else 8, recipe.weight_group(precision) or weight.shape[0]
-        if recipe.weight_levels is WeightLevels.ASYMMETRIC:
-            twin = _asymmetric(weight, bits, group, seen)
-            return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
-        scales = groups.group_scales(weight, bits, group)
-        if seen is not None:
-            quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[bits])
-        else:
-            quantized = groups.quantize_groups(weight, scales, bits)
-        twin = op_calls.dequantize_groups(ir.constant(quantized), ir.constant(scales), bits=bits)
+        twin = coded(weight, precision, recipe, seen)
     return relax.Call(call.op, [x, state.emit(twin, f"{name}_weight")], call.attrs)
-
-
-def _asymmetric(weight: Array, bits: int, group: int, seen: Array | None) -> Any:
-    """`dequantize_asymmetric` of a weight [K, N]."""
-    scales, zero_points = groups.asymmetric_groups(weight, bits, group)
-    if seen is not None:
-        limits, zeros = groups.ASYMMETRIC_RANGE[bits], groups.each(zero_points, weight)
-        quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *limits, zero_points=zeros)
-    else:
-        quantized = groups.quantize_asymmetric(weight, scales, zero_points, bits)
-    return op_calls.dequantize_asymmetric(*(ir.constant(part) for part in (quantized, scales, zero_points)), bits=bits)
 
 
 def _embedding(state: ir.Rewrite, name: str, call: Any) -> Any:
@@ -181,18 +160,6 @@ def _embedding(state: ir.Rewrite, name: str, call: Any) -> Any:
     parts = (numerics.quantize_weight(table, scales, 0), scales, np.zeros(scales.shape, np.int8))
     twin = relax.op.dequantize(*(ir.constant(part) for part in parts), axis=0)
     return relax.Call(call.op, [state.emit(twin, f"{name}_table"), call.args[1]], call.attrs)
-
-
-def _places(weight: Array, recipe: Recipe, seen: Array | None) -> Any:
-    """`dequantize_places` of a weight [K, N]."""
-    group = recipe.weight_group(Precision.INT4_WEIGHT) or weight.shape[0]
-    scales = tables.table_scales(weight, recipe.weight_levels, group)
-    table = tables.table_of(weight, scales, recipe.weight_levels)
-    if seen is not None:
-        quantized = rounding.gptq(weight, groups.each(scales, weight), seen, *groups.RANGE[4], table=table[0])
-    else:
-        quantized = tables.quantize(weight, scales, table)
-    return op_calls.dequantize_places(ir.constant(quantized), ir.constant(scales), ir.constant(table))
 
 
 def _product(state: ir.Rewrite, name: str, value: Any, call: Any, plan: Plan, pairs: Pairs) -> Any:

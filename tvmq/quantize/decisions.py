@@ -10,8 +10,9 @@ import tvm
 
 from tvmq import ir, ops
 from tvmq.graph.fusion import Chain, find_chains, has_batch_matmul_kernel, has_embedding_kernel
+from tvmq.quantize import tables
 from tvmq.recipe import Recipe
-from tvmq.recipe_values import Precision, WeightLevels
+from tvmq.recipe_values import WEIGHT_ONLY, Precision, WeightLevels
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,33 @@ def with_levels(reason: str, chain: Chain | None, recipe: Recipe, recipes: Mappi
         return reason
     said = simulated_levels(recipes.get(chain.anchor, recipe))
     return f"{reason}; {said}" if said else reason
+
+
+def not_coded(chain: Chain, precision: Precision, recipe: Recipe) -> str | None:
+    """Why the weight of a layer with dynamic or weight-only precision stays float32; None where it does not."""
+    shape, group = ir.shape_of(chain.call.args[1]), recipe.weight_group(precision)
+    if precision is Precision.INT8_DYNAMIC:
+        return None
+    if chain.kind == "conv2d":
+        return "its channels read one channel each: such few weights stay floats" if shape[3] == 1 else None
+    if group is not None and shape[0] % group:
+        return f"its {shape[0]} inputs are no multiple of the group size, {group}"
+    return None
+
+
+def coding_of(chain: Chain, precision: Precision, recipe: Recipe) -> str:
+    """What `explain` says of a layer with dynamic or weight-only precision."""
+    said = []
+    if precision in WEIGHT_ONLY:
+        if recipe.weight_levels in tables.LOOKED_UP:
+            said.append(f"{recipe.weight_levels.value} levels, from a table")
+        elif recipe.weight_levels is WeightLevels.ASYMMETRIC:
+            said.append("asymmetric: groups have zero points")
+        elif recipe.weight_levels is WeightLevels.STOCHASTIC:
+            said.append("stochastic rounding")
+        if chain.kind == "conv2d":
+            said.append("weights become float32 once, when the bundle is loaded")
+    return "; ".join(said)
 
 
 def simulated_levels(recipe: Recipe) -> str | None:

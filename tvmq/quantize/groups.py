@@ -1,19 +1,22 @@
-"""Weight-only quantization of linear layers in NumPy: integers of 8 or 4 bits with a scale a group of inputs.
+"""Weight-only quantization of layers in NumPy: integers of 8 or 4 bits with a scale a group of inputs.
 
     w [K, N]  ->  q int8 [K, N], scales bfloat16 [K / group, N],  w ~ q * scales[k // group]
     asymmetric:   zero points int8 [K / group, N] besides,        w ~ (q - zero_points[k // group]) * scales[k // group]
 
 Scales are bfloat16, since a group of 32 4-bit weights would spend a fifth of its bytes on a float32; q is chosen after
-the scale was rounded, so that rounding costs no accuracy. The layer is `x @ (q * scales)` in float32, in any order.
+the scale was rounded, so that rounding costs no accuracy. The layer is `x @ (q * scales)` in float32, in any order. The
+matrix of a convolution has its taps and channels along K, and rows of zeros that make the last group whole.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tvmq.quantize import rounding
 from tvmq.quantize.numerics import F32, TINY_SCALE, to_bfloat16, widened
 
 Array = npt.NDArray[Any]
@@ -21,6 +24,19 @@ Array = npt.NDArray[Any]
 RANGE = {8: (-127, 127), 4: (-8, 7)}
 # Those with zero points use all of either.
 ASYMMETRIC_RANGE = {8: (-128, 127), 4: (-8, 7)}
+
+
+def matrix_of(weight: Array, group: int | None) -> Array:
+    """A weight as [K, N]: a linear layer's is that; a convolution's [O, kh, kw, I] has zeros up to whole groups."""
+    if weight.ndim == 2:
+        return weight
+    matrix = weight.reshape(len(weight), -1).T
+    return np.pad(matrix, ((0, -len(matrix) % (group or 1)), (0, 0)))
+
+
+def weight_of(matrix: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `matrix_of`, for a weight of `shape`."""
+    return matrix if len(shape) == 2 else np.ascontiguousarray(matrix[: math.prod(shape[1:])].T).reshape(shape)
 
 
 def group_scales(weight: Array, bits: int, group: int) -> Array:
@@ -36,11 +52,21 @@ def group_scales(weight: Array, bits: int, group: int) -> Array:
     return to_bfloat16(np.where(np.abs(scales) > TINY_SCALE, scales, F32(1)))
 
 
-def quantize_groups(weight: Array, scales: Array, bits: int) -> Array:
-    """`clip(nearbyint(w / s))`, int8 [K, N]."""
+def clipped(weight: Array, scales: Array, bits: int) -> Array:
+    """`scales`, each shrunk as `rounding.clipped_scales` says."""
+    count, channels = scales.shape
+    columns = np.moveaxis(weight.reshape(count, -1, channels), 1, 0).reshape(-1, count * channels)
+    found = rounding.clipped_scales(columns, widened(scales).ravel(), *RANGE[bits])
+    return to_bfloat16(found.reshape(scales.shape))
+
+
+def quantize_groups(weight: Array, scales: Array, bits: int, *, stochastic: bool = False, seed: int = 0) -> Array:
+    """`clip(nearbyint(w / s))`, int8 [K, N]; stochastic: rounded up with the probability of the rest."""
     low, high = RANGE[bits]
     grouped = weight.reshape(scales.shape[0], -1, weight.shape[1]).astype(F32)
-    return np.asarray(np.clip(np.rint(grouped / widened(scales)[:, None]), low, high), np.int8).reshape(weight.shape)
+    units = grouped / widened(scales)[:, None]
+    whole = np.floor(units + np.random.default_rng(seed).random(units.shape)) if stochastic else np.rint(units)
+    return np.asarray(np.clip(whole, low, high), np.int8).reshape(weight.shape)
 
 
 def dequantize_groups(q: Array, scales: Array) -> Array:

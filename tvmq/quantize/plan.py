@@ -4,7 +4,7 @@ Convolutions and matmuls with constant weights pull their inputs into int8. Ever
 concat) is integer where all that it reads is produced by integer operators already: it never adds a conversion (but see
 carried.py).
 Layers with int16 activations pull their inputs into int16, whatever else reads these, and give what their readers want.
-Linear layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone. Products of
+Layers with dynamic or weight-only precision read and give floats, and leave their neighbours alone. Products of
 two activations pull both into int8 where a recipe asks for it.
 What is to be floats of 16 bits is decided in narrow.py, and what `auto` asks for in auto.py.
 """
@@ -20,16 +20,16 @@ import tvm
 from tvmq import ir
 from tvmq.errors import RecipeError
 from tvmq.graph.fusion import Chain, find_chains, has_embedding_kernel, product_kind
-from tvmq.quantize import auto, numerics, products, tables, wide
+from tvmq.quantize import auto, numerics, products, wide
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.carried import carried
-from tvmq.quantize.decisions import Decision, kind_of, with_levels
+from tvmq.quantize.decisions import Decision, coding_of, kind_of, not_coded, with_levels
 from tvmq.quantize.kept import factor, keeps_integers, qparams_behind
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, Rule
-from tvmq.recipe_values import DEFAULT_KINDS, HALVES, KINDS, LINEAR, PowerOfTwo, Precision, WeightLevels
+from tvmq.recipe_values import DEFAULT_KINDS, FLOAT_ENDS, HALVES, KINDS, PowerOfTwo, Precision
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Plan:
     """`qparams`: the variables to quantize. `integer`: chain ends and other variables computed in integers.
 
     `produced`: the quantized variables whose producer is integer, so that float readers see them dequantized.
-    `narrow`: variables computed in floats of 16 bits, which are `half`; `stored`: those to be stored so. `linear`:
-    anchors of linear layers with dynamic or weight-only precision. `wide`: what layers with int16 activations (anchors:
+    `narrow`: variables computed in floats of 16 bits, which are `half`; `stored`: those to be stored so. `float_ends`:
+    anchors of layers with dynamic or weight-only precision. `wide`: what layers with int16 activations (anchors:
     `wide_layers`) read -> its scale; `made_wide`: those of them whose kernel makes int16. `products`: products of two
     activations, and attentions, with int8 or int8-dynamic. `embeddings`: lookups in tables of int8. `unused`: the
     patterns of rules that no operator comes to. `recipes`: anchors with weights that a rule gives another recipe than
@@ -51,7 +51,7 @@ class Plan:
     produced: frozenset[Any]
     narrow: frozenset[Any]
     stored: frozenset[Any]
-    linear: Mapping[Any, Precision]
+    float_ends: Mapping[Any, Precision]
     wide: Mapping[Any, float]
     wide_layers: frozenset[Any]
     made_wide: frozenset[Any]
@@ -98,7 +98,7 @@ class _Planner:
         self.wanted: set[Any] = set()
         self.asked: set[Any] = set()  # for floats of 16 bits
         self.half = Precision.BF16  # which they are
-        self.linear: dict[Any, Precision] = {}
+        self.float_ends: dict[Any, Precision] = {}
         self.wide: dict[Any, float] = {}
         self.wide_layers: set[Any] = set()
         self.products: dict[Any, Precision] = {}
@@ -129,7 +129,7 @@ class _Planner:
             produced=produced,
             narrow=narrowed.computed,
             stored=narrowed.stored,
-            linear=self.linear,
+            float_ends=self.float_ends,
             wide=self.wide,
             wide_layers=frozenset(self.wide_layers),
             made_wide=made_wide,
@@ -149,8 +149,8 @@ class _Planner:
             self._ask(var, precision)
             self._note(var, kind, precision, why)
             return
-        if chain is not None and precision in LINEAR:
-            self._decide_linear(chain, precision)
+        if chain is not None and precision in FLOAT_ENDS:
+            self._decide_float_ends(chain, precision)
             return
         if chain is not None and precision is Precision.INT16:
             self._decide_wide(chain)
@@ -204,7 +204,7 @@ class _Planner:
             x = self.values[x].args[0]
         made = self.decisions[x].precision if x in self.decisions else Precision.FP32
         # int16 layers make what their readers want.
-        return {Precision.INT16: Precision.INT8, **dict.fromkeys(LINEAR, Precision.FP32)}.get(made, made)
+        return {Precision.INT16: Precision.INT8, **dict.fromkeys(FLOAT_ENDS, Precision.FP32)}.get(made, made)
 
     def _recipe_precision(self, chain: Chain | None, var: Any, call: Any) -> tuple[Precision | None, str]:
         if chain is not None:
@@ -234,21 +234,14 @@ class _Planner:
             self.used.add(rule)
         return names
 
-    def _decide_linear(self, chain: Chain, precision: Precision) -> None:
-        """A linear layer with dynamic or weight-only precision: float where its weight has no whole groups."""
+    def _decide_float_ends(self, chain: Chain, precision: Precision) -> None:
+        """A layer with dynamic or weight-only precision."""
         recipe = self.recipes.get(chain.anchor, self.recipe)
-        depth, group = ir.shape_of(chain.call.args[1])[0], recipe.weight_group(precision)
-        if precision is not Precision.INT8_DYNAMIC and group is not None and depth % group:
-            reason = f"its {depth} inputs are no multiple of the group size, {group}"
-            self._note(chain.end, chain.kind, Precision.FP32, reason)
+        if declined := not_coded(chain, precision, recipe):
+            self._note(chain.end, chain.kind, Precision.FP32, declined)
             return
-        self.linear[chain.anchor] = precision
-        reason = ""
-        if precision is Precision.INT4_WEIGHT and recipe.weight_levels in tables.LOOKED_UP:
-            reason = f"{recipe.weight_levels.value} levels, from a table"
-        elif precision is not Precision.INT8_DYNAMIC and recipe.weight_levels is WeightLevels.ASYMMETRIC:
-            reason = "asymmetric: groups have zero points"
-        self._note(chain.end, chain.kind, precision, reason)
+        self.float_ends[chain.anchor] = precision
+        self._note(chain.end, chain.kind, precision, coding_of(chain, precision, recipe))
 
     def _decide_wide(self, chain: Chain) -> None:
         """A layer with int16 activations: it makes floats, int16, or int8, as its readers want."""

@@ -6,8 +6,9 @@
 Rows that are quantized for dynamic linear layers are results of the kernel that makes them, where that sees whole rows,
 else of a map; the epilogue of such a layer multiplies by the scale of its row. Chains without QDQ become float tvmq
 operators in the same way, so that one pass does all fusion; conversions to 16 bits and back say what float operators
-read and make. 8-bit activations are stored as `storage` asks ("int8", or "uint8" = the same number plus 128): the
-values that they stand for are the same; int16 ones are as they are.
+read and make. Weights in groups are operands of linear layers as they are; convolutions read what these are dequantized
+to. 8-bit activations are stored as `storage` asks ("int8", or "uint8" = the same number plus 128): the values that they
+stand for are the same; int16 ones are as they are.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ class _Realizer:
             return None
         weight = None
         if chain.kind in CHANNEL_AXIS:
-            weight = self._weight(chain)
+            weight = self._weight(state, chain)
             if weight is None:
                 return None
             x = x or self._source_rows(state, chain.x)
@@ -246,7 +247,7 @@ class _Realizer:
             sums.steps.append(tail)
         return self._anchor(chain, weight, sums)
 
-    def _weight(self, chain: Chain) -> _Weight | None:
+    def _weight(self, state: ir.Rewrite, chain: Chain) -> _Weight | None:
         """The weight of a chain; None where it is no constant, or quantized in another way than `annotate` does."""
         expr = chain.call.args[1]
         if ir.is_constant(expr):
@@ -254,6 +255,8 @@ class _Realizer:
         call: Any = self.values.get(expr)
         if ir.is_call(call, "astype") and ir.is_constant(call.args[0]) and ir.dtype_of(call.args[0]) in numerics.HALVES:
             return _Weight(call.args[0], None)
+        if chain.kind == "conv2d" and ir.is_call(call, *ops.DEQUANTIZERS):
+            return _Weight(state.new_of[expr], None)
         if ir.is_call(call, "tvmq.dequantize_groups"):
             return _Weight(call.args[0], None, (call.args[1], ops.attributes(call)["bits"]))
         if ir.is_call(call, "tvmq.dequantize_places"):

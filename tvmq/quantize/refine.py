@@ -28,7 +28,7 @@ from tvmq.quantize.mean_errors import MeanErrors, fingerprint
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.smooth import channel_factors, divided, smooth
 from tvmq.recipe import Recipe, wanted_precisions
-from tvmq.recipe_values import Algorithm, Precision, WeightLevels
+from tvmq.recipe_values import WEIGHT_ONLY, Algorithm, Precision, WeightLevels
 
 Array = npt.NDArray[Any]
 Samples = Callable[[], Iterable[tuple[Array, ...]]]
@@ -59,7 +59,7 @@ def reshaped(
 
 def products_of(module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Samples) -> dict[str, Array]:
     """What GPTQ wants to know of the inputs of planned layers; nothing where the recipe asks for it nowhere."""
-    planned = [c for c in _weighted(plan) if c.end in plan.integer or c.anchor in plan.linear]
+    planned = [c for c in _weighted(plan) if c.end in plan.integer or c.anchor in plan.float_ends]
     asked = [chain for chain in planned if Algorithm.GPTQ in plan.recipes.get(chain.anchor, recipe).algorithms]
     asked = [chain for chain in asked if _one_by_one(plan.recipes.get(chain.anchor, recipe))]
     return input_products(module, asked, samples()) if asked else {}
@@ -155,6 +155,11 @@ def _one_by_one(layer: Recipe) -> bool:
     return layer.weight_levels is not WeightLevels.VECTOR_CODEBOOK
 
 
+def _has_steps(layer: Recipe) -> bool:
+    """Whether the scales of a weight-only layer may be clipped."""
+    return layer.weight_levels in (WeightLevels.NONE, WeightLevels.UNIFORM, WeightLevels.STOCHASTIC)
+
+
 def _weighted(plan: Plan) -> list[Chain]:
     return [chain for chain in plan.chains if chain.kind in CHANNEL_AXIS]
 
@@ -168,13 +173,14 @@ def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple
     simulated = layers_with(plan, recipe)
     planned = [chain.anchor for chain in _weighted(plan) if chain.end in plan.integer]
     static = [layers[anchor] for anchor in planned if anchor not in plan.wide_layers]
-    dynamic = (anchor for anchor, given in plan.linear.items() if given is Precision.INT8_DYNAMIC)
+    dynamic = (anchor for anchor, given in plan.float_ends.items() if given is Precision.INT8_DYNAMIC)
     by_channel = [layers[anchor] for anchor in (*planned, *dynamic)]
+    grouped = [layers[a] for a, given in plan.float_ends.items() if given in WEIGHT_ONLY and _has_steps(layers[a])]
     uniform = [layer for layer in simulated.values() if layer.weight_levels is WeightLevels.UNIFORM]
     useful = {
-        Algorithm.CLIP_WEIGHTS: [*by_channel, *uniform],
+        Algorithm.CLIP_WEIGHTS: [*by_channel, *grouped, *uniform],
         Algorithm.SQUANT: by_channel,
-        Algorithm.GPTQ: [*(layers[a] for a in (*planned, *plan.linear) if _one_by_one(layers[a])), *uniform],
+        Algorithm.GPTQ: [*(layers[a] for a in (*planned, *plan.float_ends) if _one_by_one(layers[a])), *uniform],
         **dict.fromkeys(CORRECTIONS, static),
     }
 
@@ -183,6 +189,6 @@ def unused_algorithms(module: tvm.IRModule, plan: Plan, recipe: Recipe) -> tuple
             return True  # it does what there is to do
         if algorithm in useful:
             return any(algorithm in layer.algorithms for layer in useful[algorithm])
-        return bool(planned or plan.linear or simulated) and bool(Channels(module).groups)
+        return bool(planned or plan.float_ends or simulated) and bool(Channels(module).groups)
 
     return tuple(algorithm.value for algorithm in recipe.all_algorithms if not used(algorithm))

@@ -12,11 +12,13 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.deploy.executor import prepare
 from tvmq.deploy.permission import ask
 from tvmq.deploy.session import LocalSession
 from tvmq.kernels import tiles
 from tvmq.kernels.decision import Records
 from tvmq.kernels.lower import lower
+from tvmq.kernels.prepare import PREPARE, split
 from tvmq.kernels.schedule import build, schedule
 from tvmq.recipe import Recipe
 from tvmq.target import Target
@@ -56,14 +58,18 @@ def latencies(
 
 def _inference(session: LocalSession, realized: Any, target: Target, recipe: Recipe, records: Records | None) -> Any:
     """A function that runs the model on zeros."""
-    lowered = lower(realized, target, winograd=recipe.winograd, sparse=recipe.sparse, records=records)
+    lowered = split(lower(realized, target, winograd=recipe.winograd, sparse=recipe.sparse, records=records))
     machine = relax.VirtualMachine(build(schedule(lowered.module, target), target), tvm.cpu())
     if any(str(var.name_hint) == tiles.PERMISSION for var in lowered.module.get_global_vars()):
         ask(session, machine.module, "tuning")
+    weights = [session.tensor(value) for value in lowered.parameters.values()]
+    if lowered.prepared:
+        count = len(weights) - len(lowered.module[PREPARE].params)
+        weights = [*weights[:count], *prepare(machine, weights[count:])]
     params = ir.main(lowered.module).params
-    inputs = params[: len(params) - len(lowered.parameters)]
+    inputs = params[: len(params) - len(weights)]
     values = [np.zeros(ir.shape_of(x), ir.dtype_of(x)) for x in inputs]
-    machine.set_input("main", *(session.tensor(value) for value in (*values, *lowered.parameters.values())))
+    machine.set_input("main", *(session.tensor(value) for value in values), *weights)
     invoke = machine.module["invoke_stateful"]
     return lambda: invoke("main")
 
