@@ -125,14 +125,25 @@ def test_by_default_uneven_channels_are_rescaled_where_they_are_read_as_integers
     assert reshaped_by(rules=[Rule("conv2d#0", "int8")]) is not case.module
 
 
+PRELU = nn.PReLU(16)
+with torch.no_grad():
+    PRELU.weight.copy_(torch.linspace(-0.2, 0.9, 16))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "activation"),
-    [("equalize", functional.relu), ("equalize", functional.leaky_relu), ("smooth", functional.relu)],
+    [
+        ("equalize", functional.relu),
+        ("equalize", functional.leaky_relu),
+        ("equalize", PRELU),
+        ("smooth", functional.relu),
+    ],
 )
 def test_uneven_channels_become_even_and_accurate(make_a_case, algorithm: str, activation: Callable) -> None:
     torch.manual_seed(0)
     case = make_a_case(Uneven(activation), (1, 4, 9, 9))
     module = equalize(case.module) if algorithm == "equalize" else smooth(case.module, case.batches, 0.5)
+    _assert_same(case, module)
     (hidden,) = (str(var.name) for group in Channels(case.module).groups.values() for var in group.read)
     spreads = []
     for m in (case.module, module):

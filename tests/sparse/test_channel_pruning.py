@@ -99,6 +99,20 @@ def test_layers_that_are_skipped_keep_their_residuals_whole() -> None:
     assert shapes["0"] == (8, 27) and shapes["1.down"] == (8, 12)
 
 
+@pytest.mark.parametrize("slopes", [1, 8])
+def test_channels_and_their_slopes_go_together(slopes: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.PReLU(slopes), nn.Conv2d(8, 5, 1)).eval()
+    with torch.no_grad():
+        net[0].weight[1::2] = 0.0
+        net[1].weight.copy_(torch.linspace(-0.2, 0.9, slopes))
+    model = tvmq.import_model(net, torch.randn(2, 3, 8, 8))
+    pruned = prune(model, Pruning(method="channels", density=0.5))
+    assert pruned.densities == {"0": 0.5}
+    for found, want in zip(*(interpret.run(one.module, model.example) for one in (pruned.model, model)), strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-6)
+
+
 def test_what_is_not_understood_stays_whole() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 3))
     model = tvmq.import_model(net.eval(), torch.randn(2, 6))

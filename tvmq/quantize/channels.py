@@ -3,10 +3,10 @@
     y = conv(x, w) + b;  z = conv2(relu(y), v)
       ->  y / s = conv(x, w / s) + b / s;  z = conv2(relu(y / s), v * s)         for any s > 0, one number a channel
 
-A group holds tensors that share their channels' scales: an anchor's result and what additions, ReLU and pooling make of
-it. It can be rescaled where nothing but convolutions, linear layers and layer norms with constants makes it, and
-nothing but convolutions and linear layers with constants reads it. Depthwise convolutions end one group and begin
-another. Channels are the last axis.
+A group holds tensors that share their channels' scales: an anchor's result and what additions, ReLU (leaky ones and
+PReLU too) and pooling make of it. It can be rescaled where nothing but convolutions, linear layers and layer norms with
+constants makes it, and nothing but convolutions and linear layers with constants reads it. Depthwise convolutions end
+one group and begin another. Channels are the last axis.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
+from tvmq.graph import composites
+from tvmq.graph.composites import ChannelLeak, Leak
 
 Array = npt.NDArray[Any]
 # Operators whose results scale as what they read: max and mean of positive multiples.
@@ -45,6 +47,7 @@ class Channels:
         self.values = dict(ir.bindings(module))
         self._parent: dict[Any, Any] = {}
         self._fixed: set[Any] = set()
+        self._leaky = _leaky(module, self.values)
         makers: dict[Any, list[Any]] = {}
         readers: dict[Any, list[Any]] = {}
         for param in ir.main(module).params:
@@ -106,7 +109,7 @@ class Channels:
         elif ir.is_call(call, "add") and all(_same_shape(arg, call) for arg in call.args):
             for arg in call.args:
                 self._join(var, arg)
-        elif ir.is_call(call, *_KEEP) and _keeps_channels(call):
+        elif var in self._leaky or (ir.is_call(call, *_KEEP) and _keeps_channels(call)):
             self._join(var, call.args[0])
         else:
             self._fix(var)
@@ -171,6 +174,16 @@ def is_scalable_norm(call: Any) -> bool:
     ndim = len(ir.shape_of(call))
     last = [int(axis) % ndim for axis in call.attrs.axes] == [ndim - 1]
     return last and all(ir.is_constant(arg) for arg in call.args[1:])
+
+
+def _leaky(module: tvm.IRModule, values: Mapping[Any, Any]) -> set[Any]:
+    """What PReLUs are taken apart to, but for the sums: each scales as what it reads, whatever its channel's slope."""
+    readers, found = ir.users(module), set[Any]()
+    for running in readers:
+        composite = composites.find(running, values, readers, alone=False)
+        if composite is not None and isinstance(composite[1], Leak | ChannelLeak):
+            found.update(composite[0][:-1])
+    return found
 
 
 def _is_anchor(call: Any) -> bool:
