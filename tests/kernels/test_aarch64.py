@@ -83,6 +83,7 @@ def float_arithmetic() -> list[Case]:
         a_map("bias", q, (ops.Dequantize(0.0117, 3), ops.Bias(), ops.Multiply(33.3), last), (bias,)),
         a_map("residual", q, (ops.Dequantize(0.0117, 3), ops.Residual(), ops.Multiply(33.3), last), (), (added,)),
         a_map("fused", q, (ops.Dequantize(0.3, 3), ops.Residual(0.77, -8), last), (), (q[::-1].copy(),)),
+        a_map("leak_by_channel", q, (ops.Dequantize(0.3, 3), ops.ChannelLeak(), last), (bias,)),
     ]
     for name in functions.ACTIVATIONS:
         steps = (ops.Dequantize(0.047, 3), ops.Activate(name), ops.Multiply(77.7), last)
