@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from tvm.error import InternalError
 from waiting import is_alive, wait_until
 
 from tvmq import zoo
@@ -183,6 +184,20 @@ def test_a_stock_that_fails_is_told_beside_what_tvmq_came_to(monkeypatch):
     (row,) = found.rows
     assert row.tvmq.ms > 0 and row.tvmq.untuned_ms > 0 and row.stock.ms is None
     assert found.to_markdown().rstrip().endswith("| stock MetaSchedule: expected to tune until told, saw its end |")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_stock_found_and_cannot_be_built_is_told(monkeypatch):
+    def fails(*_args: object) -> None:
+        raise InternalError("Traceback\n  File x\nInternalError: a buffer of no shape\n")
+
+    monkeypatch.setattr(stock, "missing", lambda: "")
+    monkeypatch.setattr(stock, "tune", lambda module, *_rest: stock.Found(module, CURVE, 7, 3, 2, 1))
+    monkeypatch.setattr(tuning_bench._Match, "_built", fails)
+    (row,) = tuning_bench.run(["tiny"], ["fp32"], threads=1, rounds=1).rows
+    assert row.stock.note == "stock: what it found cannot be built: InternalError: a buffer of no shape"
+    assert (row.stock.ms, row.stock.trials, row.stock.curve) == (None, 7, CURVE)
+    assert row.tvmq.ms > 0
 
 
 @pytest.mark.usefixtures("tiny")

@@ -96,8 +96,14 @@ def test_list_best_and_diff(target, tasks, tmp_path):
     assert [(row["a_ms"] is None, row["b_ms"] is None) for row in rows] == [(False, True), (True, False)]
 
 
-def test_no_log_of_that_name(tmp_path):
-    with pytest.raises(TuningError, match="tuning log nowhere: expected the files that tvmq tune writes, saw none"):
+def test_no_log_of_that_name(tmp_path, target, tasks):
+    said = (
+        "tuning log nowhere: expected the files that tvmq tune writes, saw none; tvmq tune makes one; those that are "
+    )
+    with pytest.raises(TuningError, match=f"{said}there: none$"):
+        logs.open_log("nowhere")
+    write(user_folder() / "mine", target, tasks[0], range(1))
+    with pytest.raises(TuningError, match=f"{said}there: mine$"):
         logs.open_log("nowhere")
     with pytest.raises(TuningError, match="expected one log or more"):
         logs.merge([], tmp_path)

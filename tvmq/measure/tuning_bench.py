@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import tvm
 from tvm import relax
 
 from tvmq import pipeline, zoo
+from tvmq.deploy.address import reason
 from tvmq.deploy.executor import load
 from tvmq.detect import detect_host
 from tvmq.errors import CheckFailed
@@ -220,13 +221,21 @@ class _Match:
         except CheckFailed as error:
             # What tvmq came to in its time is told all the same.
             return Side(note=str(error))
+        side = Side(trials=found.trials, seconds=self.seconds, curve=found.curve)
+        try:
+            runners["stock", ""] = self._built(found.module)
+        # LLVM, a pass, a schedule that it cannot apply: each of TVM's parts has its own.
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            return replace(side, note=f"stock: what it found cannot be built: {reason(error)}")
+        note = f"stock: {found.untouched} of {found.tasks} tasks without a trial" if found.untouched else ""
+        return replace(side, note=note)
+
+    def _built(self, module: tvm.IRModule) -> Run:
         with self.target.tvm_target():
-            library = tvm.compile(found.module, target=self.target.tvm_target())
+            library = tvm.compile(module, target=self.target.tvm_target())
         machine = relax.VirtualMachine(library, tvm.cpu())
         inputs = [tvm.runtime.tensor(np.ascontiguousarray(x)) for x in self.model.example]
-        runners["stock", ""] = lambda: machine["main"](*inputs)
-        note = f"stock: {found.untouched} of {found.tasks} tasks without a trial" if found.untouched else ""
-        return Side(trials=found.trials, seconds=self.seconds, curve=found.curve, note=note)
+        return lambda: machine["main"](*inputs)
 
     def _show(self, what: str) -> None:
         self._progress(f"{self.name} {self.precision.value}: {what}")

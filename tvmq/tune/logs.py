@@ -30,7 +30,9 @@ def open_log(folder: str | Path) -> Log:
     named = [path for path in known() if path.name == str(folder)]
     path = Path(folder) if database.read_identity(Path(folder)) is not None or not named else named[0]
     if database.read_identity(path) is None:
-        raise TuningError(f"tuning log {folder}", expected="the files that tvmq tune writes", seen="none")
+        names = ", ".join(dict.fromkeys(found.name for found in known())) or "none"
+        hint = f"tvmq tune makes one; those that are there: {names}"
+        raise TuningError(f"tuning log {folder}", expected="the files that tvmq tune writes", seen="none", hint=hint)
     return database.read(path)
 
 
