@@ -173,7 +173,9 @@ def test_operators_an_epilogue_cannot_hold_end_the_chain(graph):
         lambda emit, x: emit(op.mean(emit(op.reshape(x, (5, 5, 4)), "s"), [1, 2]), "m"),
         lambda emit, x: emit(op.nn.avg_pool2d(x, (2, 2), (2, 2), ceil_mode=True, layout="NHWC"), "p"),
         lambda emit, x: emit(op.nn.avg_pool2d(x, (2, 2), (2, 2)), "p"),  # NCHW
-        lambda emit, x: emit(op.add(x, _const(4)), "a"),  # a bias of nothing
+        lambda emit, x: emit(op.add(x, _const(5, 4)), "a"),
+        lambda emit, x: emit(op.multiply(x, _const(1)), "m"),
+        lambda emit, x: emit(op.subtract(_const(4), x), "s"),
         lambda emit, x: emit(op.nn.max_pool2d(x, (2, 2), layout="NHWC"), "p"),
         lambda emit, x: emit(op.nn.relu(emit(op.astype(x, "float64"), "d")), "r"),
         lambda emit, x: emit(op.nn.relu(emit(op.astype(x, "int32"), "i")), "r"),
@@ -181,6 +183,21 @@ def test_operators_an_epilogue_cannot_hold_end_the_chain(graph):
 )
 def test_what_starts_no_chain(graph, build):
     assert _chains(graph(build, SHAPE)) == []
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_constants_of_channels_start_chains(graph, swapped: bool):
+    def build(emit, x):
+        pooled = emit(op.nn.max_pool2d(x, (2, 2), layout="NHWC"), "p")
+        pair = (_const(4), pooled) if swapped else (pooled, _const(4))
+        return emit(op.nn.relu(emit(op.add(emit(op.multiply(*pair), "m"), _const(1)), "a")), "r")
+
+    module = graph(build, SHAPE)
+    (chain,) = find_chains(module)
+    assert _chains(module) == ["unary: m a r"] and _kinds(chain) == [TimesChannels, AddBias, Limit]
+    assert str(chain.x.name) == "p" and not chain.is_affine
+    (chain,) = find_chains(graph(lambda emit, x: emit(op.add(x, _const(4)), "a"), SHAPE))
+    assert chain.kind == "unary" and chain.is_affine
 
 
 @pytest.mark.parametrize("axes", [[0], [1], [2], [0, 1], [-2, -3], [0, 1, 2]])

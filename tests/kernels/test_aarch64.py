@@ -81,6 +81,7 @@ def float_arithmetic() -> list[Case]:
     last = ops.Quantize(3, -128, 127, "int8")
     cases = [
         a_map("bias", q, (ops.Dequantize(0.0117, 3), ops.Bias(), ops.Multiply(33.3), last), (bias,)),
+        a_map("affine", q, (ops.Dequantize(0.3, 3), ops.Scale(), ops.Bias(), last), (floats((33,), 7), bias)),
         a_map("residual", q, (ops.Dequantize(0.0117, 3), ops.Residual(), ops.Multiply(33.3), last), (), (added,)),
         a_map("fused", q, (ops.Dequantize(0.3, 3), ops.Residual(0.77, -8), last), (), (q[::-1].copy(),)),
         a_map("leak_by_channel", q, (ops.Dequantize(0.3, 3), ops.ChannelLeak(), last), (bias,)),

@@ -53,6 +53,7 @@ def test_every_integer_step(name: str, dtype: str) -> None:
             a_map("bias", acc, (ops.Bias(),), (bias,), out="int32"),
             a_map("scale", acc, (ops.Scale(),), (scale,)),
             a_map("bias_scale_quantize", acc, (ops.Bias(), ops.Scale(), to_integer), (bias, scale)),
+            a_map("affine", q, (ops.Dequantize(0.3, zero), ops.Scale(), ops.Bias(), to_integer), (scale * 1e6, bias)),
             a_map("dequantize", q, (ops.Dequantize(0.0123, zero),)),
             a_map("multiply", acc, (ops.Multiply(1e-6), to_integer)),
             a_map("narrow", acc, (ops.Multiply(1e-6), ops.Quantize(zero, zero, high - 3, dtype))),

@@ -134,7 +134,29 @@ class Curves(nn.Module):
         return self.c(self.slopes(functional.max_pool2d(y, 3, 1, 1)))
 
 
+class Dense(nn.Module):
+    """Batch norms behind concats, a pool and a mean; constants of channels without a kernel before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 3, 1), nn.Conv2d(9, 4, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (6, 9, 4))
+        for norm in self.norms:
+            for tensor in (norm.weight.data, norm.running_mean, norm.bias.data, norm.running_var):
+                nn.init.uniform_(tensor, 0.3, 1.5)
+        self.d, self.slopes = nn.Linear(4, 3), nn.Parameter(torch.tensor([-1.0, 2.0, 0.1, 0.4]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 4, H, W] -> [N, 3]."""
+        first, second, third = self.norms
+        x = functional.max_pool2d(self.a(x), 2)
+        x = self.c(torch.relu(second(torch.cat([x, self.b(torch.relu(first(x)))], 1))))
+        x = third(functional.max_pool2d(torch.relu(x), 2, 1)).mean((2, 3))
+        return self.d(self.slopes * x.flip(0) + 0.3)
+
+
 MODELS = {
+    "dense": (Dense, (2, 4, 10, 9)),
     "curves": (Curves, (1, 4, 5, 7)),
     "leaks": (Leaks, (1, 4, 5, 7)),
     "sizes": (Sizes, (1, 4, 5, 8)),

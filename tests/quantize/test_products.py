@@ -13,7 +13,7 @@ from tvm import relax
 
 from tvmq import ir, ops
 from tvmq.deploy.executor import load
-from tvmq.graph import fusion
+from tvmq.graph.products import product_kind
 from tvmq.importer.load import import_model
 from tvmq.oracle import interpret
 from tvmq.pipeline import compile_model
@@ -90,7 +90,7 @@ def test_a_rule_names_one_product(make_a_case) -> None:
 
 def test_operands_without_a_range_keep_a_product_float(heads, without) -> None:
     table = heads.table(STATIC)
-    key = next(call for _, call in ir.calls(heads.module) if fusion.product_kind(call)).args[1]
+    key = next(call for _, call in ir.calls(heads.module) if product_kind(call)).args[1]
     decisions = heads.plan(STATIC, without(table, str(key.name), keep=True)).decisions
     reasons = [d.reason for d in decisions if d.kind in ("batch_matmul", "nn.attention")]
     assert reasons[0] == f"the calibration table keeps {str(key.name)!r} float"
@@ -123,7 +123,7 @@ def test_both_products_read_integers_and_softmax_makes_rows(heads, recipe: Recip
 
 def test_scales_are_steps_of_the_product(heads) -> None:
     module, table = heads.realized(STATIC), heads.table(STATIC).tensors
-    call = next(call for _, call in ir.calls(heads.module) if fusion.product_kind(call))
+    call = next(call for _, call in ir.calls(heads.module) if product_kind(call))
     # The range of what only moves elements is that of its source, which has the same elements.
     q, k = (table[str(arg.name)].qparams.scale for arg in call.args[:2])
     if heads.torch_module.whole:

@@ -147,6 +147,21 @@ def test_a_float_chain_becomes_one_operator(graph):
     tvm.ir.assert_structural_equal(realize(graph(before, *shapes)), graph(expected, *shapes))
 
 
+@pytest.mark.parametrize("limited", [False, True])
+def test_floats_scaled_by_channel_alone_are_left_to_tvm(graph, limited: bool):
+    def build(emit, x):
+        moved = emit(op.flip(x, 1), "moved")
+        scaled = emit(op.multiply(moved, relax.const(np.array([0.5, -2], np.float32))), "scaled")
+        added = emit(op.add(scaled, relax.const(np.array([0, 3], np.float32))), "added")
+        return emit(op.nn.relu(added), "limited") if limited else added
+
+    realized = realize(module := graph(build, SHAPE))
+    names = [ir.op_name(call) for _, call in ir.calls(realized)]
+    assert names == (["flip", "tvmq.map"] if limited else ["flip", "multiply", "add"])
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    np.testing.assert_array_equal(interpret.run(realized, [x])[0], interpret.run(module, [x])[0])
+
+
 def _epilogues(case, recipe: Recipe = INT8) -> dict[str, list[str]]:
     return {
         str(var.name): [type(step).__name__ for step in ops.epilogue_of(call)]

@@ -9,7 +9,6 @@ between such operators, the chain goes on: see `pairs.py`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,15 +91,20 @@ class Chain:
 
     @property
     def x(self) -> Any:
-        """The activation that the anchor reads; of a product, the one that has its shape."""
-        if self.kind == "multiply" and ir.shape_of(self.call.args[0]) != ir.shape_of(self.call):
-            return self.call.args[1]
-        return self.call.args[0]
+        """The activation that the anchor reads: not a constant; of a product, the one that has its shape."""
+        first = self.call.args[0]
+        other = self.kind == "multiply" and ir.shape_of(first) != ir.shape_of(self.call)
+        return self.call.args[1] if other or ir.is_constant(first) else first
 
     @property
     def end(self) -> Any:
         """The variable that holds the chain's result."""
         return self.members[-1]
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it only adds and multiplies by constants."""
+        return self.kind == "unary" and all(isinstance(f, AddBias | TimesChannels) for f in self.followers)
 
     @property
     def activations(self) -> tuple[Any, ...]:
@@ -137,45 +141,12 @@ def anchor_kind(call: Any) -> str | None:
         ir.is_static(tensor) and ir.dtype_of(tensor) == "float32" for tensor in (call, call.args[0])
     ):
         return None
+    if _constant_follower(call) is not None:
+        return "unary"
     for kind, (names, condition) in _ANCHORS.items():
         if ir.is_call(call, *names):
             return kind if condition(call) else None
     return None
-
-
-def has_attention_kernel(call: Any) -> bool:
-    """Whether `call` is a relax.nn.attention of float32 [N, S, heads, depth] without mask or window."""
-    if not ir.is_call(call, "nn.attention"):
-        return False
-    a = call.attrs
-    plain = len(call.args) == 3 and a.causal_mask is None and a.window_size is None
-    return plain and ir.dtype_of(call) == "float32" and all(ir.is_static(arg) for arg in call.args)
-
-
-def has_batch_matmul_kernel(call: Any) -> bool:
-    """Whether `call` is a float32 product of two activations of which one at most is repeated along leading axes."""
-    if not ir.is_call(call, "matmul") or any(ir.is_constant(arg) for arg in call.args):
-        return False
-    if not all(ir.is_static(t) and ir.dtype_of(t) == "float32" and len(ir.shape_of(t)) > 1 for t in call.args):
-        return False
-    batches = [ir.shape_of(arg)[:-2] for arg in call.args]
-    return batches[0] == batches[1] or any(math.prod(batch) == 1 for batch in batches)
-
-
-def has_embedding_kernel(call: Any) -> bool:
-    """Whether `call` takes rows of a constant float32 matrix by integers."""
-    if not ir.is_call(call, "take") or call.attrs.axis is None or int(call.attrs.axis) != 0:
-        return False
-    table, indices = call.args
-    whole = ir.is_constant(table) and ir.is_static(indices) and ir.dtype_of(indices) in ("int32", "int64")
-    return whole and ir.dtype_of(table) == "float32" and len(ir.shape_of(table)) == 2
-
-
-def product_kind(call: Any) -> str | None:
-    """ "attention" or "batch_matmul", for products of activations that have a kernel; None for all else."""
-    if has_attention_kernel(call):
-        return "attention"
-    return "batch_matmul" if has_batch_matmul_kernel(call) else None
 
 
 def _constant_weight(call: Any, values: Mapping[Any, Any]) -> bool:
@@ -327,7 +298,19 @@ def _follower(running: Any, call: Any) -> Follower | None:
     return AddTensor(other, ir.is_call(call, "subtract")) if first or ir.is_call(call, "add") else None
 
 
+def _constant_follower(call: Any) -> AddBias | TimesChannels | None:
+    """What `call` does with a constant a channel, to an activation of the result's shape; None for other calls."""
+    if not ir.is_call(call, *BINARY) or not ir.is_static(call):
+        return None
+    x, constant = reversed(call.args) if ir.is_constant(call.args[0]) else call.args
+    if not isinstance(x, relax.Var) or not ir.is_constant(constant) or ir.shape_of(x) != ir.shape_of(call):
+        return None
+    return _by_channel(call, ir.to_numpy(constant))
+
+
 def _unary_follower(call: Any) -> Follower:
+    if (constant := _constant_follower(call)) is not None:
+        return constant
     if ir.is_call(call, "nn.relu"):
         return Limit(0.0, None)
     if ir.is_call(call, LEAKY):

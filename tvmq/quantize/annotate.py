@@ -27,6 +27,7 @@ from tvmq import ir
 from tvmq.graph import fusion
 from tvmq.graph.fusion import AddBias, Chain
 from tvmq.graph.pairs import CHANNEL_AXIS
+from tvmq.graph.products import has_attention_kernel
 from tvmq.quantize import numerics, products, weights
 from tvmq.quantize.coded import coded
 from tvmq.quantize.kept import as_product
@@ -165,7 +166,7 @@ def _embedding(state: ir.Rewrite, name: str, call: Any) -> Any:
 def _product(state: ir.Rewrite, name: str, value: Any, call: Any, plan: Plan, pairs: Pairs) -> Any:
     """The product of activations `call`, whose operands have their pairs; `value` is what it was without."""
     static = plan.products[state.current] is Precision.INT8
-    if fusion.has_attention_kernel(value):
+    if has_attention_kernel(value):
         return products.attention(call) if static else products.written_out(state, name, call, pairs)
     origins = [state.old_of.get(operand, operand) for operand in value.args]
     return products.matmul(state, call, [plan.qparams.get(x) if static else None for x in origins], pairs)

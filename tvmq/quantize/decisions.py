@@ -9,7 +9,8 @@ from typing import Any
 import tvm
 
 from tvmq import ir, ops
-from tvmq.graph.fusion import Chain, find_chains, has_batch_matmul_kernel, has_embedding_kernel
+from tvmq.graph.fusion import Chain, find_chains
+from tvmq.graph.products import has_batch_matmul_kernel, has_embedding_kernel
 from tvmq.quantize import tables
 from tvmq.recipe import Recipe
 from tvmq.recipe_values import WEIGHT_ONLY, Precision, WeightLevels

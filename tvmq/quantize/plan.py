@@ -19,7 +19,8 @@ import tvm
 
 from tvmq import ir
 from tvmq.errors import RecipeError
-from tvmq.graph.fusion import Chain, find_chains, has_embedding_kernel, product_kind
+from tvmq.graph.fusion import Chain, find_chains
+from tvmq.graph.products import has_embedding_kernel, product_kind
 from tvmq.quantize import auto, numerics, products, wide
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.carried import carried

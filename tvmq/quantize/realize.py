@@ -28,10 +28,10 @@ from tvmq.graph.fusion import Chain, find_chains
 from tvmq.graph.pairs import CHANNEL_AXIS, is_symmetric
 from tvmq.graph.reductions import is_for_integers
 from tvmq.oracle import interpret
-from tvmq.quantize import averages, numerics, wide
+from tvmq.quantize import averages, moves, numerics, wide
 from tvmq.quantize.annotate import reads_int16
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
-from tvmq.quantize.kept import factor, keeps_integers, scaled
+from tvmq.quantize.kept import keeps_integers
 from tvmq.quantize.narrow import no_stored_form
 from tvmq.quantize.realize_products import Products
 
@@ -103,7 +103,7 @@ class _Realizer:
             and ir.dtype_of(value) == "float32"
             and not no_stored_form(value, integer=True)
         ):
-            return _max_pool(value, value.args[0], "float32")
+            return moves.max_pool(value, value.args[0], "float32")
         if old in self.chain_of_end and not self._only_stored(old):
             return self._float_chain(state, name, self.chain_of_end[old])
         return None
@@ -166,13 +166,13 @@ class _Realizer:
 
     def _producer(self, state: ir.Rewrite, var: Any, out: Stored) -> Any:
         """The operator of an old variable, making it as `out`; None where it makes floats."""
-        call = self.values.get(var)
+        call: Any = self.values.get(var)
         if var in self.chain_of_end:
             return self._chain(state, self.chain_of_end[var], out)
         if keeps_integers(call):
-            return self._kept(call, out)
+            return moves.kept(call, self._source(call.args[0]), out)
         if ir.is_call(call, "concat"):
-            return self._concat(call, out)
+            return moves.concat(call, [self._source(field) for field in call.args[0].fields], out)
         return self.products.of(state, var, out)
 
     def _source(self, var: Any) -> Stored | None:
@@ -227,8 +227,8 @@ class _Realizer:
         x = self._source(chain.x)
         if x is not None and x.is_wide and not reads_int16(chain, chain.x):
             x = None
-        if x is None and is_for_integers(chain.call):
-            return None
+        if x is None and (is_for_integers(chain.call) or (chain.is_affine and out is None and tail is None)):
+            return None  # TVM computes it in the loops of what makes it, or reads it
         weight = None
         if chain.kind in CHANNEL_AXIS:
             weight = self._weight(state, chain)
@@ -307,35 +307,7 @@ class _Realizer:
             return op_calls.avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
         return op_calls.elementwise(operand, operands, steps, **common)
 
-    # --- operators that move integers ---
-
-    def _kept(self, call: Any, out: Stored) -> Any:
-        x = self._source(call.args[0])
-        if x is None or no_stored_form(call, integer=out.is_integer):
-            return None
-        if not dataclasses.replace(x, scale=scaled(x.scale, call)).like(out):
-            return None
-        if factor(call) != 1.0:
-            return x.var
-        if ir.is_call(call, "nn.max_pool2d"):
-            return _max_pool(call, x.var, out.dtype)
-        if ir.is_call(call, "image.resize2d") and str(call.attrs.method) == "linear":
-            mode = str(call.attrs.coordinate_transformation_mode)
-            return op_calls.resize2d(x.var, mode=mode, out_shape=ir.shape_of(call))
-        if ir.is_call(call, "nn.pad"):
-            value = out.element(float(call.attrs.pad_value)) if out.is_integer else 0.0
-            return relax.op.nn.pad(x.var, call.attrs.pad_width, "constant", value)
-        return relax.Call(call.op, [x.var, *call.args[1:]], call.attrs)
-
-    def _concat(self, call: Any, out: Stored) -> Any:
-        found = [self._source(field) for field in call.args[0].fields]
-        sources = [source for source in found if source is not None and source.dtype == out.dtype]
-        if len(sources) < len(found):
-            return None
-        epilogues = [self._rescale(source, out) for source in sources]
-        tensors = [source.var for source in sources]
-        axis = int(call.attrs.axis) % len(ir.shape_of(call))
-        return op_calls.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
+    # --- operators without a chain ---
 
     def _embedding(self, state: ir.Rewrite, call: Any) -> Any:
         """`tvmq.embedding` for a lookup in a table of int8 with a scale a row, or one; None for other lookups."""
@@ -350,11 +322,6 @@ class _Realizer:
         every = np.broadcast_to(ir.to_numpy(scales).reshape(-1), (ir.shape_of(weight)[0],))
         return op_calls.embedding(state.new_of.get(indices, indices), weight, ir.constant(every))
 
-    def _rescale(self, x: Stored, out: Stored) -> ops.Epilogue:
-        if x.like(out):
-            return ()
-        return ops.Dequantize(float(np.float32(x.scale / out.scale)), x.zero_point), out.to_integer()
-
 
 def _is_constant_tensor(call: Any) -> bool:
     """Whether a value dequantizes an int8 constant with one scale."""
@@ -367,14 +334,3 @@ def _stores(call: Any) -> bool:
     if ir.is_call(call, "astype"):
         return ir.dtype_of(call) in numerics.HALVES and ir.dtype_of(call.args[0]) == "float32"
     return ir.is_call(call, "quantize")
-
-
-def _max_pool(call: Any, x: Any, dtype: str) -> Any:
-    a = call.attrs
-    geometry = {
-        "pool": [int(v) for v in a.pool_size],
-        "strides": [int(v) for v in a.strides],
-        "padding": [int(v) for v in a.padding],
-        "dilation": [int(v) for v in a.dilation],
-    }
-    return op_calls.max_pool2d(x, **geometry, out_shape=ir.shape_of(call), out_dtype=dtype)

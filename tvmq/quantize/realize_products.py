@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tvmq import ir, op_calls, ops
-from tvmq.graph import fusion
+from tvmq.graph.products import has_attention_kernel, has_batch_matmul_kernel
 from tvmq.quantize import numerics, products
 from tvmq.quantize.epilogues import Stored
 
@@ -45,7 +45,7 @@ class Products:
         call: Any = self.values.get(var)
         if ir.is_call(call, "tvmq.attention"):
             return self._integer_attention(state, call, out)
-        return self._attention(state, call, out) if fusion.has_attention_kernel(call) else None
+        return self._attention(state, call, out) if has_attention_kernel(call) else None
 
     def is_scaled(self, var: Any) -> bool:
         """Whether `var` is a product whose one reader multiplies it by a number, and so stands for it."""
@@ -53,7 +53,7 @@ class Products:
         return len(readers) == 1 and self._is_product(var) and self._factor(readers[0]) is not None
 
     def _is_product(self, var: Any) -> bool:
-        return var not in self.chained and fusion.has_batch_matmul_kernel(self.values.get(var))
+        return var not in self.chained and has_batch_matmul_kernel(self.values.get(var))
 
     def _factor(self, var: Any) -> float | None:
         """The number that `var` multiplies a product by which nobody else reads; None where it is something else."""
