@@ -198,6 +198,21 @@ def resize2d(x: Expr, *, mode: str, out_shape: Sequence[int]) -> Any:
     return _call("resize2d", [x], {"mode": mode}, (), out_shape=out_shape, out_dtype=str(x.ty.dtype))
 
 
+def cubic2d(
+    x: Expr,
+    epilogue: Epilogue,
+    *,
+    mode: str,
+    alpha: float,
+    x_zero_point: int,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.cubic2d` of 8-bit x, as `resampling.bicubic` computes it; the epilogue has no tensor operands."""
+    attrs = {"mode": mode, "alpha": alpha, "x_zero_point": x_zero_point}
+    return _call("cubic2d", [x], attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
 def elementwise(
     x: Expr, operands: Sequence[Expr], epilogue: Epilogue, *, out_shape: Sequence[int], out_dtype: str
 ) -> Any:

@@ -6,6 +6,7 @@
     tvmq.max_pool2d  (x NHWC)                                                  -> NHWC
     tvmq.adaptive_avg_pool2d  (x NHWC, epilogue tensors...)                    -> NHWC
     tvmq.resize2d    (x NHWC, 8-bit)                                           -> NHWC
+    tvmq.cubic2d     (x NHWC, 8-bit)                                           -> NHWC
     tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
     tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
     tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
@@ -53,6 +54,7 @@ NAMES = (
     "max_pool2d",
     "adaptive_avg_pool2d",
     "resize2d",
+    "cubic2d",
     "map",
     "layer_norm",
     "softmax",

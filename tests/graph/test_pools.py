@@ -1,4 +1,4 @@
-"""Pools and reductions of images, lines and volumes become those of channels-last images that compute the same."""
+"""Pools, resizes and reductions of images, lines and volumes become those of channels-last images that compute the same."""
 
 from __future__ import annotations
 
@@ -70,6 +70,15 @@ MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
         (VOLUME, lambda x: functional.adaptive_avg_pool3d(x, 1), {"mean"}),
         (VOLUME, lambda x: functional.adaptive_max_pool3d(x, (5, 3, 1)), {"nn.max_pool2d"}),
         (VOLUME, lambda x: x.mean((2, 3), keepdim=True), {"mean"}),
+        (LINE, lambda x: functional.interpolate(x, scale_factor=2, mode="linear"), {"image.resize2d"}),
+        (VOLUME, lambda x: functional.interpolate(x, scale_factor=2), {"image.resize2d"}),
+        (VOLUME, lambda x: functional.interpolate(x, size=(7, 3, 9), mode="trilinear"), {"image.resize2d"}),
+        (
+            VOLUME,
+            lambda x: functional.interpolate(x, size=(4, 9, 2), mode="trilinear", align_corners=True),
+            {"image.resize2d"},
+        ),
+        (IMAGE, lambda x: functional.interpolate(x, scale_factor=3, mode="bicubic"), {"image.resize2d"}),
         (VOLUME, lambda x: functional.pad(x, (1, 2, 0, 3, 4, 0), value=0.7), {"nn.pad"}),
         (LINE, lambda x: functional.pad(x, (1, 2, 1, 0)), {"nn.pad"}),
         (VOLUME, lambda x: x.mean((2, 3, 4)), {"mean"}),

@@ -73,6 +73,24 @@ BROKEN: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "nearest by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.7), (IMAGE,)),
     "bilinear by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.7, mode="bilinear"), (IMAGE,)),
     "bilinear to a half": (lambda x: functional.interpolate(x, scale_factor=0.5, mode="bilinear"), (IMAGE,)),
+    "bilinear, corners of one column": (
+        lambda x: functional.interpolate(x, size=(5, 1), mode="bilinear", align_corners=True),
+        (IMAGE,),
+    ),
+    "linear by a whole number": (lambda x: functional.interpolate(x, scale_factor=2, mode="linear"), (ROWS,)),
+    "linear by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.7, mode="linear"), (ROWS,)),
+    "linear, corners": (lambda x: functional.interpolate(x, size=9, mode="linear", align_corners=True), (ROWS,)),
+    "trilinear": (lambda x: functional.interpolate(x, size=(4, 1, 5), mode="trilinear"), (IMAGE[None],)),
+    "trilinear, corners": (
+        lambda x: functional.interpolate(x, size=(4, 1, 5), mode="trilinear", align_corners=True),
+        (IMAGE[None],),
+    ),
+    "trilinear by a fraction": (
+        lambda x: functional.interpolate(x, scale_factor=(1.7, 0.5, 1.3), mode="trilinear"),
+        (IMAGE[None],),
+    ),
+    "nearest of volumes": (lambda x: functional.interpolate(x, scale_factor=(1, 2, 3)), (IMAGE[None],)),
+    "nearest of volumes by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.5), (IMAGE[None],)),
     "bilinear with antialias": (
         lambda x: functional.interpolate(x, size=(4, 5), mode="bilinear", antialias=True),
         (IMAGE,),
@@ -193,6 +211,12 @@ SOUND: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "bilinear by a whole number": (lambda x: functional.interpolate(x, scale_factor=2, mode="bilinear"), (IMAGE,)),
     "bilinear, corners": (
         lambda x: functional.interpolate(x, size=(13, 17), mode="bilinear", align_corners=True),
+        (IMAGE,),
+    ),
+    "bicubic by a whole number": (lambda x: functional.interpolate(x, scale_factor=2, mode="bicubic"), (IMAGE,)),
+    "bicubic by a fraction": (lambda x: functional.interpolate(x, scale_factor=1.7, mode="bicubic"), (IMAGE,)),
+    "bicubic, corners": (
+        lambda x: functional.interpolate(x, size=(1, 4), mode="bicubic", align_corners=True),
         (IMAGE,),
     ),
     "reflected": (lambda x: functional.pad(x, (1, 2), mode="reflect"), (ROWS,)),

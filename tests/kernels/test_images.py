@@ -1,4 +1,4 @@
-"""Adaptive pools and bilinear resizing against the oracle, and against PyTorch."""
+"""Adaptive pools, bilinear and bicubic resizing against the oracle, and against PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness import LEVELS, Array, Case, check, floats, integers, requantize, ru
 from torch.nn import functional
 
 from tvmq import op_calls, ops
-from tvmq.quantize import anchors, resampling
+from tvmq.quantize import anchors, numerics, resampling
 
 SIZES = [((1, 7, 5, 3), (3, 2)), ((2, 4, 9, 17), (4, 5)), ((1, 3, 3, 33), (5, 7)), ((1, 1, 6, 8), (2, 1))]
 
@@ -32,10 +32,24 @@ def resize(x: Array, size: tuple[int, int], mode: str) -> Case:
     return Case(f"resize_{x.shape}_{size}_{mode}", lambda a: op_calls.resize2d(a, mode=mode, out_shape=shape), (x,))
 
 
+def cubic(x: Array, size: tuple[int, int], mode: str, zero_point: int) -> Case:
+    shape, dtype = (x.shape[0], *size, x.shape[3]), str(x.dtype)
+    low, high = numerics.INT_RANGE[dtype]
+    steps = (ops.Multiply(0.93), ops.Quantize(zero_point + 3, low, high, dtype))
+
+    def emit(a: Any) -> Any:
+        common = {"x_zero_point": zero_point, "out_shape": shape, "out_dtype": dtype}
+        return op_calls.cubic2d(a, steps, mode=mode, alpha=-0.75, **common)
+
+    return Case(f"cubic_{x.shape}_{size}_{mode}", emit, (x,))
+
+
 def cases(dtype: str) -> list[Case]:
     found = [pool(integers(shape, dtype), size, 3, "float32") for shape, size in SIZES]
     found.append(pool(integers(SIZES[1][0], dtype), SIZES[1][1], 130 if dtype == "uint8" else 2, dtype))
-    return found + [resize(integers(shape, dtype), size, mode) for shape, size in SIZES for mode in resampling.MODES]
+    sizes = [(shape, size, mode) for shape, size in SIZES for mode in resampling.MODES]
+    found += [cubic(integers(shape, dtype), size, mode, 130 if dtype == "uint8" else 2) for shape, size, mode in sizes]
+    return found + [resize(integers(shape, dtype), size, mode) for shape, size, mode in sizes]
 
 
 @pytest.mark.parametrize("name", ["avx2", "host"])
@@ -71,6 +85,18 @@ def test_resizing_is_that_of_pytorch_rounded(shape: tuple[int, ...], size: tuple
     got = resampling.bilinear(x, size, mode)
     # A result in the middle of two integers goes either way.
     assert np.abs(got - want).max() < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("mode", resampling.MODES)
+@pytest.mark.parametrize(("shape", "size"), SIZES)
+def test_cubic_sums_are_those_of_pytorch(shape: tuple[int, ...], size: tuple[int, int], mode: str) -> None:
+    x = integers(shape, "uint8")
+    image = torch.from_numpy(x.astype(np.float32) - 77).permute(0, 3, 1, 2)
+    corners = mode == "align_corners"
+    want = functional.interpolate(image, size, mode="bicubic", align_corners=corners).permute(0, 2, 3, 1).numpy()
+    got = resampling.bicubic(x, size, mode, -0.75, 77)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=1e-3)
 
 
 def test_a_resized_image_keeps_to_its_neighbours() -> None:

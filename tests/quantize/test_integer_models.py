@@ -34,11 +34,16 @@ class Gates(nn.Module):
 
 def a_line() -> nn.Module:
     pools = nn.MaxPool1d(2, ceil_mode=True), nn.Conv1d(8, 8, 2), nn.AdaptiveAvgPool1d(4)
-    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), *pools, nn.Upsample(scale_factor=2), nn.Conv1d(8, 3, 2))
+    larger = (
+        nn.Upsample(scale_factor=2),
+        nn.Upsample(11, mode="linear"),
+        nn.Upsample(9, mode="linear", align_corners=True),
+    )
+    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), *pools, *larger, nn.Conv1d(8, 3, 2))
 
 
 class Volumes(nn.Module):
-    """Convolutions of volumes, padded, strided, grouped and transposed, and their pools, from the first on."""
+    """Convolutions of volumes, padded, strided, grouped and transposed, their pools and resizes, from the first on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +56,7 @@ class Volumes(nn.Module):
         x = functional.max_pool3d(torch.relu(self.a(x)), (1, 3, 2), (1, 2, 1), (0, 1, 1))
         x = functional.avg_pool3d(self.b(x), 2, 1, 1)
         x = functional.avg_pool3d(x, (2, 2, 3), (1, 1, 2), (0, 0, 1), ceil_mode=True)
+        x = functional.interpolate(functional.interpolate(x, scale_factor=2), size=(3, 6, 5), mode="trilinear")
         x = self.c(x) * torch.sigmoid(self.d(functional.adaptive_avg_pool3d(x, 1)))
         return self.up(functional.adaptive_avg_pool3d(x, (3, 2, 2)))
 
@@ -98,6 +104,7 @@ class Sizes(nn.Module):
         """[N, 4, H, W] -> [N, 4, 3, 4]."""
         x = functional.avg_pool2d(torch.relu(self.a(x)), (1, 3), (1, 2), (0, 1), ceil_mode=True)
         x = self.b(functional.interpolate(x, size=(10, 14), mode="bilinear"))
+        x = functional.interpolate(functional.interpolate(x, size=(9, 12), mode="bicubic"), (1, 9), mode="bicubic")
         x = functional.pad(functional.interpolate(x, size=(7, 17)), (2, 1, 1, 0), mode="reflect").flip(3)
         return self.c(functional.adaptive_avg_pool2d(x, (3, 4)))
 

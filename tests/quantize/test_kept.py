@@ -46,9 +46,7 @@ def test_a_product_by_a_number_is_a_scale(build, middle, by: float) -> None:
     assert np.abs(case.run(case.qdq())[0] - got).max() < 1e-3  # biases are integers
 
 
-@pytest.mark.parametrize(
-    "middle", [lambda x: x * -2.0, lambda x: x * 1e9, lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(4, 1, 1)]
-)
+@pytest.mark.parametrize("middle", [lambda x: x * -2.0, lambda x: x * 1e9, lambda x: x * torch.tensor([1.0, 2.0, 3.0])])
 def test_other_products_stay_float(build, middle) -> None:
     decisions = build(Between(lambda x: middle(functional.max_pool2d(x, 2))), (1, 3, 6, 6)).decisions().values()
     assert [d.precision for d in decisions if d.kind == "multiply"] == [Precision.FP32]

@@ -75,6 +75,7 @@ _OURS = (
     "tvmq.map",
     "tvmq.max_pool2d",
     "tvmq.resize2d",
+    "tvmq.cubic2d",
     "tvmq.embedding",
     "tvmq.concat",
     "tvmq.layer_norm",

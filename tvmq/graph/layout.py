@@ -292,22 +292,13 @@ def _along(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
     return relax.op.take(twin, call.args[1], along, str(call.attrs.mode))
 
 
-def _resize2d(layout: _Layout, state: ir.Rewrite, _name: str, call: Any) -> Any:
-    if not layout.has_twin(call.args[0]) or str(call.attrs.layout) != "NCHW":
+def _resize(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    x = call.args[0]
+    if not layout.has_twin(x) or not ir.is_static(call) or not str(call.attrs.layout).startswith("NC"):
         return None
-    a = call.attrs
-    return relax.op.image.resize2d(
-        layout.twin(state, call.args[0]),
-        call.args[1],
-        [float(edge) for edge in a.roi],
-        "NHWC",
-        a.method,
-        a.coordinate_transformation_mode,
-        a.rounding_method,
-        a.cubic_alpha,
-        a.cubic_exclude,
-        a.extrapolation_value,
-    )
+    if ir.is_call(call, "image.resize2d"):
+        return pools.resized(layout.twin(state, x), call, ir.shape_of(call)[2:])
+    return pools.resized_volume(state.emit, layout.twin(state, x), call, name)
 
 
 def _is_image(layout: _Layout, x: Any) -> bool:
@@ -341,6 +332,6 @@ _RULES: dict[str, _Rule] = {
     "concat": _concat,
     "nn.pad": _pad,
     "strided_slice": _strided_slice,
-    "image.resize2d": _resize2d,
+    **dict.fromkeys(("image.resize2d", "image.resize3d"), _resize),
     **dict.fromkeys(("take", "flip"), _along),
 }

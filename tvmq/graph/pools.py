@@ -1,7 +1,8 @@
-"""Pools and reductions of images, lines and volumes, as those of channels-last images, which have kernels.
+"""Pools, resizes and reductions of images, lines and volumes, as those of channels-last images, which have kernels.
 
     max_pool2d(x, ceil_mode)       ->  max_pool2d(x), padded at the end up to where its last window reaches
     max_pool3d(x [N, C, D, H, W])  ->  max_pool2d over H and W of [N * D, H, W, C], then over D of [N, D, H' * W', C]
+    resize3d(x [N, C, D, H, W])    ->  resize2d of [N * D, H, W, C], then of [N, D, H' * W', C]
     mean(x [N, C, D, H, W], axes)  ->  mean of [N, D, H, W, C]
 
 Averages of volumes are those of images, averaged: a window has as many elements as the product of its sides says, with
@@ -11,7 +12,7 @@ and without padding. A rule declines (None) what it says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import relax
@@ -74,6 +75,26 @@ def of_volume(emit: Emit, x: Any, call: Any, name: str) -> Any:
         columns = emit(_op.reshape(flat, (batch, depth, out[1] * out[2], channels)), f"{name}_flat")
         deep = pool(columns, (size[0], 1), (strides[0], 1), (front, 0, back, 0), (dilation[0], 1), *last)
     return _op.reshape(emit(deep, f"{name}_deep"), (batch * out[0], *out[1:], channels))
+
+
+def resized(x: Any, call: Any, size: Sequence[int]) -> Any:
+    """The resize `call` of image x [N, H, W, C], to `size`."""
+    a = call.attrs
+    how = a.method, a.coordinate_transformation_mode, a.rounding_method
+    weights = a.cubic_alpha, a.cubic_exclude, a.extrapolation_value
+    return _op.image.resize2d(x, tuple(size), [float(edge) for edge in list(a.roi)[:4]], "NHWC", *how, *weights)
+
+
+def resized_volume(emit: Emit, x: Any, call: Any, name: str) -> Any:
+    """The resize `call` of image x [N * D, H, W, C]: of H and W, then of D; None where the last has one column."""
+    batch, channels, depth = ir.shape_of(call.args[0])[:3]
+    deep, *out = ir.shape_of(call)[2:]
+    columns = math.prod(out)
+    if columns == 1 and str(call.attrs.coordinate_transformation_mode) == "align_corners":
+        return None  # TVM divides by the columns but one
+    flat = emit(resized(x, call, out), f"{name}_flat")
+    image = emit(_op.reshape(flat, (batch, depth, columns, channels)), f"{name}_flat")
+    return _op.reshape(emit(resized(image, call, (deep, columns)), f"{name}_deep"), (batch * deep, *out, channels))
 
 
 def _mean_of_all(emit: Emit, x: Any, batch: int, name: str) -> Any:

@@ -18,8 +18,16 @@ from tvmq.importer import convert_quantized, decompose_indexing, decompose_layer
 aten = torch.ops.aten
 
 
-# Operators that stay whole: taken apart, a linear layer hides its bias and activation behind reshapes.
-KEPT = (aten.linear.default, aten.silu.default)
+# Operators that stay whole: taken apart, a linear layer hides its bias and activation behind reshapes, and
+# interpolation is a sum of dozens of operators.
+KEPT = (
+    aten.linear.default,
+    aten.silu.default,
+    aten.upsample_linear1d.vec,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_nearest3d.vec,
+    aten.upsample_trilinear3d.vec,
+)
 # Operators that PyTorch can take apart, but keeps whole by default, and TVM lacks or gets wrong.
 TAKEN_APART = (
     aten.addmv.default,

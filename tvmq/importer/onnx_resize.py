@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tvmq.importer.interpolation import ALPHA, cubic
 from tvmq.importer.onnx_inputs import Inputs, Unsupported
 
 Array = npt.NDArray[Any]
@@ -118,11 +119,11 @@ def _weights(n: Inputs, mode: str, extent: int, position: Array, scale: float, c
     """[outputs, inputs]: how much of each input an output holds."""
     stretch = 1.0 / min(scale, 1.0) if n.attr("antialias", 0) else 1.0
     reach = (1 if mode in ("linear", "bilinear") else 2) * stretch
-    a = n.attr("cubic_coeff_a", -0.75)
+    a = n.attr("cubic_coeff_a", ALPHA)
     matrix = np.zeros((len(position), extent))
     for row, center in enumerate(position):
         taps = np.arange(int(np.floor(center - reach)), int(np.ceil(center + reach)) + 1)
-        weight = _triangle((taps - center) / stretch) if reach == stretch else _cubic((taps - center) / stretch, a)
+        weight = _triangle((taps - center) / stretch) if reach == stretch else cubic((taps - center) / stretch, a)
         if n.attr("exclude_outside", 0):
             weight = np.where((taps >= 0) & (taps < extent), weight, 0)
         if stretch != 1 or n.attr("exclude_outside", 0):
@@ -135,10 +136,3 @@ def _weights(n: Inputs, mode: str, extent: int, position: Array, scale: float, c
 
 def _triangle(distance: Array) -> Array:
     return np.asarray(np.maximum(1 - np.abs(distance), 0))
-
-
-def _cubic(distance: Array, a: float) -> Array:
-    d = np.abs(distance)
-    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-    return np.asarray(np.where(d <= 1, near, np.where(d < 2, far, 0)))

@@ -79,6 +79,7 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "max_pool2d": lower_rest.pool,
     "adaptive_avg_pool2d": lower_images.adaptive_pool,
     "resize2d": lower_images.resize,
+    "cubic2d": lower_images.cubic,
     "map": lower_rest.elementwise,
     "concat": lower_rest.concat,
     "embedding": lower_rest.embedding,

@@ -86,6 +86,12 @@ def _resize2d(call: Any, args: list[Array]) -> Array:
     return resampling.bilinear(args[0], ir.shape_of(call)[1:3], ops.attributes(call)["mode"])
 
 
+def _cubic2d(call: Any, args: list[Array]) -> Value:
+    sizes = ir.shape_of(call)[1:3]
+    resized = resampling.bicubic(args[0], sizes, **_only(call, "mode", "alpha", "x_zero_point"))
+    return numerics.epilogue(resized, (), ops.epilogue_of(call))
+
+
 def _map(call: Any, args: list[Array]) -> Value:
     result = numerics.epilogue(args[0], args[1:], ops.epilogue_of(call))
     # A bias has one element even where the tensor is a scalar.
@@ -156,6 +162,7 @@ RULES: dict[str, Callable[[Any, list[Any]], Value]] = {
     "max_pool2d": _max_pool2d,
     "adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "resize2d": _resize2d,
+    "cubic2d": _cubic2d,
     "map": _map,
     "concat": _concat,
     "layer_norm": _layer_norm,

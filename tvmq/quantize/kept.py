@@ -1,5 +1,7 @@
 """Operators that keep integers: they move or pick elements of what they read, or multiply all by one number.
 
+Others have a scale of their own.
+
 y = max_pool2d(x), reshape(x), take(x, places), ...  ->  the integers of x, and its scale
 y = x * c, x / d, for one positive number            ->  the integers of x themselves, with a scale of s * c
 """
@@ -25,7 +27,17 @@ def keeps_integers(call: Any) -> bool:
     """Whether the integers of what `call` reads are those of its result."""
     if ir.is_call(call, "take"):
         return ir.is_constant(call.args[1]) and not ir.is_constant(call.args[0]) and call.attrs.axis is not None
-    return bool(ir.is_call(call, *_PICKS)) or factor(call) != 1.0
+    return bool(ir.is_call(call, *_PICKS) and not is_cubic(call)) or factor(call) != 1.0
+
+
+def is_cubic(call: Any) -> bool:
+    """Whether a call is a bicubic resize, whose results reach beyond its elements."""
+    return ir.is_call(call, "image.resize2d") and str(call.attrs.method) == "cubic"
+
+
+def has_own_scale(call: Any) -> bool:
+    """Whether a call that is no chain makes integers of a scale of its own from those of what it reads."""
+    return ir.is_call(call, "concat") or is_cubic(call)
 
 
 def factor(call: Any) -> float:

@@ -1,4 +1,4 @@
-"""QDQ -> integer operators, of those that move stored elements, join them, or pick some of them.
+"""QDQ -> integer operators, of those that move stored elements, join them, or pick or weigh some of them.
 
 quantize(max_pool2d(dequantize(x, s, z)), s, z)                        ->  tvmq.max_pool2d(x)
 quantize(concat(dequantize(x, s, z), dequantize(y, t, u)), s, z)       ->  tvmq.concat(x, y; y rescaled)
@@ -14,6 +14,7 @@ import numpy as np
 from tvm import relax
 
 from tvmq import ir, op_calls, ops
+from tvmq.quantize import numerics
 from tvmq.quantize.epilogues import Stored
 from tvmq.quantize.kept import factor, scaled
 from tvmq.quantize.narrow import no_stored_form
@@ -47,6 +48,21 @@ def concat(call: Any, found: Sequence[Stored | None], out: Stored) -> Any:
     tensors = [source.var for source in sources]
     axis = int(call.attrs.axis) % len(ir.shape_of(call))
     return op_calls.concat(tensors, epilogues, axis=axis, out_shape=ir.shape_of(call), out_dtype=out.dtype)
+
+
+def cubic(call: Any, x: Stored | None, out: Stored) -> Any:
+    """`tvmq.cubic2d` of the integers `x` as `out`; None where there are none, or no kernel for them."""
+    if x is None or x.dtype not in numerics.INT_RANGE or not out.is_integer or no_stored_form(call, integer=True):
+        return None
+    return op_calls.cubic2d(
+        x.var,
+        (ops.Multiply(float(np.float32(x.scale / out.scale))), out.to_integer()),
+        mode=str(call.attrs.coordinate_transformation_mode),
+        alpha=float(call.attrs.cubic_alpha),
+        x_zero_point=x.zero_point,
+        out_shape=ir.shape_of(call),
+        out_dtype=out.dtype,
+    )
 
 
 def max_pool(call: Any, x: Any, dtype: str) -> Any:

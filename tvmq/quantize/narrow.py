@@ -113,8 +113,9 @@ def no_stored_form(call: Any, *, integer: bool) -> str | None:
     if ir.is_call(call, "nn.pad") and not integer and float(call.attrs.pad_value) != 0.0:
         return "pads with another value than zero"
     if ir.is_call(call, "image.resize2d") and str(call.attrs.method) != "nearest_neighbor":
-        bilinear = str(call.attrs.method) == "linear" and str(call.attrs.layout) == "NHWC"
-        if not (integer and bilinear and str(call.attrs.coordinate_transformation_mode) in resampling.MODES):
+        sums = str(call.attrs.method) in ("linear", "cubic") and str(call.attrs.layout) == "NHWC"
+        whole = not int(call.attrs.cubic_exclude)
+        if not (integer and sums and whole and str(call.attrs.coordinate_transformation_mode) in resampling.MODES):
             return f"interpolates ({call.attrs.method}): no {'integer' if integer else '16-bit'} kernel"
     if ir.is_call(call, "nn.max_pool2d") and (str(call.attrs.layout) != "NHWC" or bool(call.attrs.ceil_mode)):
         return "max pooling in this layout or with ceil_mode has no kernel"

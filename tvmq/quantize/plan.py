@@ -25,7 +25,7 @@ from tvmq.quantize import auto, numerics, products, wide
 from tvmq.quantize.auto import Rates
 from tvmq.quantize.carried import carried
 from tvmq.quantize.decisions import Decision, coding_of, kind_of, not_coded, with_levels
-from tvmq.quantize.kept import factor, keeps_integers, qparams_behind
+from tvmq.quantize.kept import factor, has_own_scale, keeps_integers, qparams_behind
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
@@ -164,7 +164,7 @@ class _Planner:
             self.embeddings.add(var)
             self._note(var, kind, Precision.INT8_WEIGHT, "")
             return
-        if chain is None and not ir.is_call(call, "concat") and not keeps_integers(call):
+        if chain is None and not has_own_scale(call) and not keeps_integers(call):
             two = ir.is_call(call, "matmul", "nn.conv2d") and not ir.is_constant(call.args[1])
             missing = "both operands are activations" if two else "no integer or 16-bit kernel for this operator"
             self._note(var, kind, Precision.FP32, why or missing)

@@ -31,7 +31,7 @@ from tvmq.oracle import interpret
 from tvmq.quantize import averages, moves, numerics, wide
 from tvmq.quantize.annotate import reads_int16
 from tvmq.quantize.epilogues import ChainEpilogue, Stored
-from tvmq.quantize.kept import keeps_integers
+from tvmq.quantize.kept import is_cubic, keeps_integers
 from tvmq.quantize.narrow import no_stored_form
 from tvmq.quantize.realize_products import Products
 
@@ -173,6 +173,8 @@ class _Realizer:
             return moves.kept(call, self._source(call.args[0]), out)
         if ir.is_call(call, "concat"):
             return moves.concat(call, [self._source(field) for field in call.args[0].fields], out)
+        if is_cubic(call):
+            return moves.cubic(call, self._source(call.args[0]), out)
         return self.products.of(state, var, out)
 
     def _source(self, var: Any) -> Stored | None:
