@@ -1,8 +1,8 @@
-"""What channels of tensors hold, over calibration samples: their extremes and how they vary."""
+"""What channels of tensors hold, over calibration samples: their extremes, and how they vary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import tvm
 from tvmq.oracle import interpret
 
 Array = npt.NDArray[Any]
+Samples = Iterable[tuple[Array, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,26 @@ class _Sums:
         return ChannelsSeen(self.low, self.high, np.maximum(self.squares / self.rows - mean**2, 0.0))
 
 
-def channels_seen(
-    module: tvm.IRModule, samples: Iterable[tuple[Array, ...]], names: set[str]
-) -> dict[str, ChannelsSeen]:
+def channels_seen(module: tvm.IRModule, samples: Samples, names: set[str]) -> dict[str, ChannelsSeen]:
     """What the tensors `names` hold over all samples; nothing of those that no sample reaches."""
     sums: dict[str, _Sums] = {}
+    _watch(module, samples, names, lambda name, rows: sums.setdefault(name, _Sums(rows.shape[1])).add(rows))
+    return {name: found.seen() for name, found in sums.items()}
 
-    def watch(name: str, value: Array) -> None:
-        rows = value.reshape(-1, value.shape[-1])
-        sums.setdefault(name, _Sums(rows.shape[1])).add(rows)
 
+def largest_seen(module: tvm.IRModule, samples: Samples, names: set[str]) -> dict[str, Array]:
+    """max |x| of each channel of the tensors `names` over all samples, float64."""
+    found: dict[str, Array] = {}
+
+    def see(name: str, rows: Array) -> None:
+        found[name] = np.maximum(found.get(name, np.zeros(rows.shape[1])), np.abs(rows).max(axis=0))
+
+    _watch(module, samples, names, see)
+    return found
+
+
+def _watch(module: tvm.IRModule, samples: Samples, names: set[str], see: Callable[[str, Array], None]) -> None:
+    """Let `see` look at what tensors are in each inference, as [rows, channels]."""
     program = interpret.Program(module, names)
     for inputs in samples:
-        program.run(inputs, watch)
-    return {name: found.seen() for name, found in sums.items()}
+        program.run(inputs, lambda name, value: see(name, value.reshape(-1, value.shape[-1])))

@@ -12,7 +12,7 @@ for its linear readers alone: the others read what they read before. For hidden 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,11 @@ from tvmq.quantize import hidden, weights
 from tvmq.quantize.channels import Channels, Group, balanced, is_linear, is_scalable_norm
 from tvmq.quantize.data import first
 from tvmq.quantize.numerics import choose_qparams
-from tvmq.quantize.seen import ChannelsSeen, channels_seen
+from tvmq.quantize.seen import ChannelsSeen, Samples, channels_seen, largest_seen
 from tvmq.recipe import Recipe, wanted_precisions
 from tvmq.recipe_values import Precision
 
 Array = npt.NDArray[Any]
-Samples = Iterable[tuple[Array, ...]]
 # By default a tensor is left as it is unless smoothing leaves less than two thirds of the noise, see `noise`.
 LOUD = 1.5
 # Bounds that are tried, as shares of the largest channel, each half a bit below the one before: down to 6 bits.
@@ -45,10 +44,10 @@ def smooth(module: tvm.IRModule, samples: Samples, alpha: float) -> tvm.IRModule
     """The module, computing the same, smoothed over the activations that `samples` (inputs of inferences) give."""
     module = with_twin_norms(module)
     channels = Channels(module)
-    seen = channels_seen(module, samples, {str(var.name) for g in channels.groups.values() for var in g.read})
+    seen = largest_seen(module, samples, {str(var.name) for g in channels.groups.values() for var in g.read})
     factors: dict[Any, Any] = {}
     for root, group in channels.groups.items():
-        largest = np.max([seen[str(var.name)].largest for var in group.read], axis=0)
+        largest = np.max([seen[str(var.name)] for var in group.read], axis=0)
         factors[root] = _balanced(channels, group, largest, alpha)
     return channels.rescaled(factors)
 
