@@ -294,7 +294,7 @@ def test_factors_that_fit_no_tensor_are_refused(make_a_case, name: str, factors:
         ("residual", "int8", ()),
         ("clips", "int8", ("smooth",)),
         ("transformer", "int8-dynamic", ("bias_correction",)),
-        ("transformer", "int8-weight", ("clip_weights", "bias_correction")),
+        ("transformer", "int8-weight", ("bias_correction",)),
     ],
 )
 def test_algorithms_that_find_nothing_to_do_are_named(model_of, name: str, precision: str, unused: tuple) -> None:
