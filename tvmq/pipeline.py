@@ -56,6 +56,7 @@ from tvmq.quantize.refine import (
 from tvmq.quantize.simulate import simulated
 from tvmq.quantize.sources import with_own_rows
 from tvmq.quantize.table import CalibrationTable
+from tvmq.quantize.weights import Chosen
 from tvmq.recipe import Recipe, wanted_precisions, wants_integers
 from tvmq.recipe_values import Algorithm, Precision
 from tvmq.target import Target, load_target
@@ -256,13 +257,13 @@ def quantize(
         decisions = float_decisions(module, "the recipe asks for float", recipe, plan.recipes)
         return Quantized(module, module, None, decisions, plan.unused, unused)
     products = products_of(module, plan, recipe, samples)
-    better = module
+    better, chosen = module, Chosen()
     if table is not None:
-        errors = mean_errors_of(module, plan, recipe, products, samples, means, table.mean_errors)
+        errors = mean_errors_of(module, plan, recipe, products, samples, means, table.mean_errors, chosen)
         unused = (*unused, *without_errors(plan, recipe, errors, unused))
         table, better = dataclasses.replace(table, mean_errors=errors), with_corrected_biases(module, plan, errors)
     if better is not module:
         plan = make_plan(better, table, recipe, model.paths, rates)
     report("annotate", 0)
-    annotated = stages("annotate", annotate(better, plan, recipe, products))
+    annotated = stages("annotate", annotate(better, plan, recipe, products, chosen))
     return Quantized(module, annotated, table, plan.decisions, plan.unused, unused)

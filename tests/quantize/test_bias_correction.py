@@ -13,7 +13,7 @@ from tvmq.graph.channels_last import channels_last
 from tvmq.graph.fusion import find_chains
 from tvmq.measure import sensitivity
 from tvmq.oracle import interpret
-from tvmq.quantize import anchors, data, numerics
+from tvmq.quantize import anchors, data, numerics, rounding
 from tvmq.quantize.bias_correction import tap_means
 from tvmq.quantize.calibration import calibrate, prepared
 from tvmq.quantize.mean_errors import MeanErrors
@@ -34,6 +34,18 @@ def _mean_error(model, recipe: Recipe, batches) -> float:
     float_module = channels_last(model.module)
     difference = [quantized.simulate(x)[0] - interpret.run(float_module, [x])[0] for x in batches]
     return float(np.abs(np.mean(difference, axis=(0, 1, 3, 4) if difference[0].ndim == 4 else (0, 1))).max())
+
+
+def test_weights_are_rounded_once(imported, monkeypatch) -> None:
+    """For the fingerprint of their mean errors, and for the graph."""
+    model, squant, rounded = imported("residual"), rounding.squant, []
+    monkeypatch.setattr(
+        rounding, "squant", lambda kernels, *limits: rounded.append(kernels) or squant(kernels, *limits)
+    )
+    quantized = pipeline.quantize(model, Recipe(precision="int8"), _batches(model))
+    assert len(quantized.table.mean_errors) == 6
+    # All but the shortcut, a kernel of one tap.
+    assert len(rounded) == 5
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "bias_correction", "bias_correction_analytic"])

@@ -33,6 +33,7 @@ from tvmq.quantize.coded import coded
 from tvmq.quantize.kept import as_product
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.products import Pairs
+from tvmq.quantize.weights import Chosen
 from tvmq.recipe import Recipe
 from tvmq.recipe_values import Precision
 
@@ -40,12 +41,18 @@ Array = npt.NDArray[Any]
 Pair = Callable[[ir.Rewrite, Any, Any], Any]
 
 
-def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str, Array] | None = None) -> tvm.IRModule:
+def annotate(
+    module: tvm.IRModule,
+    plan: Plan,
+    recipe: Recipe,
+    seen: Mapping[str, Array] | None = None,
+    chosen: Chosen | None = None,
+) -> tvm.IRModule:
     """The module with a QDQ pair on each planned tensor and each planned constant weight.
 
-    seen: by an anchor's name, what GPTQ wants to know of its inputs.
+    seen: by an anchor's name, what GPTQ wants to know of its inputs. chosen: weights that others have asked for before.
     """
-    seen = seen or {}
+    seen, chosen = seen or {}, chosen or Chosen()
     twins: dict[Any, Any] = {}  # old variable -> its dequantized twin
     wide: dict[Any, Any] = {}  # old variable -> its twin that went through int16
     pairs = Pairs()
@@ -84,9 +91,7 @@ def annotate(module: tvm.IRModule, plan: Plan, recipe: Recipe, seen: Mapping[str
             new = ir.substitute(new, _twins(state, new, reads_wide[old] - plan.made_wide, wide_pair))
         chain = weighted.get(old)
         if chain is not None and chain.end in plan.integer:
-            floor = 0.0 if old in plan.wide_layers else weight_floor(chain, plan.qparams[chain.x].scale)
-            value_of, layer = ir.to_numpy(new.args[1]), plan.recipes.get(old, recipe)
-            weight = _weight(value_of, CHANNEL_AXIS[chain.kind], floor, layer, seen.get(str(old.name)))
+            weight = _static(chain, ir.to_numpy(new.args[1]), plan, recipe, seen, chosen)
             new = relax.Call(new.op, [new.args[0], state.emit(weight, f"{name}_weight")], new.attrs)
         elif chain is not None and chain.end in plan.narrow:
             weight = relax.op.astype(ir.constant(numerics.to_half(ir.to_numpy(new.args[1]), plan.half)), "float32")
@@ -135,6 +140,13 @@ def _twins(state: ir.Rewrite, value: Any, tensors: AbstractSet[Any], pair: Pair)
     return {operand: pair(state, old, operand) for operand, old in origins.items() if old in tensors}
 
 
+def _static(chain: Chain, weight: Array, plan: Plan, recipe: Recipe, seen: Mapping[str, Array], chosen: Chosen) -> Any:
+    """The weight of an integer layer."""
+    floor = 0.0 if chain.anchor in plan.wide_layers else weight_floor(chain, plan.qparams[chain.x].scale)
+    name, axis, layer = str(chain.anchor.name), CHANNEL_AXIS[chain.kind], plan.recipes.get(chain.anchor, recipe)
+    return _dequantized(*chosen.choose(name, weight, axis, layer, floor=floor, products=seen.get(name)), axis)
+
+
 def _linear(
     state: ir.Rewrite,
     name: str,
@@ -147,7 +159,7 @@ def _linear(
     """The layer `call` with dynamic or weight-only precision; `pairs` keeps the twins of what it reads."""
     x, weight = call.args[0], ir.to_numpy(call.args[1])
     if precision is Precision.INT8_DYNAMIC:
-        twin = _weight(weight, 1, 0.0, recipe, seen)
+        twin = _dequantized(*weights.choose(weight, 1, recipe, products=seen), 1)
         x = pairs.by_row(state, x)
     else:
         twin = coded(weight, precision, recipe, seen)
@@ -178,8 +190,7 @@ def weight_floor(chain: Chain, x_scale: float) -> Array:
     return numerics.bias_floor(bias, x_scale)
 
 
-def _weight(weight: Array, axis: int, floor: Array | float, recipe: Recipe, products: Array | None = None) -> Any:
-    """dequantize(int8 weight, scales, 0), no scale below `floor`."""
-    quantized, scales = weights.choose(weight, axis, recipe, floor=floor, products=products)
+def _dequantized(quantized: Array, scales: Array, axis: int) -> Any:
+    """dequantize(int8 weight, scales, 0)."""
     zero_points = np.zeros(scales.shape, np.int8)
     return relax.op.dequantize(ir.constant(quantized), ir.constant(scales), ir.constant(zero_points), axis=axis)

@@ -27,6 +27,7 @@ from tvmq.quantize.levels import layers_with
 from tvmq.quantize.mean_errors import MeanErrors, fingerprint
 from tvmq.quantize.plan import Plan
 from tvmq.quantize.smooth import channel_factors, divided, smooth
+from tvmq.quantize.weights import Chosen
 from tvmq.recipe import Recipe, wanted_precisions
 from tvmq.recipe_values import WEIGHT_ONLY, Algorithm, Precision, WeightLevels
 
@@ -80,20 +81,22 @@ def mean_errors_of(
     samples: Samples,
     means: InputMeans,
     known: Mapping[str, MeanErrors],
+    chosen: Chosen | None = None,
 ) -> dict[str, MeanErrors]:
     """The mean errors of the layers whose biases are to be corrected, by the names of their anchors.
 
     means: of what layers read; samples: what errors are measured on instead, where the recipe asks for that. known:
-    those that a table has, which are not found again where they are of the same integers. Layers without any of these
-    are left out.
+    those that a table has, which are not found again where they are of the same integers. chosen: learns the weights
+    that are looked at. Layers without any of these are left out.
     """
     found: dict[str, MeanErrors] = {}
+    chosen = chosen or Chosen()
     for algorithm in CORRECTIONS:
         chains = to_correct(plan, recipe, algorithm)
-        chosen = {chain.anchor: _as_chosen(chain, plan, recipe, products) for chain in chains}
+        parts = {chain.anchor: _as_chosen(chain, plan, recipe, products, chosen) for chain in chains}
         empirical = algorithm is Algorithm.BIAS_CORRECTION
         read = {chain.anchor: plan.qparams[chain.x] if empirical else None for chain in chains}
-        of = {anchor: fingerprint(*chosen[anchor], read[anchor]) for anchor in chosen}
+        of = {anchor: fingerprint(*parts[anchor], read[anchor]) for anchor in parts}
         new = []
         for chain in chains:
             name = str(chain.anchor.name)
@@ -102,7 +105,7 @@ def mean_errors_of(
             else:
                 new.append(chain)
         weights_of = {
-            chain.anchor: weights.dequantized(*chosen[chain.anchor], CHANNEL_AXIS[chain.kind]) for chain in new
+            chain.anchor: weights.dequantized(*parts[chain.anchor], CHANNEL_AXIS[chain.kind]) for chain in new
         }
         if not new:
             continue
@@ -139,9 +142,12 @@ def with_corrected_biases(module: tvm.IRModule, plan: Plan, errors: Mapping[str,
     return corrected(module, chains, by_anchor) if chains else module
 
 
-def _as_chosen(chain: Chain, plan: Plan, recipe: Recipe, products: Mapping[str, Array]) -> tuple[Array, Array]:
+def _as_chosen(
+    chain: Chain, plan: Plan, recipe: Recipe, products: Mapping[str, Array], chosen: Chosen
+) -> tuple[Array, Array]:
     """The integers and the scales of the weight of an integer layer."""
-    return weights.choose(
+    return chosen.choose(
+        str(chain.anchor.name),
         ir.to_numpy(chain.call.args[1]),
         CHANNEL_AXIS[chain.kind],
         plan.recipes.get(chain.anchor, recipe),

@@ -23,16 +23,50 @@ def choose(
     floor: what no scale falls below, see `numerics.bias_floor`. products: of the layer's inputs [K, K], for GPTQ, K
     running through the other axes in order; None rounds without it.
     """
+    scales = _scales(weight, axis, recipe, floor)
+    return _rounded(weight, axis, scales, recipe, products), scales
+
+
+class Chosen:
+    """Weights that were chosen for layers, of one recipe and one model: none is rounded twice with the same scales."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Array, Array]] = {}
+
+    def choose(
+        self, name: str, weight: Array, axis: int, recipe: Recipe, *, floor: Array | float, products: Array | None
+    ) -> tuple[Array, Array]:
+        """As `choose`, of the layer `name`."""
+        scales = _scales(weight, axis, recipe, floor)
+        # A bias that was corrected may have another floor.
+        if name not in self._known or not np.array_equal(self._known[name][1], scales):
+            self._known[name] = _rounded(weight, axis, scales, recipe, products), scales
+        return self._known[name]
+
+
+def _matrix(weight: Array, axis: int) -> Array:
+    """[K, channels]."""
+    return np.moveaxis(weight, axis, -1).reshape(-1, weight.shape[axis])
+
+
+def _top(recipe: Recipe) -> int:
+    return int(2 ** (recipe.weight_bits - 1) - 1)
+
+
+def _scales(weight: Array, axis: int, recipe: Recipe, floor: Array | float) -> Array:
     power_of_two = recipe.power_of_two in (PowerOfTwo.WEIGHTS, PowerOfTwo.ALL)
     scales = numerics.weight_scales(weight, axis, floor, bits=recipe.weight_bits, power_of_two=power_of_two)
-    top = 2 ** (recipe.weight_bits - 1) - 1
-    matrix = np.moveaxis(weight, axis, -1).reshape(-1, weight.shape[axis])
     if Algorithm.CLIP_WEIGHTS in recipe.algorithms and not power_of_two:
-        scales = np.maximum(rounding.clipped_scales(matrix, scales, -top, top), np.asarray(floor, np.float32))
-    if not recipe.per_channel:
-        scales = np.full_like(scales, scales.max())
+        clipped = rounding.clipped_scales(_matrix(weight, axis), scales, -_top(recipe), _top(recipe))
+        scales = np.maximum(clipped, np.asarray(floor, np.float32))
+    return scales if recipe.per_channel else np.full_like(scales, scales.max())
+
+
+def _rounded(weight: Array, axis: int, scales: Array, recipe: Recipe, products: Array | None) -> Array:
+    """The integers, with these scales."""
+    matrix, top = _matrix(weight, axis), _top(recipe)
     if Algorithm.GPTQ in recipe.algorithms and products is not None:
-        return _unfolded(rounding.gptq(matrix, scales, products, -top, top), weight, axis), scales
+        return _unfolded(rounding.gptq(matrix, scales, products, -top, top), weight, axis)
     # By default of kernels alone: inputs of linear layers have little in common that errors could cancel over.
     kernels_only = Algorithm.AUTO in recipe.algorithms and axis == 0 and math.prod(weight.shape[1:-1]) > 1
     if Algorithm.SQUANT in recipe.algorithms or kernels_only:
@@ -41,8 +75,8 @@ def choose(
         inputs = weight.shape[-1] if axis == 0 else matrix.shape[0]
         kernels = np.moveaxis(units.reshape(len(units), -1, inputs), 1, 2)
         rounded = np.moveaxis(rounding.squant(kernels, -top, top), 2, 1).reshape(units.shape).T
-        return _unfolded(rounded, weight, axis), scales
-    return np.clip(numerics.quantize_weight(weight, scales, axis), -top, top), scales
+        return _unfolded(rounded, weight, axis)
+    return np.clip(numerics.quantize_weight(weight, scales, axis), -top, top)
 
 
 def dequantized(q: Array, scales: Array, axis: int) -> Array:
