@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 import tvmq
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.emulate import EmulatedBoard
+from tvmq.errors import BundleError
 from tvmq.model import Model
 from tvmq.pipeline import compile_model, realized_module
 from tvmq.quantize import numerics
@@ -116,6 +118,30 @@ def test_a_whole_model_can_be_timed(model: Model) -> None:
     realized = realized_module(model, target, LOOKED_UP).module
     (seconds,) = whole.latencies(realized, target, LOOKED_UP, [None]) or ()
     assert seconds > 0
+
+
+def test_sizes_share_what_is_made_of_their_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 32, 1)).eval()
+    x = np.random.default_rng(0).standard_normal((3, 32, 8, 8)).astype(np.float32)
+    sizes = tvmq.import_model(net, x[:1], dynamic="input:0=1,2,3")
+    with tvmq.load(compile_model(sizes, "host", LOOKED_UP, None, tmp_path / "m.tvmq").path) as executor:
+        want = net(torch.from_numpy(x)).detach().numpy()
+        by_kernel: dict[tuple[str, str], list[object]] = {}
+        for count, program in enumerate(executor.bundle.programs(), 1):
+            assert numerics.sqnr_db(want[:count], executor(x[:count])[0]) > 15
+            for weight in program.manifest["prepared"]["weights"]:
+                held = executor.tensors()[weight["name"]]
+                by_kernel.setdefault((weight["kernel"], weight["name"]), []).append(held)
+    assert sum(map(len, by_kernel.values())) == 6 > len(by_kernel)
+    assert all(one is same[0] for same in by_kernel.values() for one in same)
+
+
+def test_a_manifest_that_does_not_fit_its_parameters_is_refused(made) -> None:
+    bundle = bundles.read(made(LOOKED_UP))
+    prepared = {"parameters": 1, "weights": [{"name": "w", "kernel": "k", "reads": ["nobody"]}]}
+    with pytest.raises(BundleError, match="prepared: expected weights that are made of parameters"):
+        tvmq.load(bundles.Bundle({**bundle.manifest, "prepared": prepared}, bundle.members))
 
 
 @pytest.mark.emulated

@@ -210,15 +210,14 @@ def _manifest(product: Product) -> dict[str, Any]:
 
 
 def _prepared(product: Product) -> dict[str, Any]:
-    """What `prepare` makes of the last parameters, how many these are, and in whose place main takes it."""
-    made = product.lowered.prepared
-    if not made:
-        return {"parameters": 0, "weights": []}
-    params = {str(param.name): param for param in ir.main(product.lowered.module).params}
+    """What `prepared` reads: see deploy/prepared.py."""
+    lowered = product.lowered
+    count = len(lowered.module[PREPARE].params) if lowered.prepared else 0
     weights = [
-        {"name": name, "shape": list(ir.shape_of(params[name])), "dtype": ir.dtype_of(params[name])} for name in made
+        {"name": name, "kernel": lowered.kernels[name], "reads": list(reads)}
+        for name, reads in lowered.prepared.items()
     ]
-    return {"parameters": len(product.lowered.module[PREPARE].params), "weights": weights}
+    return {"parameters": count, "weights": weights}
 
 
 def _members(product: Product, library: bytes, expected: tuple[Array, ...]) -> dict[str, bytes]:

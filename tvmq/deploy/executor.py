@@ -15,9 +15,9 @@ from tvmq.deploy import bundle as bundles
 from tvmq.deploy.bundle import Bundle
 from tvmq.deploy.latency import Latency, latency
 from tvmq.deploy.permission import allow_tiles
+from tvmq.deploy.prepared import on_device, results_of
 from tvmq.deploy.session import Session, connect
 from tvmq.errors import SignatureError
-from tvmq.kernels.prepare import PREPARE
 from tvmq.model import Signature, as_array
 from tvmq.quantize.partition import Conversions
 
@@ -78,8 +78,7 @@ class Executor:
         self.library = session.load(bundle)
         allow_tiles(bundle, session, self.library)
         self._machine = session.call(lambda: relax.VirtualMachine(self.library, session.device))
-        stored = _on_device(bundle, session, {} if shared is None else shared)
-        self._parameters = _prepared(bundle, session, self._machine, stored)
+        self._parameters = on_device(bundle, session, self._machine, {} if shared is None else shared)
         self._inputs: dict[str, Any] = {}
         self._outputs: list[Any] | None = None
 
@@ -304,40 +303,3 @@ class DynamicExecutor(Executor):
 def _values(inputs: tuple[object, ...], named: Mapping[str, object]) -> object:
     """What a call passes: inputs by keyword, one mapping, or in order."""
     return named if named else inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs
-
-
-def _prepared(bundle: Bundle, session: Session, machine: Any, stored: dict[str, Any]) -> dict[str, Any]:
-    """What main takes after its inputs: the parameters, the last of which `prepare` makes others of, on the device."""
-    made = bundle.manifest.get("prepared") or {"parameters": 0, "weights": []}
-    names, weights = list(stored), [str(weight["name"]) for weight in made["weights"]]
-    if not weights:
-        return stored
-    count = len(names) - int(made["parameters"])
-    reads = [stored[name] for name in names[count:]]
-    found = session.call(lambda: prepare(machine, reads))
-    return {**{name: stored[name] for name in names[:count]}, **dict(zip(weights, found, strict=True))}
-
-
-def prepare(machine: Any, reads: Sequence[Any]) -> list[Any]:
-    """What a library's `prepare` makes of parameters."""
-    machine.set_input(PREPARE, *reads)
-    machine.invoke_stateful(PREPARE)
-    return results_of(machine, PREPARE)
-
-
-def results_of(machine: Any, name: str) -> list[Any]:
-    """The tensors that a function gave when it was invoked."""
-    result = machine.get_outputs(name)
-    # One tensor over RPC comes by itself; a tuple has no `numpy`.
-    return [result] if hasattr(result, "numpy") else list(result)
-
-
-def _on_device(bundle: Bundle, session: Session, shared: dict[Any, Any]) -> dict[str, Any]:
-    """The parameters by name, those that are not `shared` yet as new tensors."""
-    tensors = {}
-    for entry, (name, array) in zip(bundle.manifest["parameters"], bundle.parameters().items(), strict=True):
-        key = (entry["offset"], str(array.dtype), array.shape)
-        if key not in shared:
-            shared[key] = session.tensor(array)
-        tensors[name] = shared[key]
-    return tensors

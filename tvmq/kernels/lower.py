@@ -52,7 +52,7 @@ def lower(
         lowering.packed,
         lowering.notes,
         choices,
-        tuple(lowering.prepared),
+        lowering.prepared,
     )
 
 

@@ -60,5 +60,5 @@ def _decoded(lowering: Lowering, state: ir.Rewrite, name: str, dequantize: Any, 
     rows += [packed_rows(each, 0, packing.nr, packing.groups) for each in (scales, *(more if asymmetric else ()))]
     args = [*lowering.pack(state, name, rows), *lowering.lift(state, name, more if places else ())]
     lowering.names[name] = title
-    lowering.prepared.append(name)
+    lowering.prepared[name] = tuple(str(arg.name) for arg in args)
     return state.emit(lowering.call(spec, title, args, (spec.size,), "float32"), name)

@@ -93,7 +93,7 @@ class Lowered:
     `parameters`: the arrays that main takes after its inputs, by name. `packed`: variable of a matrix or depthwise
     operator -> (name of the parameter, how to unpack it) of its weight, and of more constants after it that are packed.
     `notes`: variable -> what its user should know of the kernel. `choices`: variable -> what was free, and decided.
-    `prepared`: variables of main that follow from parameters alone, see prepare.py.
+    `prepared`: variables of main that follow from parameters alone -> the names of these, see prepare.py.
     """
 
     module: tvm.IRModule
@@ -102,7 +102,7 @@ class Lowered:
     packed: dict[str, list[tuple[str, Packing | SparsePacking]]]
     notes: dict[str, str]
     choices: dict[str, Choice]
-    prepared: tuple[str, ...] = ()
+    prepared: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Lowering:
     notes: dict[str, str] = field(default_factory=dict)
     # Operators whose weight is stored in other bits than their kernel reads -> what makes it of these, packed as told.
     coded: dict[str, Callable[[Packing], Any]] = field(default_factory=dict)
-    prepared: list[str] = field(default_factory=list)
+    prepared: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.builder = relax.BlockBuilder()

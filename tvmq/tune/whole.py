@@ -12,8 +12,8 @@ import tvm
 from tvm import relax
 
 from tvmq import ir
-from tvmq.deploy.executor import prepare
 from tvmq.deploy.permission import ask
+from tvmq.deploy.prepared import prepare
 from tvmq.deploy.session import LocalSession
 from tvmq.kernels import tiles
 from tvmq.kernels.decision import Records
