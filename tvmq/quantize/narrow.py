@@ -67,7 +67,7 @@ class _Narrower:
             return var in self.asked
         if not ir.is_call(call, *FOLLOWERS, "nn.attention") or (var not in self.asked and not ir.is_call(call, *MOVES)):
             return False
-        wide = [x for x in _tensors(call) if x not in self.makers]
+        wide = [x for x in tensors_of(call) if x not in self.makers]
         declined = f"its input {_name(wide[0])} is float32" if wide else no_stored_form(call, integer=False)
         if declined and var in self.asked:
             self.reasons[var] = declined
@@ -79,7 +79,7 @@ class _Narrower:
             chain = self.chains[var]
             needed = {chain.x} if chain.kind in ANCHORED else set()
             return needed | {x for x in chain.activations if x in self.makers}
-        return set(_tensors(call)) if var in self.stored or ir.is_call(call, "nn.attention") else set()
+        return set(tensors_of(call)) if var in self.stored or ir.is_call(call, "nn.attention") else set()
 
     def _gains(self, var: Any, call: Any) -> bool:
         """Whether a maker reads or makes halves in the end."""
@@ -95,8 +95,8 @@ class _Narrower:
         return False
 
 
-def _tensors(call: Any) -> list[Any]:
-    """The tensors that a follower or an attention reads, constants included."""
+def tensors_of(call: Any) -> list[Any]:
+    """The tensors that a concat, an attention or another operator without a chain reads, constants included."""
     if ir.is_call(call, "concat"):
         return list(call.args[0].fields)
     return list(call.args) if ir.is_call(call, "nn.attention") else [call.args[0]]

@@ -26,7 +26,7 @@ from tvmq.quantize.auto import Rates
 from tvmq.quantize.carried import carried
 from tvmq.quantize.decisions import Decision, coding_of, kind_of, not_coded, with_levels
 from tvmq.quantize.kept import factor, has_own_scale, keeps_integers, qparams_behind
-from tvmq.quantize.narrow import MOVES, narrow, no_stored_form
+from tvmq.quantize.narrow import MOVES, narrow, no_stored_form, tensors_of
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, Rule
@@ -192,7 +192,7 @@ class _Planner:
         if precision is Precision.AUTO:
             if self.rates is None:
                 raise RecipeError("recipe: precision auto", expected="a target to estimate times for", seen="none")
-            activations = chain.activations if chain is not None else _tensors(call)
+            activations = chain.activations if chain is not None else tensors_of(call)
             # What becomes integer only where a recipe names it has no estimates.
             kind = chain.kind if chain is not None else product_kind(call)
             allowed = self.allowed - {Precision.INT8} if kind in KINDS[len(DEFAULT_KINDS) :] else self.allowed
@@ -288,7 +288,7 @@ class _Planner:
 
     def _follower_reason(self, var: Any, call: Any) -> str | None:
         """Why a concat, or an operator that keeps integers, stays float."""
-        sources = _tensors(call)
+        sources = tensors_of(call)
         for source in sources:
             if ir.is_constant(source):
                 return "one of its inputs is a constant"
@@ -340,8 +340,8 @@ class _Planner:
                 continue
             if self._keeps(var):
                 found[var] = qparams_behind(found[next(ir.operands(call))], call)
-            elif ir.is_call(call, "concat") and len({found[part] for part in _tensors(call)}) == 1:
-                found[var] = found[_tensors(call)[0]]
+            elif ir.is_call(call, "concat") and len({found[part] for part in tensors_of(call)}) == 1:
+                found[var] = found[tensors_of(call)[0]]
         return found
 
     def _keeps(self, var: Any) -> bool:
@@ -353,13 +353,6 @@ class _Planner:
 
     def _renote(self, var: Any, precision: Precision, reason: str) -> None:
         self._note(var, self.decisions[var].kind, precision, reason)
-
-
-def _tensors(call: Any) -> list[Any]:
-    """The tensors that a concat, an attention or another operator without a chain reads, constants included."""
-    if ir.is_call(call, "concat"):
-        return list(call.args[0].fields)
-    return list(call.args) if ir.is_call(call, "nn.attention") else [call.args[0]]
 
 
 def _name(var: Any) -> str:
