@@ -14,7 +14,7 @@ from test_pool import a_max, an_average
 
 from tvmq import functions, ops
 from tvmq.deploy.emulate import EmulatedBoard
-from tvmq.kernels.micro import fp16_micro
+from tvmq.kernels.micro_floats import fp16_micro
 from tvmq.quantize import numerics
 
 levels = pytest.mark.parametrize("name", ["sse2", "host"])

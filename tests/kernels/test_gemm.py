@@ -15,7 +15,8 @@ from tvmq import ir, ops
 from tvmq.kernels import gemm, gemm_blocking
 from tvmq.kernels.gemm_blocking import Tile
 from tvmq.kernels.geometry import conv_geometry
-from tvmq.kernels.micro import bf16_micro, float_micro, int8_micro
+from tvmq.kernels.micro_floats import bf16_micro, float_micro
+from tvmq.kernels.micro_integers import int8_micro
 
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 RUN_LEVELS = [name for name in LEVELS if name != "amx"]

@@ -11,7 +11,7 @@ from tvmq.kernels import coded_panels
 from tvmq.kernels import grouped as kernels
 from tvmq.kernels.gemm import pack
 from tvmq.kernels.lowering import Packing
-from tvmq.kernels.micro import float_micro
+from tvmq.kernels.micro_floats import float_micro
 
 LEVELS = ("sse2", "avx", "avx2", "avx512-vnni", "host")
 levels = pytest.mark.parametrize("name", LEVELS)

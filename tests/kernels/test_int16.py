@@ -29,7 +29,7 @@ from tvmq import ir, ops
 from tvmq.isa import Int8Dot
 from tvmq.kernels import builder, pipeline
 from tvmq.kernels.lower import lower
-from tvmq.kernels.micro import int16_micro
+from tvmq.kernels.micro_integers import int16_micro
 from tvmq.kernels.schedule import schedule
 from tvmq.quantize import numerics, wide
 

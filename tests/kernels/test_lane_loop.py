@@ -12,7 +12,8 @@ from harness import Case, check, conv, floats, integers, matmul, target_of, weig
 
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.kernels.lane_loop import LaneLoop, LaneProduct
-from tvmq.kernels.micro import float_micro, int8_micro
+from tvmq.kernels.micro_floats import float_micro
+from tvmq.kernels.micro_integers import int8_micro
 from tvmq.target import Target
 
 FMLA = "fmla v{acc}.4s, v{w}.4s, v{a}.s[{lane}]"

@@ -12,8 +12,10 @@ from harness import LEVELS, check, conv, integers, matmul, runnable, target_of, 
 from tvm.tirx.script.builder import ir as T
 
 from tvmq.isa import Int8Dot
-from tvmq.kernels import builder, micro
-from tvmq.kernels.micro import Micro, bf16_micro, float_micro, int8_micro
+from tvmq.kernels import builder, micro_integers
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.micro_floats import bf16_micro, float_micro
+from tvmq.kernels.micro_integers import int8_micro
 from tvmq.kernels.spans import Sums
 from tvmq.target import Target
 
@@ -121,7 +123,9 @@ def test_a_processor_without_vectors_still_has_a_step() -> None:
 def test_256_bit_vnni_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step of AVX-VNNI with its AVX-512VL spelling, for machines that have only that."""
     target = runnable("avx512-vnni")
-    monkeypatch.setattr(micro, "int8_micro", lambda isa: micro._vnni("avxvnni", 256, target_of("avx-vnni").isa))
+    monkeypatch.setattr(
+        micro_integers, "int8_micro", lambda isa: micro_integers._vnni("avxvnni", 256, target_of("avx-vnni").isa)
+    )
     check(
         [
             conv("c", integers((2, 7, 9, 5), "uint8"), weights((19, 3, 3, 5)), padding=(1, 1, 1, 1), zero_point=77),

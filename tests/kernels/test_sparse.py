@@ -31,7 +31,8 @@ from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.errors import ModelError
 from tvmq.kernels import sparse_pixel_blocking
 from tvmq.kernels.lower import lower
-from tvmq.kernels.micro import bf16_micro, float_micro, int8_micro
+from tvmq.kernels.micro_floats import bf16_micro, float_micro
+from tvmq.kernels.micro_integers import int8_micro
 from tvmq.kernels.sparse_stream import SparsePacking, layout_of, split, to_words, union, word_dtype
 from tvmq.quantize import numerics
 from tvmq.recipe_values import Sparse

@@ -13,7 +13,7 @@ from tvmq.kernels.depthwise import Depthwise
 from tvmq.kernels.depthwise_rows import RowDepthwise
 from tvmq.kernels.gemm import Gemm
 from tvmq.kernels.geometry import Geometry, conv_geometry
-from tvmq.kernels.micro import int8_micro
+from tvmq.kernels.micro_integers import int8_micro
 from tvmq.kernels.tile_gemm import TileGemm
 from tvmq.kernels.tiles import INT8, TILES
 

@@ -10,7 +10,7 @@ from tvmq import ir, ops
 from tvmq.kernels import gemm_blocking, lower_winograd, winograd
 from tvmq.kernels.lower import lower
 from tvmq.kernels.lower_winograd import TOLERANCE, choose, error
-from tvmq.kernels.micro import float_micro
+from tvmq.kernels.micro_floats import float_micro
 from tvmq.kernels.winograd import Blocking, Shape
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics

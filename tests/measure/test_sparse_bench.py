@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tvmq.detect import detect_host
-from tvmq.kernels.micro import float_micro
+from tvmq.kernels.micro_floats import float_micro
 from tvmq.measure import sparse_bench
 from tvmq.measure.sparse_bench import Row, SparseBench
 from tvmq.sparse.masks import SINGLE, Block

@@ -12,7 +12,18 @@ import tvm
 from tvm import relax
 
 from tvmq import ir, ops
-from tvmq.kernels import coded_panels, depthwise, depthwise_rows, gemm, inline_llvm, micro, tile_gemm, tiles, winograd
+from tvmq.kernels import (
+    coded_panels,
+    depthwise,
+    depthwise_rows,
+    gemm,
+    inline_llvm,
+    micro_floats,
+    micro_integers,
+    tile_gemm,
+    tiles,
+    winograd,
+)
 from tvmq.kernels.builder import BF16, FLOAT, FP16, stored_dtype
 from tvmq.kernels.decision import Choice, Decisions
 from tvmq.kernels.elementwise import Map
@@ -126,11 +137,11 @@ class Lowering:
 
     def __post_init__(self) -> None:
         self.builder = relax.BlockBuilder()
-        self.float = micro.float_micro(self.target.isa)
-        self.int8 = micro.int8_micro(self.target.isa)
-        self.int16 = micro.int16_micro(self.target.isa)
-        self.bf16 = micro.bf16_micro(self.target.isa)
-        self.fp16 = micro.fp16_micro(self.target.isa)
+        self.float = micro_floats.float_micro(self.target.isa)
+        self.int8 = micro_integers.int8_micro(self.target.isa)
+        self.int16 = micro_integers.int16_micro(self.target.isa)
+        self.bf16 = micro_floats.bf16_micro(self.target.isa)
+        self.fp16 = micro_floats.fp16_micro(self.target.isa)
         self.tiles = tiles.unit_of(self.target.isa)
 
     def note(self, name: str, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvmq.isa import Bf16
-from tvmq.kernels import gemm_blocking, interleave, micro, tile_blocking, tiles
+from tvmq.kernels import gemm_blocking, interleave, micro_floats, micro_integers, tile_blocking, tiles
 from tvmq.kernels.builder import BF16
 from tvmq.kernels.geometry import conv_geometry
 from tvmq.kernels.micro import Micro
@@ -22,9 +22,9 @@ _BY_ROWS = {Precision.BF16: 0.95, Precision.INT8: 0.75}
 def rates_of(target: Target) -> Rates:
     """Products a slot in each precision for which the target has instructions; every target multiplies int8 somehow."""
     isa = target.isa
-    wide = micro.float_micro(isa)
-    matrix = {Precision.FP32: _rate(target, wide), Precision.INT8: _rate(target, micro.int8_micro(isa))}
-    narrow = micro.bf16_micro(isa)
+    wide = micro_floats.float_micro(isa)
+    matrix = {Precision.FP32: _rate(target, wide), Precision.INT8: _rate(target, micro_integers.int8_micro(isa))}
+    narrow = micro_floats.bf16_micro(isa)
     # The pairs that any vector unit widens are float32 products: no gain but memory, and never planned.
     if isa.bf16 is Bf16.AMX or narrow.product.kr > 1:
         matrix[Precision.BF16] = _rate(target, narrow)

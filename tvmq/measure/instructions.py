@@ -1,6 +1,6 @@
 """Rows of the kernel table as benchmarks see them: a loop of the instruction alone, and the matrix template around it.
 
-`VectorRow` is a row of `kernels/micro.py`, `TileRow` one of matrix tiles (`kernels/tiles.py`).
+`VectorRow` is a `Micro` of `kernels/micro.py`, `TileRow` one of matrix tiles (`kernels/tiles.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from tvmq.kernels import builder, gemm, gemm_blocking, inline_llvm, tile_blockin
 from tvmq.kernels.builder import FLOAT, FP16
 from tvmq.kernels.geometry import Geometry, conv_geometry
 from tvmq.kernels.lowering import SHORT, Packing
-from tvmq.kernels.micro import Micro, bf16_micro, float_micro, fp16_micro, int8_micro
-from tvmq.kernels.spans import Halves, Pairs
+from tvmq.kernels.micro import Micro
+from tvmq.kernels.micro_floats import bf16_micro, float_micro, fp16_micro
+from tvmq.kernels.micro_integers import int8_micro
+from tvmq.kernels.spans_folded import Halves, Pairs
 from tvmq.kernels.tile_gemm import TileGemm
 from tvmq.kernels.tiles import LANES, ROW_BYTES, ROWS, TILES, Dot, Unit, unit_of
 from tvmq.target import Target

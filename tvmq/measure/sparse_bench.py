@@ -28,7 +28,8 @@ from tvmq.detect import detect_host
 from tvmq.files import scratch_folder
 from tvmq.isa import Int8Dot
 from tvmq.kernels.lower import lower
-from tvmq.kernels.micro import float_micro, int8_micro
+from tvmq.kernels.micro_floats import float_micro
+from tvmq.kernels.micro_integers import int8_micro
 from tvmq.kernels.schedule import build, schedule
 from tvmq.measure import peers
 from tvmq.measure.report import figure, table
