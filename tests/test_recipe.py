@@ -179,6 +179,7 @@ def test_the_percentile_may_be_100_and_recipes_are_values():
         "attention",
         "batch_matmul",
         "layer_norm",
+        "group_norm",
         "softmax",
         "embedding",
     }

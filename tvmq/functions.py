@@ -1,7 +1,7 @@
 """Float32 functions, each written once over operations that every IEEE machine rounds in the same way.
 
 The NumPy oracle computes them with `NumPyMath`, kernels with the same operations in TensorIR, so that their results
-agree bit for bit on every target: exponentials, activations, and the sums, softmax and layer norm of a row.
+agree bit for bit on every target: exponentials, activations, the sums, softmax and layer norm of a row, and group norm.
 """
 
 from __future__ import annotations
@@ -298,3 +298,30 @@ def layer_norm(x: Array, gamma: Array, beta: Array, epsilon: float) -> Array:
     variance = m.mul(row_sum(m.mul(centred, centred)), share)
     inverse = m.div(F32(1.0), m.sqrt(m.add(variance, F32(epsilon))))
     return np.asarray(m.fma(m.mul(centred, inverse), gamma, beta))
+
+
+def group_norm(x: Array, gamma: Array, beta: Array, groups: int, epsilon: float) -> Array:
+    """(x - mean) / sqrt(variance + epsilon) * gamma + beta of float32 x [N, H, W, C] over H, W and C / groups channels.
+
+    Columns of a channel are summed in order, then its rows, then the channels of a group.
+    """
+    m = NumPyMath()
+    n, h, w, c = x.shape
+    share = F32(1.0 / (h * w * (c // groups)))
+
+    def average(v: Array) -> Array:
+        by_group = _in_order(_in_order(v, 2), 1).reshape(n, groups, -1)
+        return np.repeat(m.mul(_in_order(by_group, 2), share), c // groups, axis=1)[:, None, None]
+
+    centred = m.sub(x, average(x))
+    variance = average(m.mul(centred, centred))
+    inverse = m.div(F32(1.0), m.sqrt(m.add(variance, F32(epsilon))))
+    return np.asarray(m.fma(m.mul(centred, inverse), gamma, beta))
+
+
+def _in_order(x: Array, axis: int) -> Array:
+    """The sum along an axis, one element after the other, from zero on."""
+    total = np.zeros(x.shape[:axis] + x.shape[axis + 1 :], F32)
+    for part in np.moveaxis(x, axis, 0):
+        total = total + part
+    return total

@@ -254,6 +254,26 @@ def layer_norm(
     return _call("layer_norm", args, attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
 
 
+def group_norm(
+    x: Expr,
+    gamma: Expr,
+    beta: Expr,
+    operands: Sequence[Expr],
+    epilogue: Epilogue,
+    *,
+    groups: int,
+    epsilon: float,
+    x_scale: float = 1.0,
+    x_zero_point: int = 0,
+    out_shape: Sequence[int],
+    out_dtype: str,
+) -> Any:
+    """`tvmq.group_norm` of x [N, H, W, C], as `functions.group_norm` computes it; of 8-bit x see `layer_norm`."""
+    attrs = {"groups": groups, "epsilon": epsilon, "x_scale": x_scale, "x_zero_point": x_zero_point}
+    args = [x, gamma, beta, *operands]
+    return _call("group_norm", args, attrs, epilogue, out_shape=out_shape, out_dtype=out_dtype)
+
+
 def softmax(
     x: Expr,
     operands: Sequence[Expr],

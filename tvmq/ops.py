@@ -9,6 +9,7 @@
     tvmq.cubic2d     (x NHWC, 8-bit)                                           -> NHWC
     tvmq.map         (x any shape, epilogue tensors...)                        -> the shape of x
     tvmq.layer_norm  (x [..., C], gamma [C], beta [C], epilogue tensors...)    -> the shape of x
+    tvmq.group_norm  (x NHWC, gamma [C], beta [C], epilogue tensors...)        -> NHWC
     tvmq.softmax     (x [..., C], epilogue tensors...)                         -> the shape of x
     tvmq.attention   (q, k, v: of one dtype, [N, S, heads, depth])             -> [N, S, heads, depth]
     tvmq.batch_matmul (x [..., M, K], y [..., K, N] or transposed, epilogue tensors...) -> [..., M, N]
@@ -57,6 +58,7 @@ NAMES = (
     "cubic2d",
     "map",
     "layer_norm",
+    "group_norm",
     "softmax",
     "attention",
     "batch_matmul",

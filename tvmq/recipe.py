@@ -122,10 +122,10 @@ class Recipe:
     weight scale an output channel, else one a tensor. group_size: 32, 64 or 128 inputs of a layer with weight-only
     precision share a scale; None means 32 for 4 bits, and one scale an output channel for 8. kinds:
     operator kinds that may become integer; products of two activations (`attention`, `batch_matmul`), `layer_norm`,
-    `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy; nothing where
-    empty. smoothing: the alpha of `smooth`, the share that goes by activations. weight_levels: of fp32 layers a
-    simulation, whose weights are rounded to few values, see `quantize.levels`; of weight-only ones what bits mean,
-    see `quantize.tables`. integer_io: the bundle takes and returns int8, and the conversions are apart
+    `group_norm`, `softmax` and `embedding` have to be named here or by a rule. algorithms: what is done for accuracy;
+    nothing where empty. smoothing: the alpha of `smooth`, the share that goes by activations. weight_levels: of fp32
+    layers a simulation, whose weights are rounded to few values, see `quantize.levels`; of weight-only ones what bits
+    mean, see `quantize.tables`. integer_io: the bundle takes and returns int8, and the conversions are apart
     (`Executor.quantize`, `Executor.dequantize`). simulate: round to integers and back, and compute in float. winograd:
     float 3x3 convolutions may use it where it is faster; its sums are rounded more. sparse: whether products leave out
     weights that are zero. rules: exceptions.

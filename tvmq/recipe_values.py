@@ -134,4 +134,4 @@ GROUP_SIZES = (32, 64, 128)
 # Products of two activations.
 PRODUCTS = ("attention", "batch_matmul")
 DEFAULT_KINDS = ("conv2d", "matmul", "add", "subtract", "multiply", "unary", "avg_pool2d", "max_pool2d", "concat")
-KINDS = (*DEFAULT_KINDS, *PRODUCTS, "layer_norm", "softmax", "embedding")
+KINDS = (*DEFAULT_KINDS, *PRODUCTS, "layer_norm", "group_norm", "softmax", "embedding")

@@ -1,4 +1,4 @@
-"""Pools, resizes and reductions of images, lines and volumes become those of channels-last images that compute the same."""
+"""Pools, resizes, norms and reductions of images, lines and volumes become those of channels-last images that compute the same."""
 
 from __future__ import annotations
 
@@ -79,6 +79,9 @@ MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
             {"image.resize2d"},
         ),
         (IMAGE, lambda x: functional.interpolate(x, scale_factor=3, mode="bicubic"), {"image.resize2d"}),
+        (LINE, lambda x: functional.instance_norm(x), {"nn.group_norm"}),
+        (IMAGE, lambda x: functional.instance_norm(x, weight=torch.arange(4.0)), {"nn.group_norm"}),
+        (VOLUME, lambda x: functional.group_norm(x, 2, bias=torch.arange(4.0)), {"nn.group_norm"}),
         (VOLUME, lambda x: functional.pad(x, (1, 2, 0, 3, 4, 0), value=0.7), {"nn.pad"}),
         (LINE, lambda x: functional.pad(x, (1, 2, 1, 0)), {"nn.pad"}),
         (VOLUME, lambda x: x.mean((2, 3, 4)), {"mean"}),

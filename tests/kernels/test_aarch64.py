@@ -10,6 +10,7 @@ from harness import Case, check, conv, dynamic, floats, grouped, integers, matmu
 from test_attention import attention, on_integers, random
 from test_batch_matmul import integer
 from test_epilogue import a_map
+from test_group_norm import norm
 from test_images import cubic, resize
 from test_int16 import few, others
 
@@ -93,9 +94,15 @@ def float_arithmetic() -> list[Case]:
     return cases
 
 
-def resizes() -> list[Case]:
+def images() -> list[Case]:
     x = integers((2, 4, 9, 17), "int8")
-    return [cubic(x, (5, 12), "half_pixel", -7), cubic(x, (2, 1), "align_corners", 3), resize(x, (5, 12), "half_pixel")]
+    norms = [norm(x, 17, "int8"), norm(floats((2, 4, 9, 12)), 3)]
+    return [
+        *norms,
+        cubic(x, (5, 12), "half_pixel", -7),
+        cubic(x, (2, 1), "align_corners", 3),
+        resize(x, (5, 12), "half_pixel"),
+    ]
 
 
 def row_scales() -> list[Case]:
@@ -130,7 +137,7 @@ def test_kernels_are_the_oracle(board_root: Path, target: str, cpu: str) -> None
         check([*kernels(), *float_arithmetic()], target_of(target), board)
         # Kernels of int16 are the same on all of them.
         of_int16 = [*few(), *others("int8")] if (target, cpu) == CORES[0] else []
-        check([*row_scales(), *activation_products(), *resizes(), *of_int16], target_of(target), board, exact=True)
+        check([*row_scales(), *activation_products(), *images(), *of_int16], target_of(target), board, exact=True)
         check(grouped_weights(), target_of(target), board)
 
 

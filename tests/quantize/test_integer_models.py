@@ -14,6 +14,7 @@ from tvmq.deploy.executor import load
 from tvmq.importer.load import import_model
 from tvmq.pipeline import compile_model
 from tvmq.recipe import Recipe
+from tvmq.recipe_values import DEFAULT_KINDS
 
 
 class Gates(nn.Module):
@@ -141,6 +142,20 @@ class Curves(nn.Module):
         return self.c(self.slopes(functional.max_pool2d(y, 3, 1, 1)))
 
 
+class Norms(nn.Module):
+    """Norms of groups and of single channels behind convolutions, one before a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 4, 1)
+        self.groups, self.channels = nn.GroupNorm(3, 12), nn.InstanceNorm2d(12, affine=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, 4, H / 2, W / 2]."""
+        x = torch.relu(self.groups(self.a(x)))
+        return self.c(torch.relu(self.channels(self.b(x)) + x))
+
+
 class Dense(nn.Module):
     """Batch norms behind concats, a pool and a mean; constants of channels without a kernel before them."""
 
@@ -163,6 +178,7 @@ class Dense(nn.Module):
 
 
 MODELS = {
+    "norms": (Norms, (2, 3, 10, 9)),
     "dense": (Dense, (2, 4, 10, 9)),
     "curves": (Curves, (1, 4, 5, 7)),
     "leaks": (Leaks, (1, 4, 5, 7)),
@@ -174,6 +190,8 @@ MODELS = {
     "means": (Means, (3, 2, 5, 8)),
     "decoder": (a_decoder, (1, 4, 5, 4)),
 }
+# Norms are integer where a recipe names them.
+RECIPE = Recipe(precision="int8", kinds=(*DEFAULT_KINDS, "group_norm"))
 # What moves the model's own inputs and outputs between layouts.
 EDGES = ("permute_dims", "reshape")
 
@@ -185,7 +203,7 @@ def test_everything_between_convolutions_is_integer(name: str, tmp_path: Path) -
     network = make().eval()
     x = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
     model = import_model(network, (torch.from_numpy(x[0]),))
-    compiled = compile_model(model, "host", Recipe(precision="int8"), list(x), tmp_path / "m.tvmq")
+    compiled = compile_model(model, "host", RECIPE, list(x), tmp_path / "m.tvmq")
     floats = [row for row in compiled.operators if row["precision"] != "int8" and row["kind"] not in EDGES]
     assert not floats
     executor = load(compiled.path)

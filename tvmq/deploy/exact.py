@@ -79,6 +79,7 @@ _OURS = (
     "tvmq.embedding",
     "tvmq.concat",
     "tvmq.layer_norm",
+    "tvmq.group_norm",
     "tvmq.softmax",
 )
 

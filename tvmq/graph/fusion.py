@@ -29,11 +29,11 @@ ACTIVATIONS = {"nn.gelu": "gelu", "nn.gelu_tanh": "gelu_tanh", "nn.silu": "silu"
 CLIPS = ("nn.relu", "clip")
 LEAKY = "nn.leakyrelu"
 # Operators that compute something of their own, and so start chains before adds and activations may.
-ANCHORS = ("conv2d", "matmul", "avg_pool2d", "layer_norm", "softmax")
+ANCHORS = ("conv2d", "matmul", "avg_pool2d", "layer_norm", "group_norm", "softmax")
 # Anchors of two activations.
 BINARY = ("add", "subtract", "multiply")
 # Anchors that always read floats.
-FLOAT_ANCHORS = ("layer_norm", "softmax")
+FLOAT_ANCHORS = ("layer_norm", "group_norm", "softmax")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ Follower = AddBias | AddTensor | TimesTensor | TimesChannels | Limit | Leak | Ch
 class Chain:
     """One future kernel: `anchor` is the variable of the anchor call, `members` all variables from it to the end.
 
-    `kind` is conv2d, matmul, avg_pool2d, layer_norm, softmax, add, subtract, multiply or unary.
+    `kind` is conv2d, matmul, avg_pool2d, layer_norm, group_norm, softmax, add, subtract, multiply or unary.
     """
 
     kind: str
@@ -198,6 +198,12 @@ def _normalizes_last_axis(call: Any) -> bool:
     return constants and bool(call.attrs.center) and bool(call.attrs.scale) and _is_last(call, *call.attrs.axes)
 
 
+def _normalizes_groups_of_images(call: Any) -> bool:
+    a, constants = call.attrs, all(ir.is_constant(arg) for arg in call.args[1:])
+    axes = [int(axis) % 4 for axis in a.axes] if len(ir.shape_of(call)) == 4 else []
+    return constants and bool(a.center) and bool(a.scale) and axes == [1, 2] and _is_last(call, a.channel_axis)
+
+
 def _is_last(call: Any, *axes: Any) -> bool:
     ndim = len(ir.shape_of(call))
     return [int(axis) % ndim for axis in axes] == [ndim - 1]
@@ -211,6 +217,7 @@ _ANCHORS: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "subtract": (("subtract",), _same_shape_tensors),
     "multiply": (("multiply",), _can_multiply),
     "layer_norm": (("nn.layer_norm",), _normalizes_last_axis),
+    "group_norm": (("nn.group_norm",), _normalizes_groups_of_images),
     "softmax": (("nn.softmax",), lambda call: _is_last(call, call.attrs.axis)),
     "unary": ((*CLIPS, LEAKY, *ACTIVATIONS), lambda _call: True),
 }

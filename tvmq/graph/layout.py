@@ -301,6 +301,12 @@ def _resize(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
     return pools.resized_volume(state.emit, layout.twin(state, x), call, name)
 
 
+def _group_norm(layout: _Layout, state: ir.Rewrite, name: str, call: Any) -> Any:
+    if not layout.has_twin(call.args[0]) or not ir.is_static(call):
+        return None
+    return pools.normalized(state.emit, layout.twin(state, call.args[0]), call, name)
+
+
 def _is_image(layout: _Layout, x: Any) -> bool:
     """Whether `x` has a twin whose axes are its own."""
     return layout.has_twin(x) and len(ir.shape_of(x)) == 4
@@ -329,6 +335,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(BINARY, _binary),
     **dict.fromkeys(("nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", *pools.OF_VOLUMES), _pool),
     **dict.fromkeys(("mean", "sum", "max", "min"), _reduce),
+    "nn.group_norm": _group_norm,
     "concat": _concat,
     "nn.pad": _pad,
     "strided_slice": _strided_slice,

@@ -26,6 +26,7 @@ _MOVES = ("reshape", "permute_dims", "squeeze", "expand_dims", "flatten", "strid
 # Operators that have a form, or are part of a kernel, that reads integers.
 _READ_INTEGERS = (
     *("nn.conv2d", "matmul", "nn.avg_pool2d", "nn.adaptive_avg_pool2d", "mean", "sum", "nn.layer_norm", "nn.softmax"),
+    "nn.group_norm",
     *(
         "add",
         "subtract",

@@ -1,4 +1,4 @@
-"""Pools, resizes and reductions of images, lines and volumes, as those of channels-last images, which have kernels.
+"""Pools, resizes, norms and reductions of lines and volumes, as those of channels-last images, which have kernels.
 
     max_pool2d(x, ceil_mode)       ->  max_pool2d(x), padded at the end up to where its last window reaches
     max_pool3d(x [N, C, D, H, W])  ->  max_pool2d over H and W of [N * D, H, W, C], then over D of [N, D, H' * W', C]
@@ -114,6 +114,18 @@ def reduced(emit: Emit, x: Any, call: Any, name: str) -> Any:
     kept = emit(reduce(last, axis=[axis - 1 for axis in axes], keepdims=True), name)
     rows = (shape[0], 1) if len(shape) == 3 else (shape[0] * out[2], out[3])
     return _op.reshape(kept, (*rows, out[-1], shape[1]))
+
+
+def normalized(emit: Emit, x: Any, call: Any, name: str) -> Any:
+    """The group norm `call` of a line, image or volume with image x; None over other axes than all but the first."""
+    a, shape = call.attrs, ir.shape_of(call)
+    if _ints(a.axes) != list(range(2, len(shape))) or int(a.channel_axis) != 1:
+        return None
+    rows, height, width, channels = ir.shape_of(x)
+    whole = (shape[0], rows // shape[0] * height, width, channels)
+    image = x if whole[0] == rows else emit(_op.reshape(x, whole), f"{name}_flat")
+    norm = _op.nn.group_norm(image, *call.args[1:], a.num_groups, 3, [1, 2], a.epsilon, a.center, a.scale)
+    return norm if whole[0] == rows else _op.reshape(emit(norm, f"{name}_norm"), ir.shape_of(x))
 
 
 def _ints(values: Any) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 aten = torch.ops.aten
 
@@ -79,16 +80,13 @@ def _instance_norm(
 ) -> Any:
     """Normalized by the statistics of each channel of each sample (torch.nn.InstanceNorm2d).
 
-    It is written as a batch norm in training mode otherwise, which is refused.
+    It is a group norm with as many groups as channels; PyTorch writes a batch norm in training mode, which is refused.
     """
     del momentum, cudnn_enabled
     shape = [1, -1] + [1] * (x.ndim - 2)
     if use_input_stats or mean is None or var is None:
-        axes = list(range(2, x.ndim))
-        center, spread = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
-    else:
-        center, spread = mean.reshape(shape), var.reshape(shape)
-    y = (x - center) * torch.rsqrt(spread + eps)
+        return functional.group_norm(x, x.shape[1], weight, bias, eps)
+    y = (x - mean.reshape(shape)) * torch.rsqrt(var.reshape(shape) + eps)
     y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape)
 

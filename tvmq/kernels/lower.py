@@ -84,6 +84,7 @@ RULES: dict[str, Callable[[Lowering, ir.Rewrite, str, Any], Any]] = {
     "concat": lower_rest.concat,
     "embedding": lower_rest.embedding,
     "layer_norm": lower_rest.rowwise,
+    "group_norm": lower_images.group_norm,
     "softmax": lower_rest.rowwise,
     "attention": lower_attention.attention,
     "batch_matmul": lower_rest.batch_matmul,

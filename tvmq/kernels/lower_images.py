@@ -1,4 +1,4 @@
-"""Lowering rules of images whose outputs read windows that differ: adaptive pooling, bilinear and bicubic resizing."""
+"""Lowering rules of images whose outputs read windows that differ, or all: adaptive pooling, resizing, group norm."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tvmq import ir, ops
 from tvmq.kernels.adaptive_pool import AdaptivePool
+from tvmq.kernels.group_norm import GroupNorm
 from tvmq.kernels.lowering import SHORT, Lowering, declared, dtype_of
 from tvmq.kernels.resize import Resize
 from tvmq.quantize import anchors, numerics, resampling
@@ -74,3 +75,23 @@ def _resized(
     lowering.names[name] = title
     args = [x, *lowering.lift(state, name, [ir.constant(table) for table in tables])]
     return lowering.call(spec, title, args, shape, ir.dtype_of(call))
+
+
+def group_norm(lowering: Lowering, state: ir.Rewrite, name: str, call: Any) -> Any:
+    """`tvmq.group_norm`."""
+    x, *constants = call.args
+    a, shape, dtype = ops.attributes(call), ir.shape_of(call), dtype_of(x)
+    spec = GroupNorm(
+        shape,  # type: ignore[arg-type]
+        dtype,
+        a["out_dtype"],
+        a["groups"],
+        a["epsilon"],
+        (ops.Dequantize(a["x_scale"], a["x_zero_point"]),) if dtype in numerics.INT_RANGE else (),
+        ops.epilogue_of(call),
+        declared(constants[2:]),
+        lowering.float.lanes,
+    )
+    title = f"{SHORT[a['out_dtype']]}-{SHORT[dtype]}-group_norm"
+    lowering.names[name] = title
+    return lowering.call(spec, title, [x, *lowering.lift(state, name, constants)], shape, a["out_dtype"])

@@ -109,6 +109,12 @@ def _layer_norm(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(result, args[3:], ops.epilogue_of(call))
 
 
+def _group_norm(call: Any, args: list[Array]) -> Value:
+    x, gamma, beta = _float_rows(call, args[0]), *args[1:3]
+    result = functions.group_norm(x, gamma, beta, **_only(call, "groups", "epsilon"))
+    return numerics.epilogue(result, args[3:], ops.epilogue_of(call))
+
+
 def _softmax(call: Any, args: list[Array]) -> Value:
     return numerics.epilogue(functions.softmax(_float_rows(call, args[0])), args[1:], ops.epilogue_of(call))
 
@@ -166,6 +172,7 @@ RULES: dict[str, Callable[[Any, list[Any]], Value]] = {
     "map": _map,
     "concat": _concat,
     "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
     "softmax": _softmax,
     "attention": _attention,
     "batch_matmul": _batch_matmul,

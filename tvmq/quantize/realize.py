@@ -299,6 +299,9 @@ class _Realizer:
             if chain.kind == "softmax":
                 return op_calls.softmax(operand, operands, steps, **common)
             gamma, beta = chain.call.args[1:]
+            if chain.kind == "group_norm":
+                common |= {"groups": int(a.num_groups)}
+                return op_calls.group_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
             return op_calls.layer_norm(operand, gamma, beta, operands, steps, epsilon=float(a.epsilon), **common)
         if chain.kind == "avg_pool2d" and averages.is_uneven(chain.call):
             return op_calls.adaptive_avg_pool2d(operand, operands, steps, x_zero_point=zero, **common)
