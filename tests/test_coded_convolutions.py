@@ -17,7 +17,8 @@ from tvmq.errors import BundleError
 from tvmq.model import Model
 from tvmq.pipeline import compile_model, realized_module
 from tvmq.quantize import numerics
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.tune import whole
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tvmq.errors import RecipeError
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import KINDS, Aggregate, Observer, Precision
 
 

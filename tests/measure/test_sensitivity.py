@@ -8,7 +8,8 @@ import pytest
 from tvmq import pipeline
 from tvmq.measure.sensitivity import CEILING_DB, analyze, draw
 from tvmq.quantize.calibration import calibrate
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 
 INT8 = Recipe(precision="int8")
 

@@ -9,7 +9,8 @@ from tvmq.quantize.annotate import annotate
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.table import CalibrationTable, Entry
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 
 INT8 = Recipe(precision="int8")
 SHAPE = (1, 4, 4, 2)

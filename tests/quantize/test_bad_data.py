@@ -12,7 +12,8 @@ from tvmq.errors import CalibrationError
 from tvmq.importer.load import import_model
 from tvmq.model import Model
 from tvmq.oracle import interpret
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Algorithm, Observer
 
 

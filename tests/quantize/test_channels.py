@@ -22,7 +22,8 @@ from tvmq.quantize.refine import unused_algorithms
 from tvmq.quantize.seen import ChannelsSeen, channels_seen
 from tvmq.quantize.smooth import bounded, divided, smooth
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 
 EQUALIZABLE = (
     "residual",

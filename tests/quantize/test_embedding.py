@@ -20,7 +20,8 @@ from tvmq.quantize import numerics
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import DEFAULT_KINDS
 
 ROWS, WIDTH = 40, 24

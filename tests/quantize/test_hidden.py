@@ -15,7 +15,8 @@ from tvmq.oracle import interpret
 from tvmq.quantize import hidden, numerics, refine
 from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 
 INT8 = Recipe(precision="int8")
 WIDTH, OUTLIER, AT = 256, 7, 3

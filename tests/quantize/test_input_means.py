@@ -10,7 +10,8 @@ from tvmq.graph.fusion import find_chains
 from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.input_means import InputMeans
 from tvmq.quantize.refine import means_for
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 
 op = relax.op
 LAYOUTS = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}

@@ -23,7 +23,8 @@ from tvmq.pipeline import compile_model
 from tvmq.quantize import numerics, wide
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.simulate import simulated
-from tvmq.recipe import Precision, Recipe, Rule
+from tvmq.recipe import Precision, Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.target import load_target
 
 

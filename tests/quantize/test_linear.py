@@ -11,7 +11,8 @@ from torch.nn import functional
 from tvmq import ir, ops
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Precision
 
 DYNAMIC = Recipe(precision="int8-dynamic")

@@ -8,7 +8,8 @@ from tvm import relax
 
 from tvmq import ir
 from tvmq.quantize import numerics
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Precision
 
 BF16 = Recipe(precision="bf16")

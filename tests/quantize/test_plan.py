@@ -13,7 +13,8 @@ from tvmq.quantize.calibrate import calibrate
 from tvmq.quantize.decisions import Decision, float_decisions
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Precision
 
 INT8 = Recipe(precision="int8")

@@ -20,7 +20,8 @@ from tvmq.pipeline import compile_model
 from tvmq.quantize import numerics
 from tvmq.quantize.decisions import source_decisions
 from tvmq.quantize.realize import realize
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import DEFAULT_KINDS, KINDS, Precision
 
 STATIC = Recipe(precision="int8", kinds=KINDS)

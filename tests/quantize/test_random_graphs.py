@@ -18,7 +18,8 @@ from tvmq.quantize.numerics import sqnr_db
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.realize import realize
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Precision
 
 SHAPE = (2, 5, 5, 4)

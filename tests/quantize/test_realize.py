@@ -10,7 +10,8 @@ from tvmq import ir, op_calls, ops
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.realize import realize
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 
 INT8 = Recipe(precision="int8")
 RECIPES = [

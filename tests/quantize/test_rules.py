@@ -15,7 +15,8 @@ from tvmq.model import Model
 from tvmq.oracle import interpret
 from tvmq.quantize import numerics
 from tvmq.quantize.refine import mean_errors_of, means_for, products_of, unused_algorithms, with_corrected_biases
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Algorithm, Precision
 
 

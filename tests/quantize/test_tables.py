@@ -13,7 +13,8 @@ from tvmq.quantize import groups, numerics, rounding, tables
 from tvmq.quantize.annotate import annotate
 from tvmq.quantize.realize import realize
 from tvmq.quantize.refine import products_of
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import Precision, WeightLevels
 
 KINDS = tuple(kind for kind in tables.LOOKED_UP if kind is not WeightLevels.VECTOR_CODEBOOK)

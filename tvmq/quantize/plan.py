@@ -29,7 +29,8 @@ from tvmq.quantize.kept import factor, has_own_scale, keeps_integers, qparams_be
 from tvmq.quantize.narrow import MOVES, narrow, no_stored_form, tensors_of
 from tvmq.quantize.numerics import QParams
 from tvmq.quantize.table import CalibrationTable
-from tvmq.recipe import Recipe, Rule
+from tvmq.recipe import Recipe
+from tvmq.recipe_rules import Rule
 from tvmq.recipe_values import DEFAULT_KINDS, FLOAT_ENDS, HALVES, KINDS, PowerOfTwo, Precision
 
 
