@@ -9,6 +9,7 @@ import pytest
 from harness import Case, check, conv, dynamic, floats, grouped, integers, matmul, requantize, rows, target_of, weights
 from test_attention import attention, on_integers, random
 from test_batch_matmul import integer
+from test_decode import conv as coded_conv
 from test_epilogue import a_map
 from test_group_norm import norm
 from test_images import cubic, resize
@@ -127,7 +128,9 @@ def grouped_weights() -> list[Case]:
     looked_up = [grouped(f"places{w}_{m}", 4, (m, 64), 37, 32, (ops.Bias(),), table=table[:w]) for m, w in sizes]
     shapes = [(bits, rows) for bits in (4, 8) for rows in (1, 6)]
     shifted = [grouped(f"z{b}_{m}", b, (m, 64), 37, 32, (ops.Bias(),), asymmetric=True) for b, m in shapes]
-    return [*cases, *looked_up, *shifted, grouped("prime", 8, (1, 31), 9, 31)]
+    kinds = ("asymmetric", "vector_codebook")
+    images = [coded_conv(f"image_{kind}", (1, 4, 4, 5), (19, 3, 3, 5), kind=kind) for kind in kinds]
+    return [*cases, *looked_up, *shifted, *images, grouped("prime", 8, (1, 31), 9, 31)]
 
 
 @pytest.mark.emulated

@@ -11,7 +11,7 @@ from tvmq.kernels.lower import lower
 from tvmq.kernels.prepare import split
 from tvmq.quantize.coded import coded
 from tvmq.recipe import Recipe
-from tvmq.recipe_values import Precision, Sparse, WeightLevels
+from tvmq.recipe_values import Precision, Sparse
 
 # One of each way to look up.
 LEVELS = ("sse2", "avx2", "host")
@@ -49,10 +49,10 @@ def conv(
 
 
 def convolutions() -> list[Case]:
-    """Each kind of weight; last groups that are shorter, channels around the panels, groups of channels, Winograd."""
-    kinds = [kind.value for kind in WeightLevels]
+    """Each way to decode; last groups that are shorter, channels around the panels, groups of channels, Winograd."""
+    kinds = ("none", "asymmetric", "codebook", "vector_codebook")
     found = [conv(f"c3_{kind}", (1, 5, 6, 3), (19, 3, 3, 3), kind=kind) for kind in kinds]
-    found += [conv(f"winograd_{kind}", (1, 8, 8, 32), (32, 3, 3, 32), kind=kind, padding=1) for kind in kinds]
+    found.append(conv("winograd", (1, 8, 8, 32), (32, 3, 3, 32), kind="vector_codebook", padding=1))
     found += [
         conv(f"eight_{kind}", (1, 4, 4, 5), (33, 2, 3, 5), "int8-weight", kind) for kind in ("none", "asymmetric")
     ]

@@ -6,6 +6,7 @@ w [O, kh, kw, I]   ->  the same of its matrix [kh * kw * I, O], with rows of zer
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ def _asymmetric(matrix: Array, bits: int, group: int, products: Array | None, sh
 
 def _places(matrix: Array, group: int, recipe: Recipe, products: Array | None, shape: tuple[int, ...]) -> Any:
     scales = tables.table_scales(matrix, recipe.weight_levels, group)
-    table = tables.table_of(matrix, scales, recipe.weight_levels)
+    depth = math.prod(shape[1:]) if len(shape) > 2 else None
+    table = tables.table_of(matrix, scales, recipe.weight_levels, depth)
     if products is not None:
         limits = groups.RANGE[4]
         quantized = rounding.gptq(matrix, groups.each(scales, matrix), products, *limits, table=table[0])

@@ -34,8 +34,6 @@ _TAIL = 0.9677083
 _SETTLED, _TURNS = 1e-4, 100
 # Points that values are gathered in before: a matter of time, far finer than levels.
 _POINTS = 1 << 16
-# What rows of zeros count, which may be there to fill a group: next to nothing, for weights that are all zeros.
-_FILLING = 1e-9
 
 
 def normal_levels(bits: int) -> Array:
@@ -103,14 +101,17 @@ def table_scales(weight: Array, levels: WeightLevels, group: int) -> Array:
     return to_bfloat16(scales.astype(F32))
 
 
-def table_of(weight: Array, scales: Array, levels: WeightLevels) -> Array:
-    """The entries for a weight [K, N] with its scales, float32 [width, 16]."""
+def table_of(weight: Array, scales: Array, levels: WeightLevels, depth: int | None = None) -> Array:
+    """The entries for a weight [K, N] with its scales, float32 [width, 16].
+
+    depth: how many rows count; later ones fill a group. None means all.
+    """
     if levels is WeightLevels.LOG2:
         return np.append(power_levels(4), 1.0).astype(F32)[None]
     if levels is WeightLevels.NORMAL_FLOAT:
         return normal_levels(4).astype(F32)[None]
-    units = _units(weight, scales)
-    mass = _each(scales, weight) ** 2 * np.where(np.any(weight, axis=1, keepdims=True), 1.0, _FILLING)
+    units, mass = _units(weight, scales), _each(scales, weight) ** 2
+    mass[len(mass) if depth is None else depth :] = 0
     if levels is WeightLevels.VECTOR_CODEBOOK:
         return vector_means(tuples(units, 2), mass[::2].ravel(), ENTRIES).T.astype(F32)
     return means(units.ravel(), mass.ravel(), normal_levels(4)).astype(F32)[None]
