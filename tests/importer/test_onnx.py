@@ -162,6 +162,28 @@ def test_unknown_operators_are_named(tmp_path: Path) -> None:
         import_model(path)
 
 
+@pytest.mark.parametrize(
+    ("mode", "coordinates", "sizes", "how"),
+    [
+        ("linear", "half_pixel", (8, 10), "linear"),
+        ("linear", "pytorch_half_pixel", (3, 7), "linear"),
+        ("linear", "align_corners", (7, 2), "linear"),
+        ("cubic", "half_pixel", (5, 9), "cubic"),
+        ("cubic", "asymmetric", (8, 10), None),
+        ("linear", "asymmetric", (8, 10), None),
+    ],
+)
+def test_resizes(tmp_path: Path, mode: str, coordinates: str, sizes: tuple[int, int], how: str | None) -> None:
+    """One operator where it is PyTorch's; others are products with matrices."""
+    node = helper.make_node(
+        "Resize", ["x", "", "", "sizes"], ["y"], mode=mode, coordinate_transformation_mode=coordinates
+    )
+    weights = {"sizes": np.array([1, 2, *sizes], np.int64)}
+    model = import_model(_integer_model(tmp_path / "m.onnx", [node], weights, [1, 2, 4, 5], TensorProto.FLOAT))
+    resizes = [call for _, call in ir.calls(model.module) if ir.is_call(call, "image.resize2d")]
+    assert [str(call.attrs.method) for call in resizes] == ([] if how is None else [how])
+
+
 def test_unsupported_attribute(tmp_path: Path) -> None:
     nodes = [helper.make_node("MaxPool", ["x"], ["y", "v"], kernel_shape=[2, 2], storage_order=1)]
     with pytest.raises(ModelError, match=r"MaxPool \(node y\) is not supported: saw the places of maxima"):

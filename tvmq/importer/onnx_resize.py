@@ -31,6 +31,10 @@ def _resize(n: Inputs) -> Any:
     roi = n.value(1) if not upsample and n.attr("coordinate_transformation_mode") == "tf_crop_and_resize" else None
     if mode == "nearest" and roi is None and (whole := _whole_factors(n, x, axes, scales, sizes, upsample)):
         return functional.interpolate(x, scale_factor=whole, mode="nearest")
+    if mode != "nearest" and roi is None:
+        by_axis = dict(zip(axes, zip(scales, sizes, strict=True), strict=True))
+        if (resized := _interpolated(n, x, mode, by_axis, upsample)) is not None:
+            return resized
     for i, (axis, scale, size) in enumerate(zip(axes, scales, sizes, strict=True)):
         extent = x.shape[axis]
         if size == extent and scale == 1 and roi is None:
@@ -76,6 +80,38 @@ def _whole_factors(
             return None
         factors.append(float(size // extent))
     return tuple(factors)
+
+
+def _interpolated(
+    n: Inputs, x: Tensor, mode: str, by_axis: dict[int, tuple[float, int]], upsample: bool
+) -> Tensor | None:
+    """What PyTorch makes of the axes behind the channels; None where its outputs lie elsewhere, or weights differ.
+
+    by_axis: the factor and the size of each axis that is resized.
+    """
+    modes = {3: "linear", 4: "bilinear", 5: "trilinear"} if mode in ("linear", "bilinear") else {4: "bicubic"}
+    own = n.attr("antialias", 0) or n.attr("exclude_outside", 0) or n.attr("cubic_coeff_a", ALPHA) != ALPHA
+    if own or x.ndim not in modes or any(by_axis.get(axis, (1, 0))[0] != 1 for axis in (0, 1)):
+        return None
+    extents = x.shape[2:]
+    each = [by_axis.get(axis, (1.0, x.shape[axis])) for axis in range(2, x.ndim)]
+    sizes = [size for _, size in each]
+    found = [_positions(n, e, size, scale, None, upsample) for e, (scale, size) in zip(extents, each, strict=True)]
+    for corners in (False, True):
+        places = [_places(extent, size, corners) for extent, size in zip(extents, sizes, strict=True)]
+        pairs = list(zip(found, places, extents, strict=True))
+        if modes.keys() != {4}:
+            # What lies beyond the ends has their values.
+            pairs = [(np.clip(a, 0, e - 1), np.clip(b, 0, e - 1), e) for a, b, e in pairs]
+        if all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b, _ in pairs):
+            return functional.interpolate(x, size=sizes, mode=modes[x.ndim], align_corners=corners)
+    return None
+
+
+def _places(extent: int, size: int, corners: bool) -> Array:
+    """Where PyTorch's outputs lie."""
+    i = np.arange(size, dtype=np.float64)
+    return i * (extent - 1) / max(size - 1, 1) if corners else (i + 0.5) * extent / size - 0.5
 
 
 def _positions(
