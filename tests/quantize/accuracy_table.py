@@ -44,6 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "plain": PLAIN,
     "symmetric": {**PLAIN, "symmetric": True},
+    "mixed symmetry": {**PLAIN, "symmetric_loss": 0.5},
     "per tensor": {**PLAIN, "per_channel": False},
     "percentile": {**PLAIN, "observer": "percentile", "percentile": 99.999},
     "entropy": {**PLAIN, "observer": "entropy"},
@@ -88,7 +89,8 @@ may be of an earlier run, which this one went on from.
 `default` is what a recipe of int8 does by itself (`auto`): kernels are rounded as `squant` says, biases corrected
 (`bias_correction_analytic`), and channels equalized where they are uneven. `plain` is without algorithms: batch norms folded
 (as in every row), extremes as ranges, asymmetric activations and symmetric weights with a scale a channel (what others call
-a mixed preset; `symmetric` has no zero points); the rows after it add to it. `squant` is a closed form of what AdaRound
+a mixed preset; `symmetric` has no zero points, `mixed symmetry` none where that costs half a decibel at most); the rows after
+it add to it. `squant` is a closed form of what AdaRound
 learns; `mse`, `octav`, `entropy` and `percentile` search for limits of activations, `clip_weights` for those of weights.
 Made by
 
