@@ -51,6 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "int8, auto and bias_correction": {"precision": "int8", "algorithms": ["auto", "bias_correction"]},
     "int8, auto and gptq": {"precision": "int8", "algorithms": ["auto", "gptq"]},
     "int8-dynamic": {"precision": "int8-dynamic"},
+    "int8-dynamic, without algorithms": {"precision": "int8-dynamic", "algorithms": []},
     "int8-dynamic, attention": {"precision": "int8-dynamic", "kinds": [*DEFAULT_KINDS, *PRODUCTS]},
     "int8-dynamic, smooth": {"precision": "int8-dynamic", "algorithms": ["smooth"]},
     "int8-dynamic, smooth, gptq": {"precision": "int8-dynamic", "algorithms": ["smooth", "gptq"]},

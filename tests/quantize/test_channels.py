@@ -18,9 +18,10 @@ from tvmq.quantize import numerics, refine
 from tvmq.quantize.calibration import calibrate
 from tvmq.quantize.channels import Channels
 from tvmq.quantize.equalize import equalize, gain
+from tvmq.quantize.least_noise import Division
 from tvmq.quantize.refine import unused_algorithms
-from tvmq.quantize.seen import ChannelsSeen, channels_seen
-from tvmq.quantize.smooth import bounded, divided, smooth
+from tvmq.quantize.seen import channels_seen
+from tvmq.quantize.smooth import divided, smooth
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
 from tvmq.recipe_rules import Rule
@@ -256,37 +257,24 @@ def test_what_channels_hold_is_seen_over_all_samples(make_a_case) -> None:
     np.testing.assert_allclose(seen.variance, rows.astype(np.float64).var(axis=0), rtol=1e-9)
 
 
-def test_channels_are_bounded_where_they_are_outliers_and_only_as_far_as_weights_can_take_it() -> None:
-    rng = np.random.default_rng(0)
-    read, even = rng.standard_normal((32, 24)).astype(np.float32), np.ones(32)
-    recipe = Recipe(precision="int8")
-
-    def factors(largest: np.ndarray, weights: np.ndarray = read) -> np.ndarray | None:
-        return bounded(ChannelsSeen(-largest, largest, largest**2 / 9), weights, recipe)
-
-    for left_alone in (even, np.zeros(32), np.full(32, np.inf), np.full(32, np.nan)):
-        assert factors(left_alone) is None
-    outlying = np.where(np.arange(32) == 5, 20.0, 1.0)
-    found = factors(outlying)
-    assert found is not None and found[5] > 2 and (np.delete(found, 5) == 1).all()
-    # The same channel read by weights that are large already: these would lose what it gains.
-    large = np.where(np.arange(32) == 5, 20.0, 1.0)[:, None].astype(np.float32) * read
-    assert factors(outlying, large) is None
-
-
 @pytest.mark.parametrize(
-    ("name", "factors", "said"),
+    ("name", "division", "said"),
     [
-        ("norm", np.ones(3), "of a layer norm or .*, 16 channels, saw 3 numbers, the least 1"),
-        ("norm", np.zeros(16), "saw 16 numbers, the least 0"),
-        ("other", np.ones(16), "smoothed 'other': expected a number above 0 for each channel of .*, 0 channels"),
+        ("norm", Division(np.ones(3)), "of a layer norm or .*, 16 channels, saw 3 numbers, the least 1"),
+        ("norm", Division(np.zeros(16)), "saw 16 numbers, the least 0"),
+        ("norm", Division(np.ones(16), (3,)), "expected copies of 0 channels, saw one of channel 3"),
+        (
+            "other",
+            Division(np.ones(16)),
+            "smoothed 'other': expected a number above 0 for each channel of .*, 0 channels",
+        ),
     ],
 )
-def test_factors_that_fit_no_tensor_are_refused(make_a_case, name: str, factors: np.ndarray, said: str) -> None:
+def test_divisions_that_fit_no_tensor_are_refused(make_a_case, name: str, division: Division, said: str) -> None:
     case = make_a_case(PostNorm(), (2, 5, 16))
     norm = next(str(var.name) for var, call in ir.calls(case.module) if ir.is_call(call, "nn.layer_norm"))
     with pytest.raises(CalibrationError, match=said):
-        divided(case.module, {norm if name == "norm" else name: factors}, Recipe())
+        divided(case.module, {norm if name == "norm" else name: division}, Recipe())
 
 
 @pytest.mark.parametrize(

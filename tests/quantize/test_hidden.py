@@ -10,10 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from tvmq import ir, ops, pipeline
+from tvmq.errors import CalibrationError
 from tvmq.importer.load import import_model
 from tvmq.oracle import interpret
 from tvmq.quantize import hidden, numerics, refine
 from tvmq.quantize.calibration import calibrate
+from tvmq.quantize.least_noise import CHANNELS, Division
+from tvmq.quantize.smooth import divided
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe
 from tvmq.recipe_rules import Rule
@@ -83,7 +86,7 @@ def _units(module) -> int:
 def test_units_are_divided_and_copied_by_default(make_a_case, activation: Callable, bias: bool) -> None:
     case = _case(make_a_case, Massive(activation, bias=bias))
     module, smoothed = _reshaped(case)
-    assert len(smoothed) == 1 and _units(module) == WIDTH + WIDTH // hidden.UNITS
+    assert len(smoothed) == 1 and _units(module) == WIDTH + WIDTH // CHANNELS
     for got, want in zip(interpret.run(module, case.inputs), case.run(case.module), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5 * np.abs(want).max())
     others = np.arange(12) != AT
@@ -154,16 +157,26 @@ def test_even_units_are_left_alone(make_a_case) -> None:
     assert _reshaped(case := _case(make_a_case, Even())) == (case.module, {})
 
 
-def test_copies_are_of_the_largest_weights_where_they_are_worth_it() -> None:
-    read = np.random.default_rng(0).uniform(-1, 1, (384, 20)).astype(np.float32)
-    assert len(hidden.copied(read)) == 384
-    read[5, 3], read[9, 4] = 30.0, 12.0
-    units = hidden.copied(read)
-    # 30, then 15, then 12 again is not: 15 of two copies is larger than 12.
-    np.testing.assert_array_equal(units, [*range(384), 5, 5, 9])
-    parts = hidden.split(read, units)
-    assert np.abs(parts).max() == 10.0 and parts[5, 3] == parts[384, 3] == 10.0
-    np.testing.assert_allclose(hidden.joined(parts, units), read, rtol=1e-6)
+def test_copies_share_the_weights_of_a_unit_and_its_rounding() -> None:
+    read = np.random.default_rng(0).uniform(-1, 1, (400, 20)).astype(np.float32)
+    read[1] *= 3.0
+    units = np.array([*range(400), 1, 1, 7])
+    parts = hidden.split(read, units, 127)
+    np.testing.assert_array_equal(np.delete(parts, [1, 7, 400, 401, 402], axis=0), np.delete(read, [1, 7], axis=0))
+    steps = np.abs(parts).max(axis=0) / 127
+    for unit, copies in ((1, [1, 400, 401]), (7, [7, 402])):
+        np.testing.assert_allclose(parts[copies].sum(axis=0), read[unit], atol=1e-6)
+        np.testing.assert_allclose(np.diff(parts[copies], axis=0) * len(copies) / steps, 1.0, rtol=2e-2)
+        lost = (np.rint(parts[copies] / steps) * steps).sum(axis=0) - read[unit]
+        # One step's noise; that of shares alike would be as many times that as there are copies.
+        assert np.sqrt(np.mean(np.square(lost / steps))) < 1.3 / np.sqrt(12)
+
+
+@pytest.mark.parametrize("channel", [WIDTH, -1])
+def test_copies_of_no_unit_are_refused(massive, channel: int) -> None:
+    (name,) = (str(var.name) for var in hidden.makers(massive.module))
+    with pytest.raises(CalibrationError, match=f"expected copies of {WIDTH} channels, saw one of channel {channel};"):
+        divided(massive.module, {name: Division(np.ones(WIDTH), (0, channel))}, INT8)
 
 
 def test_a_table_gives_the_units_that_its_data_gave() -> None:
@@ -175,3 +188,14 @@ def test_a_table_gives_the_units_that_its_data_gave() -> None:
     by_table, by_data = (pipeline.quantize(model, INT8, given) for given in (table, batches))
     assert table.smoothed and by_data.table == by_table.table == table
     np.testing.assert_array_equal(by_table.simulate(batches[0])[0], by_data.simulate(batches[0])[0])
+
+
+def test_dynamic_layers_get_them_where_there_are_data(make_a_case) -> None:
+    case = _case(make_a_case, Massive())
+    recipe = Recipe(precision="int8-dynamic")
+    module, smoothed = _reshaped(case, recipe)
+    assert len(smoothed) == 1 and _units(module) > WIDTH
+    assert refine.reshaped(case.module, recipe, tuple) == (case.module, {})
+    reference, after = case.reference()[0], dataclasses.replace(case, module=module, known={})
+    before, now = (numerics.sqnr_db(reference, c.run(c.realized(recipe))[0]) for c in (case, after))
+    assert now > before + 2

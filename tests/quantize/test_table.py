@@ -10,6 +10,7 @@ from tvmq.errors import CalibrationError, OutputError
 from tvmq.quantize import packed
 from tvmq.quantize.mean_errors import MeanErrors
 from tvmq.quantize.numerics import QParams
+from tvmq.quantize.smoothed import Smoothed
 from tvmq.quantize.table import SCHEMA, CalibrationTable, Entry
 from tvmq.recipe_values import Precision
 
@@ -165,7 +166,9 @@ def test_an_edited_scale_is_used(model_of):
 
 def test_numbers_of_channels_round_trip():
     errors = MeanErrors("0123456789abcdef", packed.pack(np.array([0.25, -1e-3, 3e5])))
-    table = dataclasses.replace(TABLE, mean_errors={"conv": errors}, smoothed={"norm": packed.pack(np.ones(3))})
+    table = dataclasses.replace(
+        TABLE, mean_errors={"conv": errors}, smoothed={"norm": Smoothed(packed.pack(np.ones(3)), (2,))}
+    )
     assert CalibrationTable.from_json(table.to_json()) == table
     np.testing.assert_array_equal(errors.values(), np.float32([0.25, -1e-3, 3e5]))
     assert not {"mean_errors", "smoothed"} & set(json.loads(TABLE.to_json()))
@@ -189,4 +192,8 @@ def test_mean_errors_that_are_none(changes: object, parts: list):
 
 def test_channels_that_are_none():
     _one_line(json.dumps(_document(smoothed=[])), "smoothed", "an object")
-    _one_line(json.dumps(_document(smoothed={"norm": "?"})), "'norm'", "base64")
+    _one_line(json.dumps(_document(smoothed={"norm": "?"})), "'norm'", "float32 and copies")
+    _one_line(json.dumps(_document(smoothed={"norm": {"float32": "?", "copies": []}})), "'norm'", "base64")
+    _one_line(
+        json.dumps(_document(smoothed={"norm": {"float32": "", "copies": [1.5]}})), "copies", "a list of integers"
+    )

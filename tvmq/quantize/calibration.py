@@ -21,6 +21,7 @@ from tvmq.quantize.data import Revisited, inferences, of_fitting_size
 from tvmq.quantize.input_means import InputMeans
 from tvmq.quantize.plan import make_plan
 from tvmq.quantize.refine import Samples, mean_errors_of, means_for, reshaped
+from tvmq.quantize.smoothed import Smoothed
 from tvmq.quantize.sufficiency import Extremes
 from tvmq.quantize.table import CalibrationTable
 from tvmq.recipe import Recipe, wanted_precisions
@@ -31,10 +32,10 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The float module that is calibrated and planned, and by what its tensors were divided by default (packed)."""
+    """The float module that is calibrated and planned, and by what its tensors were divided by default."""
 
     module: tvm.IRModule
-    smoothed: Mapping[str, bytes]
+    smoothed: Mapping[str, Smoothed]
 
 
 def prepared(model: Model, recipe: Recipe, calibration: Iterable[Any] | CalibrationTable | None = None) -> Prepared:

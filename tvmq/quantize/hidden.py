@@ -21,12 +21,9 @@ from tvm import relax
 from tvmq import ir
 from tvmq.graph.fusion import ACTIVATIONS
 from tvmq.quantize.channels import is_linear
+from tvmq.quantize.least_noise import Division
 
 Array = npt.NDArray[Any]
-# One copy for so many units: products cost one percent more at most.
-UNITS = 128
-# Copies are made where they leave less than this share of the squares of weights' steps: it is a few layers that gain.
-WORTH = 0.5
 
 
 def hidden_units(module: tvm.IRModule) -> dict[Any, tuple[Any, ...]]:
@@ -66,32 +63,17 @@ def makers(module: tvm.IRModule) -> dict[Any, tuple[Any, ...]]:
     }
 
 
-def copied(read: Array) -> Array:
-    """The units [K] of weights [K, N], then again those that get copies, where these are worth it, in order.
+def split(read: Array, units: Array, largest_integer: int) -> Array:
+    """The weights [K, N] of `units`: each copy of one has its share of them, and some of a step more or less.
 
-    Each copy is of the unit whose weights are the largest then.
+    So rounded to multiples of steps, which are a column's largest magnitude / `largest_integer`, the shares of n copies
+    sum up to what rounding the whole gives: sum_i floor(x + i / n) = floor(n x) for i from 0 to n - 1.
     """
-    units = np.arange(len(read))
-    largest, counts = np.abs(read).max(axis=1), np.ones(len(read))
-    chosen = []
-    for _ in range(len(read) // UNITS):
-        chosen.append(int((largest / counts).argmax()))
-        counts[chosen[-1]] += 1
-    extended = np.append(units, np.sort(np.array(chosen, units.dtype)))
-    before, after = (np.square(np.abs(w).max(axis=0), dtype=np.float64).sum() for w in (read, split(read, extended)))
-    return extended if after < WORTH * before else units
-
-
-def split(read: Array, units: Array) -> Array:
-    """The weights [K, N] of `units`: each copy of one has its share of them."""
-    return np.asarray(read[units] / np.bincount(units)[units, None].astype(np.float32))
-
-
-def joined(weights: Array, units: Array) -> Array:
-    """The weights [K, N] that those of copies amount to."""
-    whole = weights[: int(units.max()) + 1].copy()
-    np.add.at(whole, units[len(whole) :], weights[len(whole) :])
-    return whole
+    counts = np.bincount(units)[units]
+    shares = read[units] / counts[:, None].astype(np.float32)
+    steps = np.abs(shares).max(axis=0) / np.float32(largest_integer)
+    copy = np.array([int((units[:at] == unit).sum()) for at, unit in enumerate(units)])
+    return np.asarray(shares + ((copy - (counts - 1) / 2) / counts).astype(np.float32)[:, None] * steps)
 
 
 def read_by(module: tvm.IRModule, layers: Iterable[Any]) -> Array:
@@ -106,17 +88,19 @@ def multiplied(read: Array, factors: Array) -> Array:
     return read * factors[:, None].astype(np.float32)
 
 
-def rescaled(module: tvm.IRModule, factors: Mapping[str, Array], *, copies: bool) -> tvm.IRModule:
-    """The module, computing the same, with hidden units of these names divided by factors, and copied where `copies`.
+def rescaled(module: tvm.IRModule, chosen: Mapping[str, Division], largest_integer: int = 127) -> tvm.IRModule:
+    """The module, computing the same, with hidden units of these names divided, and copied where that is chosen.
 
-    Both is for their readers alone, which are linear layers.
+    Both is for their readers alone, which are linear layers. Only units of `makers` may have copies.
+    largest_integer: of weights.
     """
-    values, made_by = dict(ir.bindings(module)), makers(module) if copies else {}
-    units: dict[Any, Array] = {}
-    for var, readers in hidden_units(module).items():
-        if (name := str(var.name)) in factors:
-            weights = multiplied(read_by(module, readers), factors[name])
-            units[var] = copied(weights) if var in made_by else np.arange(len(weights))
+    values, made_by = dict(ir.bindings(module)), makers(module)
+    factors = {name: division.factors for name, division in chosen.items()}
+    units: dict[Any, Array] = {
+        var: np.array([*range(len(factors[name])), *chosen[name].copies])
+        for var in hidden_units(module)
+        if (name := str(var.name)) in chosen
+    }
     twins: dict[Any, Any] = {}
 
     def twin(state: ir.Rewrite, var: Any) -> Any:
@@ -137,7 +121,7 @@ def rescaled(module: tvm.IRModule, factors: Mapping[str, Array], *, copies: bool
             return None
         if var not in twins:
             twins[var] = twin(state, var)
-        weight = split(multiplied(ir.to_numpy(old.args[1]), factors[str(var.name)]), units[var])
+        weight = split(multiplied(ir.to_numpy(old.args[1]), factors[str(var.name)]), units[var], largest_integer)
         return relax.Call(old.op, [twins[var], ir.constant(weight)], old.attrs)
 
     return ir.rewrite(module, visit) if units else module

@@ -26,7 +26,8 @@ from tvmq.quantize.input_products import input_products
 from tvmq.quantize.levels import layers_with
 from tvmq.quantize.mean_errors import MeanErrors, fingerprint
 from tvmq.quantize.plan import Plan
-from tvmq.quantize.smooth import channel_factors, divided, smooth
+from tvmq.quantize.smooth import divided, divisions, smooth
+from tvmq.quantize.smoothed import Smoothed
 from tvmq.quantize.weights import Chosen
 from tvmq.recipe import Recipe, wanted_precisions
 from tvmq.recipe_values import WEIGHT_ONLY, Algorithm, Precision, WeightLevels
@@ -37,14 +38,14 @@ CORRECTIONS = (Algorithm.BIAS_CORRECTION_ANALYTIC, Algorithm.BIAS_CORRECTION)
 
 
 def reshaped(
-    module: tvm.IRModule, recipe: Recipe, samples: Samples, known: Mapping[str, bytes] | None = None
-) -> tuple[tvm.IRModule, dict[str, bytes]]:
-    """The float module after equalization and smoothing, and by what tensors were smoothed by default (packed).
+    module: tvm.IRModule, recipe: Recipe, samples: Samples, known: Mapping[str, Smoothed] | None = None
+) -> tuple[tvm.IRModule, dict[str, Smoothed]]:
+    """The float module after equalization and smoothing, and by what tensors were smoothed by default.
 
     known: that, of a table, whose ranges are of such tensors; None where the recipe decides.
     """
     by_default = Algorithm.AUTO in recipe.algorithms and bool(
-        wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO}
+        wanted_precisions(recipe) & {Precision.INT8, Precision.AUTO, Precision.INT8_DYNAMIC}
     )
     if Algorithm.EQUALIZE in recipe.algorithms:
         module = equalize(module)
@@ -53,9 +54,9 @@ def reshaped(
     if Algorithm.SMOOTH in recipe.algorithms:
         return smooth(module, samples(), recipe.smoothing), {}
     if known is None and by_default:
-        known = {name: packed.pack(f) for name, f in channel_factors(module, samples(), recipe).items()}
+        known = {name: Smoothed.of(division) for name, division in divisions(module, samples(), recipe).items()}
     smoothed = dict(known or {})
-    return divided(module, {name: packed.unpack(data) for name, data in smoothed.items()}, recipe), smoothed
+    return divided(module, {name: found.division() for name, found in smoothed.items()}, recipe), smoothed
 
 
 def products_of(module: tvm.IRModule, plan: Plan, recipe: Recipe, samples: Samples) -> dict[str, Array]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from tvmq.errors import CalibrationError, nearest
 from tvmq.files import atomic_write_text
-from tvmq.quantize import packed
 from tvmq.quantize.mean_errors import MeanErrors
 from tvmq.quantize.numerics import QParams
+from tvmq.quantize.smoothed import Smoothed
 
 SCHEMA = 1
 ABOUT = (
@@ -43,8 +43,8 @@ class CalibrationTable:
     """The entries by tensor name; `samples` counts the inferences behind them.
 
     A tensor without an entry stays float. mean_errors: by the name of a convolution or linear layer, what its biases
-    are corrected by. smoothed: by the name of a layer norm or an activation function, packed, what each channel of its
-    result was divided by; ranges are of what it makes since.
+    are corrected by. smoothed: by the name of a layer norm or an activation function, what each channel of its result
+    was divided by, and which have copies; ranges are of what it makes since.
     """
 
     model: str
@@ -52,7 +52,7 @@ class CalibrationTable:
     samples: int
     tensors: Mapping[str, Entry]
     mean_errors: Mapping[str, MeanErrors] = field(default_factory=dict)
-    smoothed: Mapping[str, bytes] = field(default_factory=dict)
+    smoothed: Mapping[str, Smoothed] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -78,7 +78,7 @@ class CalibrationTable:
         if self.mean_errors:
             document["mean_errors"] = {name: errors.to_dict() for name, errors in self.mean_errors.items()}
         if self.smoothed:
-            document["smoothed"] = {name: packed.to_text(data) for name, data in self.smoothed.items()}
+            document["smoothed"] = {name: found.to_dict() for name, found in self.smoothed.items()}
         return json.dumps(document, indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -121,8 +121,8 @@ class CalibrationTable:
             for layer, value in _object(name, data, "mean_errors").items()
         }
         smoothed = {
-            norm: packed.from_text(f"{name}: smoothed {norm!r}", text)
-            for norm, text in _object(name, data, "smoothed").items()
+            tensor: Smoothed.from_dict(f"{name}: smoothed {tensor!r}", value)
+            for tensor, value in _object(name, data, "smoothed").items()
         }
         return cls(str(data.get("model", "")), str(data.get("observer", "")), samples, tensors, errors, smoothed)
 
