@@ -68,7 +68,7 @@ def _decision(model, recipe: Recipe) -> tuple[str, str]:
         (Recipe(rules=[Rule("words", "int8-weight")]), ("int8-weight", "")),
         (Recipe(precision="int8-dynamic", kinds=("embedding",)), ("int8-weight", "")),
         (Recipe(precision="int8-weight"), ("fp32", "the recipe's kinds leave out embedding")),
-        (Recipe(precision="int4-weight"), ("fp32", "int4-weight is for linear layers")),
+        (Recipe(precision="int4-weight"), ("fp32", "int4-weight is for convolutions and linear layers")),
         (Recipe(), ("fp32", "the recipe's precision")),
         (Recipe(precision="bf16"), ("fp32", "no integer or 16-bit kernel for this operator")),
     ],

@@ -197,7 +197,11 @@ def _graph(bundle: Bundle) -> tuple[tvm.IRModule, list[Array]]:
     module = tvm.ir.load_json(bundle.members[bundles.ORACLE].decode())
     weights = _weights(bundle)
     params = ir.main(module).params[-len(weights) :] if weights else []
-    return module, [_stored_as(weight, param) for weight, param in zip(weights, params, strict=True)]
+    tables = {call.args[1] for _, call in ir.calls(module) if ir.is_call(call, "tvmq.embedding")}
+    return module, [
+        _stored_as(weight, ir.dtype_of(param), matrix=len(ir.shape_of(param)) == 2 and param not in tables)
+        for weight, param in zip(weights, params, strict=True)
+    ]
 
 
 def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
@@ -208,14 +212,13 @@ def _oracle(bundle: Bundle, inputs: tuple[Array, ...]) -> _Oracle:
     return _Oracle(tensors, outputs, frozenset(tensors) - inexact)
 
 
-def _stored_as(weight: Array, param: Any) -> Array:
-    """An unpacked weight as the oracle has it, matrices [K, N].
+def _stored_as(weight: Array, dtype: str, *, matrix: bool) -> Array:
+    """An unpacked weight as the oracle has it, a matrix [K, N].
 
     Packed ones hold the bits of bfloat16, Winograd's its float32 values.
     """
-    if len(ir.shape_of(param)) == 2:
+    if matrix:
         weight = weight.reshape(weight.shape[0], -1).T
-    dtype = ir.dtype_of(param)
     return weight.astype(dtype) if weight.dtype.kind == "f" else weight.view(dtype)
 
 
