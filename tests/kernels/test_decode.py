@@ -60,6 +60,7 @@ def convolutions() -> list[Case]:
     return [
         *found,
         conv("pointwise", (1, 4, 4, 64), (7, 1, 1, 64), group=64, steps=tail),
+        conv("few_inputs", (1, 4, 4, 9), (7, 1, 1, 9), kind="vector_codebook"),
         conv("strided", (2, 7, 7, 12), (65, 3, 3, 12), group=128, stride=2, padding=1, steps=tail),
         conv("grouped", (1, 5, 5, 24), (30, 3, 3, 8), groups=3, kind="codebook"),
         conv("eight_groups", (1, 5, 5, 9), (16, 3, 3, 9), "int8-weight", group=32),

@@ -35,6 +35,12 @@ def test_a_kernel_is_a_matrix_of_whole_groups() -> None:
     assert groups.matrix_of(plain, 32) is plain and groups.weight_of(plain, plain.shape) is plain
 
 
+def test_a_kernel_of_few_inputs_is_a_group_of_so_many() -> None:
+    for inputs, rows in ((9, 16), (24, 32), (40, 64), (64, 64)):
+        call = coded(np.ones((3, 1, 1, inputs), np.float32), INT4, Recipe(precision=INT4))
+        assert [part.value.numpy().shape[0] for part in call.args] == [rows, 2 if rows == 64 else 1]
+
+
 @pytest.mark.parametrize("kind", WeightLevels)
 def test_a_kernel_comes_back_nearly(kind: WeightLevels) -> None:
     got = _back(KERNEL, weight_levels=kind)

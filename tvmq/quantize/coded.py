@@ -18,6 +18,8 @@ from tvmq.recipe import Recipe
 from tvmq.recipe_values import Algorithm, Precision, WeightLevels
 
 Array = npt.NDArray[Any]
+# Inputs that kernels decode together: a word of 4 bits, of pairs.
+_STEP = 16
 
 
 def coded(weight: Array, precision: Precision, recipe: Recipe, products: Array | None = None) -> Any:
@@ -26,6 +28,8 @@ def coded(weight: Array, precision: Precision, recipe: Recipe, products: Array |
     products: of the layer's inputs [K, K], for GPTQ; None rounds without it.
     """
     bits, group = 4 if precision is Precision.INT4_WEIGHT else 8, recipe.weight_group(precision)
+    if weight.ndim > 2 and group is not None:
+        group = min(group, -(-weight[0].size // _STEP) * _STEP)
     matrix = groups.matrix_of(weight, group)
     if products is not None:
         products = np.pad(products, (0, len(matrix) - len(products)))
