@@ -35,8 +35,8 @@ TEXT_NETWORK, SENTENCES, TEXT_CALIBRATION = "all-MiniLM-L6-v2", 500, 100
 
 
 def levels(kind: str) -> dict[str, Any]:
-    """A float recipe whose weights are rounded to 16 values for each 32."""
-    return {"precision": "fp32", "weight_levels": kind, "weight_bits": 4, "group_size": 32}
+    """A recipe of weights of 4 bits with a scale for each 32."""
+    return {"precision": "int4-weight", "weight_levels": kind, "group_size": 32}
 
 
 PLAIN: dict[str, Any] = {"algorithms": []}
@@ -67,12 +67,14 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "4-bit weights": {**PLAIN, "weight_bits": 4},
     "4-bit weights, together": {"weight_bits": 4, "algorithms": ["clip_weights", "gptq", "bias_correction"]},
+    "weight-only int8": {"precision": "int8-weight"},
     "weight-only int4 g32": levels("uniform"),
     "weight-only int4 g32, together": {**levels("uniform"), "algorithms": ["clip_weights", "gptq"]},
     "weight-only int4 g32, asymmetric": levels("asymmetric"),
     "weight-only 4-bit log2 g32": levels("log2"),
     "weight-only 4-bit normal_float g32": levels("normal_float"),
-    "weight-only 4-bit codebook": levels("codebook"),
+    "weight-only 4-bit codebook g32": levels("codebook"),
+    "weight-only 2-bit vector_codebook g32": levels("vector_codebook"),
     "weight-only int4 g32, stochastic": levels("stochastic"),
 }
 TEXT = """# Accuracy on CIFAR-10
@@ -80,11 +82,11 @@ TEXT = """# Accuracy on CIFAR-10
 {images} test images; 512 training images calibrate. Each cell: top-1 (how much less than fp32), and the share of images with
 the class that fp32 gives them, in percent; and the signal-to-noise ratio of logits. Of a hundred images that get another
 class some become right by chance, and some wrong: top-1 of equally good recipes differs by 0.08, and the ratio tells them
-apart better. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on these. Rows are recipes of int8
-bundles, each of them compiled and run; `weight-only` ones are simulated (`weight_levels`), float layers whose weights are
-rounded. `uneven` is the same network after half of its channels were rescaled by up to 50 either way, which changes nothing
-that it computes. Peers were measured on the same images. Empty cells were not measured; others, those without a ratio too,
-may be of an earlier run, which this one went on from.
+apart better. Cells that end in `of N` are of the first N test images, and of fp32's top-1 on these. Rows are recipes of
+bundles, each of them compiled and run: of int8, and `weight-only` ones of floats whose weights are stored in 8 or 4 bits, in
+groups of 32 (g32) with a scale. `uneven` is the same network after half of its channels were rescaled by up to 50 either
+way, which changes nothing that it computes. Peers were measured on the same images. Empty cells were not measured; others,
+those without a ratio too, may be of an earlier run, which this one went on from.
 
 `default` is what a recipe of int8 does by itself (`auto`): kernels are rounded as `squant` says, biases corrected
 (`bias_correction_analytic`), and channels equalized where they are uneven. `plain` is without algorithms: batch norms folded
