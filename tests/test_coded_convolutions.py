@@ -14,7 +14,6 @@ import tvmq
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.errors import BundleError
-from tvmq.model import Model
 from tvmq.pipeline import compile_model, realized_module
 from tvmq.quantize import numerics
 from tvmq.recipe import Recipe
@@ -43,15 +42,16 @@ CONVOLUTIONS, HEAD = 64 * 27 + 64 * 576 + 64 * 288 + 96 * 64, 96 * 10
 LOOKED_UP = Recipe(precision="int4-weight", weight_levels="codebook")
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    torch.manual_seed(0)
-    return tvmq.import_model(Net().eval(), (torch.randn(1, 3, 12, 12),))
+def pair() -> nn.Module:
+    """Two layers."""
+    return nn.Sequential(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 32, 1)).eval()
 
 
 @pytest.fixture(scope="module")
-def made(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The bundle of the model for a recipe and a target."""
+    torch.manual_seed(0)
+    model = tvmq.import_model(Net().eval(), (torch.randn(1, 3, 12, 12),))
     folder = tmp_path_factory.mktemp("coded")
     known: dict[tuple[Recipe, str], Path] = {}
 
@@ -65,21 +65,17 @@ def made(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     return make
 
 
-@pytest.mark.parametrize(
-    ("recipe", "least", "bits"),
-    [(Recipe(precision="int8-weight"), 40, 8), (Recipe(precision="int4-weight"), 18, 4), (LOOKED_UP, 18, 4)],
-    ids=["int8", "int4", "codebook"],
-)
-def test_a_bundle_is_near_its_floats_verifies_and_is_small(made, recipe: Recipe, least: float, bits: int) -> None:
+@pytest.mark.parametrize("recipe", [Recipe(precision="int4-weight"), LOOKED_UP], ids=["int4", "codebook"])
+def test_a_bundle_is_near_its_floats_verifies_and_is_small(made, recipe: Recipe) -> None:
     floats, few = (bundles.read(made(each)) for each in (Recipe(winograd=False), recipe))
     inputs, (reference,) = floats.golden()
     with tvmq.load(few) as executor:
-        assert numerics.sqnr_db(reference, executor(*inputs)[0]) > least
+        assert numerics.sqnr_db(reference, executor(*inputs)[0]) > 18
     found = tvmq.verify(few)
     assert found.ok, str(found)
     # Scales and panels that are not full take a sixth more at most; the least image has its parameters' bytes.
     sizes = [sum(array.nbytes for array in bundle.parameters().values()) for bundle in (floats, few)]
-    saved = (4 - bits / 8 * 7 / 6) * (CONVOLUTIONS + HEAD)
+    saved = (4 - 1 / 2 * 7 / 6) * (CONVOLUTIONS + HEAD)
     assert sizes[0] - sizes[1] > saved
     assert made(Recipe(winograd=False)).stat().st_size - made(recipe).stat().st_size > 0.8 * saved
 
@@ -114,8 +110,8 @@ def test_verify_finds_a_changed_weight(made) -> None:
     assert not tvmq.verify(changed).outputs_agree
 
 
-def test_a_whole_model_can_be_timed(model: Model) -> None:
-    target = tvmq.load_target("host")
+def test_a_whole_model_can_be_timed() -> None:
+    target, model = tvmq.load_target("host"), tvmq.import_model(pair(), (torch.zeros(1, 32, 8, 8),))
     realized = realized_module(model, target, LOOKED_UP).module
     (seconds,) = whole.latencies(realized, target, LOOKED_UP, [None]) or ()
     assert seconds > 0
@@ -123,9 +119,9 @@ def test_a_whole_model_can_be_timed(model: Model) -> None:
 
 def test_sizes_share_what_is_made_of_their_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 32, 1)).eval()
-    x = np.random.default_rng(0).standard_normal((3, 32, 8, 8)).astype(np.float32)
-    sizes = tvmq.import_model(net, x[:1], dynamic="input:0=1,2,3")
+    net = pair()
+    x = np.random.default_rng(0).standard_normal((2, 32, 8, 8)).astype(np.float32)
+    sizes = tvmq.import_model(net, x[:1], dynamic="input:0=1,2")
     with tvmq.load(compile_model(sizes, "host", LOOKED_UP, None, tmp_path / "m.tvmq").path) as executor:
         want = net(torch.from_numpy(x)).detach().numpy()
         by_kernel: dict[tuple[str, str], list[object]] = {}
@@ -134,7 +130,7 @@ def test_sizes_share_what_is_made_of_their_weights(tmp_path: Path) -> None:
             for weight in program.manifest["prepared"]["weights"]:
                 held = executor.tensors()[weight["name"]]
                 by_kernel.setdefault((weight["kernel"], weight["name"]), []).append(held)
-    assert sum(map(len, by_kernel.values())) == 6 > len(by_kernel)
+    assert sum(map(len, by_kernel.values())) == 4
     assert all(one is same[0] for same in by_kernel.values() for one in same)
 
 

@@ -84,6 +84,12 @@ def test_only_packed_weights_are_stored() -> None:
     assert [str(param.name) for param in apart.module["prepare"].params] == list(apart.parameters)[1:]
 
 
+def test_eight_bits_a_weight_and_a_scale_a_channel() -> None:
+    case = conv("a", (1, 8, 8, 64), (64, 3, 3, 64), "int8-weight", padding=1)
+    lowered = lower(module_of([case]), target_of("avx512-vnni"))
+    assert sum(array.nbytes for array in lowered.parameters.values()) == 64 * 576 + 2 * 64
+
+
 def test_a_module_without_such_weights_is_left_alone() -> None:
     lowered = lower(module_of([]), target_of("avx512-vnni"))
     assert split(lowered) is lowered
