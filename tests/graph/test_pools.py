@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -42,6 +43,7 @@ def _ops(shape: tuple[int, ...], function: Callable[[torch.Tensor], torch.Tensor
     return {ir.op_name(call) for _, call in ir.calls(module)}
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
 
 
@@ -54,7 +56,7 @@ MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
         (IMAGE, lambda x: functional.avg_pool2d(x, 3, 2, 1, True, False), {"nn.avg_pool2d"}),
         # Windows beyond the padding, which is counted.
         (IMAGE, lambda x: functional.avg_pool2d(x, 3, 2, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
-        (LINE, lambda x: functional.avg_pool1d(x, 4, 3, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
+        slow(LINE, lambda x: functional.avg_pool1d(x, 4, 3, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
         (LINE, lambda x: functional.adaptive_avg_pool1d(x, 4), {"nn.adaptive_avg_pool2d"}),
         (LINE, lambda x: x.mean(2, keepdim=True), {"mean"}),
         (LINE, lambda x: x.amax(2, keepdim=True), {"max"}),
@@ -63,27 +65,27 @@ MOVES = {"nn.conv2d", "add", "reshape", "permute_dims"}
         (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, 1), {"nn.avg_pool2d"}),
         (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, 1, count_include_pad=False), {"nn.avg_pool2d"}),
         (VOLUME, lambda x: functional.avg_pool3d(x, 3, 2, ceil_mode=True), {"nn.avg_pool2d"}),
-        (VOLUME, lambda x: functional.avg_pool3d(x, 3, (2, 3, 4), (1, 0, 1), True, False), {"nn.avg_pool2d"}),
-        (VOLUME, lambda x: functional.avg_pool3d(x, (3, 2, 3), 2, 1, ceil_mode=True), {"nn.avg_pool2d"}),
+        slow(VOLUME, lambda x: functional.avg_pool3d(x, 3, (2, 3, 4), (1, 0, 1), True, False), {"nn.avg_pool2d"}),
+        slow(VOLUME, lambda x: functional.avg_pool3d(x, (3, 2, 3), 2, 1, ceil_mode=True), {"nn.avg_pool2d"}),
         (VOLUME, lambda x: functional.avg_pool3d(x, (4, 3, 2), 3, 1, ceil_mode=True), {"nn.avg_pool2d", "nn.pad"}),
         (VOLUME, lambda x: functional.adaptive_avg_pool3d(x, (2, 3, 4)), {"nn.adaptive_avg_pool2d"}),
         (VOLUME, lambda x: functional.adaptive_avg_pool3d(x, 1), {"mean"}),
         (VOLUME, lambda x: functional.adaptive_max_pool3d(x, (5, 3, 1)), {"nn.max_pool2d"}),
         (VOLUME, lambda x: x.mean((2, 3), keepdim=True), {"mean"}),
-        (LINE, lambda x: functional.interpolate(x, scale_factor=2, mode="linear"), {"image.resize2d"}),
-        (VOLUME, lambda x: functional.interpolate(x, scale_factor=2), {"image.resize2d"}),
+        slow(LINE, lambda x: functional.interpolate(x, scale_factor=2, mode="linear"), {"image.resize2d"}),
+        slow(VOLUME, lambda x: functional.interpolate(x, scale_factor=2), {"image.resize2d"}),
         (VOLUME, lambda x: functional.interpolate(x, size=(7, 3, 9), mode="trilinear"), {"image.resize2d"}),
-        (
+        slow(
             VOLUME,
             lambda x: functional.interpolate(x, size=(4, 9, 2), mode="trilinear", align_corners=True),
             {"image.resize2d"},
         ),
-        (IMAGE, lambda x: functional.interpolate(x, scale_factor=3, mode="bicubic"), {"image.resize2d"}),
+        slow(IMAGE, lambda x: functional.interpolate(x, scale_factor=3, mode="bicubic"), {"image.resize2d"}),
         (LINE, lambda x: functional.instance_norm(x), {"nn.group_norm"}),
-        (IMAGE, lambda x: functional.instance_norm(x, weight=torch.arange(4.0)), {"nn.group_norm"}),
+        slow(IMAGE, lambda x: functional.instance_norm(x, weight=torch.arange(4.0)), {"nn.group_norm"}),
         (VOLUME, lambda x: functional.group_norm(x, 2, bias=torch.arange(4.0)), {"nn.group_norm"}),
         (VOLUME, lambda x: functional.pad(x, (1, 2, 0, 3, 4, 0), value=0.7), {"nn.pad"}),
-        (LINE, lambda x: functional.pad(x, (1, 2, 1, 0)), {"nn.pad"}),
+        slow(LINE, lambda x: functional.pad(x, (1, 2, 1, 0)), {"nn.pad"}),
         (VOLUME, lambda x: x.mean((2, 3, 4)), {"mean"}),
         (VOLUME, lambda x: x * x.mean((2, 3, 4), keepdim=True), {"mean", "multiply"}),
     ],
