@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tvmq
+from tvmq.cpuinfo import host_features
 from tvmq.deploy import bundle as bundles
 from tvmq.deploy.emulate import EmulatedBoard
 from tvmq.errors import BundleError
@@ -118,11 +119,14 @@ def test_a_whole_model_can_be_timed() -> None:
 
 
 def test_sizes_share_what_is_made_of_their_weights(tmp_path: Path) -> None:
+    target = tvmq.load_target("x86-64-avx2")
+    if missing := target.missing_features(host_features()):
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
     torch.manual_seed(0)
     net = pair()
     x = np.random.default_rng(0).standard_normal((2, 32, 8, 8)).astype(np.float32)
     sizes = tvmq.import_model(net, x[:1], dynamic="input:0=1,2")
-    with tvmq.load(compile_model(sizes, "host", LOOKED_UP, None, tmp_path / "m.tvmq").path) as executor:
+    with tvmq.load(compile_model(sizes, target, LOOKED_UP, None, tmp_path / "m.tvmq").path) as executor:
         want = net(torch.from_numpy(x)).detach().numpy()
         by_kernel: dict[tuple[str, str], list[object]] = {}
         for count, program in enumerate(executor.bundle.programs(), 1):
@@ -130,7 +134,7 @@ def test_sizes_share_what_is_made_of_their_weights(tmp_path: Path) -> None:
             for weight in program.manifest["prepared"]["weights"]:
                 held = executor.tensors()[weight["name"]]
                 by_kernel.setdefault((weight["kernel"], weight["name"]), []).append(held)
-    assert sum(map(len, by_kernel.values())) == 4
+    assert sum(map(len, by_kernel.values())) == 4 > len(by_kernel)
     assert all(one is same[0] for same in by_kernel.values() for one in same)
 
 
