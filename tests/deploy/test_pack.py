@@ -9,7 +9,7 @@ import re
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,16 @@ def native(native_runner: Path) -> Run:
     return lambda *words: subprocess.run(
         [str(native_runner), *map(str, words)], capture_output=True, text=True, timeout=60, check=False
     )
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where the runner's own files go, empty at the end."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield
+    assert not any(folder.iterdir())
 
 
 def refused(done: subprocess.CompletedProcess[str], said: str) -> None:
@@ -151,6 +161,7 @@ def archive(path: Path, contents: list[tuple[str, bytes]]) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_bundles_that_were_changed(native: Run, bundle_of: Callable[..., Path], tmp_path: Path) -> None:
     parts = members(bundle_of("flatten_linear"))
     for name in ("lib.so", "params.bin", "golden.npz"):
@@ -177,6 +188,7 @@ def test_bundles_that_were_changed(native: Run, bundle_of: Callable[..., Path], 
     refused(native("run", archive(tmp_path / "o.tvmq", list(other.items()))), "expected inside params.bin")
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
 def test_damage_anywhere_is_an_error_and_no_crash(
     native: Run, bundle_of: Callable[..., Path], tmp_path: Path, count: int

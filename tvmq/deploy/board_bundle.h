@@ -270,12 +270,13 @@ static bytes golden(const bundle* b, const char* side, int index, const array* a
 
 /* The library in the virtual machine, from a file that is gone when it is mapped. */
 static TVMFFIAny load(const bundle* b) {
+  bytes code = member(b, b->folder, "lib.so"); /* checked before there is a folder to leave */
   const char* base = getenv("TMPDIR");
   char folder[1024], path[1040];
   snprintf(folder, sizeof folder, "%s/tvmq-runner-XXXXXX", base ? base : "/tmp");
   if (mkdtemp(folder) == NULL) fail("cannot make the folder %s: set TMPDIR to another", folder);
   snprintf(path, sizeof path, "%s/lib.so", folder);
-  write_file(path, member(b, b->folder, "lib.so"), (bytes){0});
+  write_file(path, code, (bytes){0});
   TVMFFIAny name = raw(path), library = {0};
   TVMFFIByteArray loader = {"ffi.ModuleLoadFromFile", 22};
   TVMFFIObjectHandle function = NULL;

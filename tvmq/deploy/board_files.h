@@ -43,7 +43,9 @@ static void write_file(const char* path, bytes first, bytes second) {
   FILE* file = fopen(path, "wb");
   int failed = file == NULL || fwrite(first.data, 1, first.size, file) != first.size ||
                fwrite(second.data, 1, second.size, file) != second.size;
-  if ((file != NULL && fclose(file) != 0) || failed) fail("cannot write %s: is the disk full?", path);
+  if (file != NULL && fclose(file) != 0) failed = 1;
+  if (failed && file != NULL) unlink(path);
+  if (failed) fail("cannot write %s: is the disk full?", path);
 }
 
 /* ---- SHA-256, FIPS 180-4 ---- */
