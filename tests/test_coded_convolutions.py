@@ -140,9 +140,16 @@ def test_sizes_share_what_is_made_of_their_weights(tmp_path: Path) -> None:
 
 def test_a_manifest_that_does_not_fit_its_parameters_is_refused(made) -> None:
     bundle = bundles.read(made(LOOKED_UP))
-    prepared = {"parameters": 1, "weights": [{"name": "w", "kernel": "k", "reads": ["nobody"]}]}
-    with pytest.raises(BundleError, match="prepared: expected weights that are made of parameters"):
-        tvmq.load(bundles.Bundle({**bundle.manifest, "prepared": prepared}, bundle.members))
+    prepared = bundle.manifest["prepared"]
+    weights, count = prepared["weights"], prepared["parameters"]
+    nobody = {"name": "w", "kernel": "k", "reads": ["nobody"]}
+    for changed, said in (
+        ({"parameters": 1, "weights": [nobody]}, "expected weights that are made of parameters"),
+        ({"parameters": count - 1, "weights": weights}, "expected weights that are made of parameters"),
+        ({"parameters": count, "weights": [*weights, {**weights[0], "name": "more"}]}, f"expected {len(weights)} w"),
+    ):
+        with pytest.raises(BundleError, match=f"prepared: {said}"):
+            tvmq.load(bundles.Bundle({**bundle.manifest, "prepared": changed}, bundle.members))
 
 
 @pytest.mark.emulated

@@ -91,9 +91,9 @@ those without a ratio too, may be of an earlier run, which this one went on from
 `default` is what a recipe of int8 does by itself (`auto`): kernels are rounded as `squant` says, biases corrected
 (`bias_correction_analytic`), and channels equalized where they are uneven. `plain` is without algorithms: batch norms folded
 (as in every row), extremes as ranges, asymmetric activations and symmetric weights with a scale a channel (what others call
-a mixed preset; `symmetric` has no zero points, `mixed symmetry` none where that costs half a decibel at most); the rows after
-it add to it. `squant` is a closed form of what AdaRound
-learns; `mse`, `octav`, `entropy` and `percentile` search for limits of activations, `clip_weights` for those of weights.
+a mixed preset; `symmetric` has no zero points, `mixed symmetry` none where that costs half a decibel at most); the rows
+after it add to it. `squant` is a closed form of what AdaRound learns; `mse`, `octav`, `entropy` and `percentile` search
+for limits of activations, `clip_weights` for those of weights.
 Made by
 
     python -m tests.quantize.accuracy_table{choice} --known figures.json -o docs/accuracy.md

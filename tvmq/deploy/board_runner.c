@@ -99,7 +99,7 @@ static void decode_parameters(const bundle* b, program* p, TVMFFIAny machine) {
   TVMFFIAny prepared = entry_of(b, "prepared");
   int count = (int)number(prepared, "parameters"), made = (int)length_of(item(prepared, "weights"));
   if (made == 0) return;
-  if (count > p->count - b->input_count) fail("the manifest: prepared");
+  if (count < 0 || count > p->count - b->input_count) fail("the manifest: prepared");
   TVMFFIAny* reads = p->arguments + p->count - count;
   TVMFFIAny weights = call(method(machine, "prepare"), count, reads, "prepare");
   for (int i = 0; i < count; i++) TVMFFIObjectDecRef(reads[i].v_obj);

@@ -32,6 +32,10 @@ def on_device(bundle: Bundle, session: Session, machine: Any, shared: dict[Any, 
     names = list(stored)[: len(stored) - count]
     reads = list(stored.values())[len(names) :]
     made = session.call(lambda: prepare(machine, reads))
+    if len(made) != len(makers):
+        raise BundleError(
+            f"{bundle.where}: prepared", expected=f"{len(made)} weights, as its library makes", seen=len(makers)
+        )
     # Of what another program has made by the same kernel of the same parameters, one is kept.
     weights = {name: shared.setdefault(maker, each) for (name, maker), each in zip(makers.items(), made, strict=True)}
     return {**{name: stored[name] for name in names}, **weights}
@@ -50,7 +54,10 @@ def _prepared(bundle: Bundle, places: Mapping[str, Any]) -> tuple[int, dict[str,
     try:
         weights = found["weights"]
         makers = {str(each["name"]): (each["kernel"], *(places[name] for name in each["reads"])) for each in weights}
-        return int(found["parameters"]), makers
+        read = {name for each in weights for name in each["reads"]}
+        if found["parameters"] != len(read):
+            raise ValueError(f"{found['parameters']} parameters for {len(read)}")
+        return len(read), makers
     except (KeyError, TypeError, ValueError) as error:
         expected = "weights that are made of parameters"
         raise BundleError(f"{bundle.where}: prepared", expected=expected, seen=repr(error)) from error
