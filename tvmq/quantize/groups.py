@@ -60,12 +60,12 @@ def clipped(weight: Array, scales: Array, bits: int) -> Array:
     return to_bfloat16(found.reshape(scales.shape))
 
 
-def quantize_groups(weight: Array, scales: Array, bits: int, *, stochastic: bool = False, seed: int = 0) -> Array:
-    """`clip(nearbyint(w / s))`, int8 [K, N]; stochastic: rounded up with the probability of the rest."""
+def quantize_groups(weight: Array, scales: Array, bits: int, *, stochastic: bool = False) -> Array:
+    """`clip(nearbyint(w / s))`, int8 [K, N]; stochastic: see `rounding.stochastic`."""
     low, high = RANGE[bits]
     grouped = weight.reshape(scales.shape[0], -1, weight.shape[1]).astype(F32)
     units = grouped / widened(scales)[:, None]
-    whole = np.floor(units + np.random.default_rng(seed).random(units.shape)) if stochastic else np.rint(units)
+    whole = rounding.stochastic(units, np.random.default_rng(0)) if stochastic else np.rint(units)
     return np.asarray(np.clip(whole, low, high), np.int8).reshape(weight.shape)
 
 

@@ -88,7 +88,7 @@ def multiplied(read: Array, factors: Array) -> Array:
     return read * factors[:, None].astype(np.float32)
 
 
-def rescaled(module: tvm.IRModule, chosen: Mapping[str, Division], largest_integer: int = 127) -> tvm.IRModule:
+def rescaled(module: tvm.IRModule, chosen: Mapping[str, Division], largest_integer: int) -> tvm.IRModule:
     """The module, computing the same, with hidden units of these names divided, and copied where that is chosen.
 
     Both is for their readers alone, which are linear layers. Only units of `makers` may have copies.

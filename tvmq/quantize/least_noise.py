@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
 
+from tvmq.quantize.numerics import largest_integer
 from tvmq.quantize.seen import ChannelsSeen
 from tvmq.recipe import Recipe
 
@@ -87,7 +88,7 @@ class _Noise:
         largest = magnitudes.max(axis=0)
         self._powers = (magnitudes / np.where(largest > 0, largest, 1.0)).astype(np.float32) ** P
         columns = read.shape[1] // magnitudes.shape[1]
-        self._unit = columns * np.square(largest.astype(np.float64) / (2.0 ** (recipe.weight_bits - 1) - 1.0))
+        self._unit = columns * np.square(largest.astype(np.float64) / largest_integer(recipe.weight_bits))
 
     def minimum(self, logs: Array, counts: Array, steps: int) -> tuple[Array, float]:
         """(the best logarithms of factors, the noise that they leave), from `logs`."""

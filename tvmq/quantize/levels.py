@@ -111,7 +111,7 @@ def rounded(weight: Array, levels: WeightLevels, bits: int, group: int | None, s
 
 def _stochastic(w: Array, bits: int, rng: np.random.Generator) -> Array:
     scale = _scale(w, bits)
-    return np.clip(np.floor(w / scale + rng.random(w.shape)), *_range(bits)) * scale
+    return np.clip(rounding.stochastic(w / scale, rng), *_range(bits)) * scale
 
 
 def _scale(w: Array, bits: int) -> Array:

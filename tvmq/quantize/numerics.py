@@ -76,12 +76,17 @@ def choose_qparams(
     least integer is left out, so that there are as many below zero as above. A range of zero width gets scale 1.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
-    top = 2 ** (bits - 1) - 1
+    top = largest_integer(bits)
     bottom = -top if narrow else -(top + 1)
     scale = max(-low, high) / top if symmetric else (high - low) / (top - bottom)
     scale = _sound_scale(2.0 ** np.ceil(np.log2(scale)) if power_of_two and scale > TINY_SCALE else scale)
     zero_point = 0 if symmetric else int(np.clip(np.rint(bottom - low / scale), bottom, top))
     return QParams(scale, zero_point, bottom, top)
+
+
+def largest_integer(bits: int) -> int:
+    """The largest integer of `bits` bits with a sign: 127 of 8."""
+    return int(2 ** (bits - 1) - 1)
 
 
 def _sound_scale(scale: float) -> float:
@@ -99,7 +104,7 @@ def weight_scales(
     """
     others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     bound = np.abs(weight).max(axis=others) if weight.size else np.zeros(weight.shape[axis])
-    scales = np.maximum(bound.ravel().astype(np.float64) / (2 ** (bits - 1) - 1), floor)
+    scales = np.maximum(bound.ravel().astype(np.float64) / largest_integer(bits), floor)
     if power_of_two:
         scales = np.where(scales > TINY_SCALE, 2.0 ** np.ceil(np.log2(np.maximum(scales, TINY_SCALE))), scales)
     return np.array([_sound_scale(float(scale)) for scale in scales], F32)

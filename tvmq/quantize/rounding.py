@@ -2,6 +2,7 @@
 
 squant  data-free, a closed form of what AdaRound learns: errors of a kernel and of a channel cancel
 gptq    with the products of a layer's inputs: each input's error is made up for by those that follow
+stochastic  up with the probability of the rest, so that errors are none on average
 clipped_scales  scales of least squared error, which may cut a weight's largest elements
 """
 
@@ -88,6 +89,11 @@ def gptq(
         remaining[k + 1 :] -= np.outer(upper[k, k + 1 :], error)
         result[order[k]] = q
     return result
+
+
+def stochastic(units: Array, rng: np.random.Generator) -> Array:
+    """A weight in units of its scales, rounded up with the probability of the rest, float."""
+    return np.asarray(np.floor(units + rng.random(units.shape)))
 
 
 def clipped_scales(weight: Array, scales: Array, low: int, high: int, least: float = 0.5) -> Array:

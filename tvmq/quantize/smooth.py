@@ -25,6 +25,7 @@ from tvmq.quantize import hidden
 from tvmq.quantize.channels import Channels, Group, balanced, is_linear, is_scalable_norm
 from tvmq.quantize.data import first
 from tvmq.quantize.least_noise import Division, best_division
+from tvmq.quantize.numerics import largest_integer
 from tvmq.quantize.seen import Samples, channels_seen, largest_seen
 from tvmq.recipe import Recipe, wanted_precisions
 from tvmq.recipe_values import Precision
@@ -88,7 +89,7 @@ def divided(module: tvm.IRModule, chosen: Mapping[str, Division], recipe: Recipe
             expected = f"copies of {copied.get(name, 0)} channels"
             raise CalibrationError(where, expected=expected, seen=f"one of channel {beyond[0]}", hint="calibrate anew")
     of_units = {name: chosen[name] for name in chosen if name in {str(var.name) for var in units}}
-    module = hidden.rescaled(module, of_units, 2 ** (recipe.weight_bits - 1) - 1)
+    module = hidden.rescaled(module, of_units, largest_integer(recipe.weight_bits))
     return divided_norms(module, {name: chosen[name].factors for name in chosen if name not in of_units})
 
 

@@ -49,22 +49,19 @@ def _matrix(weight: Array, axis: int) -> Array:
     return np.moveaxis(weight, axis, -1).reshape(-1, weight.shape[axis])
 
 
-def _top(recipe: Recipe) -> int:
-    return int(2 ** (recipe.weight_bits - 1) - 1)
-
-
 def _scales(weight: Array, axis: int, recipe: Recipe, floor: Array | float) -> Array:
     power_of_two = recipe.power_of_two in (PowerOfTwo.WEIGHTS, PowerOfTwo.ALL)
     scales = numerics.weight_scales(weight, axis, floor, bits=recipe.weight_bits, power_of_two=power_of_two)
     if Algorithm.CLIP_WEIGHTS in recipe.algorithms and not power_of_two:
-        clipped = rounding.clipped_scales(_matrix(weight, axis), scales, -_top(recipe), _top(recipe))
+        top = numerics.largest_integer(recipe.weight_bits)
+        clipped = rounding.clipped_scales(_matrix(weight, axis), scales, -top, top)
         scales = np.maximum(clipped, np.asarray(floor, np.float32))
     return scales if recipe.per_channel else np.full_like(scales, scales.max())
 
 
 def _rounded(weight: Array, axis: int, scales: Array, recipe: Recipe, products: Array | None) -> Array:
     """The integers, with these scales."""
-    matrix, top = _matrix(weight, axis), _top(recipe)
+    matrix, top = _matrix(weight, axis), numerics.largest_integer(recipe.weight_bits)
     if Algorithm.GPTQ in recipe.algorithms and products is not None:
         return _unfolded(rounding.gptq(matrix, scales, products, -top, top), weight, axis)
     # By default of kernels alone: inputs of linear layers have little in common that errors could cancel over.
