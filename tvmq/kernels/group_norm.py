@@ -78,12 +78,8 @@ class GroupNorm:
         with builder.parallel(n * h) as row:
 
             def add(at: Expr, lanes: int) -> None:
-                total = f.registers(lanes, FLOAT)
-                total.store(builder.number(0.0, FLOAT, lanes), 0, lanes)
-                with builder.serial(w) as column:
-                    pixel = element(row, (row * w + column) * c + at, at, lanes)
-                    total.store(total.load(0, lanes) + pixel, 0, lanes)
-                rows.store(total.load(0, lanes), row * c + at, lanes)
+                total = _sum(f, w, lanes, lambda column: element(row, (row * w + column) * c + at, at, lanes))
+                rows.store(total, row * c + at, lanes)
 
             builder.for_each(c, self.lanes, add)
 
@@ -94,19 +90,22 @@ class GroupNorm:
         with builder.serial(n) as image:
 
             def add(at: Expr, lanes: int) -> None:
-                total = f.registers(lanes, FLOAT)
-                total.store(builder.number(0.0, FLOAT, lanes), 0, lanes)
-                with builder.serial(h) as y:
-                    total.store(total.load(0, lanes) + rows.load((image * h + y) * c + at, lanes), 0, lanes)
-                out.store(total.load(0, lanes), image * c + at, lanes)
+                total = _sum(f, h, lanes, lambda y: rows.load((image * h + y) * c + at, lanes))
+                out.store(total, image * c + at, lanes)
 
             builder.for_each(c, self.lanes, add)
             with builder.serial(self.groups) as group:
                 start = image * c + group * each
-                total, result = f.registers(1, FLOAT), f.registers(1, FLOAT)
-                total.store(builder.number(0.0, FLOAT), 0)
-                with builder.serial(each) as channel:
-                    total.store(total.load(0) + out.load(start + channel), 0)
-                result.store(finish(total.load(0)), 0)
+                result = f.registers(1, FLOAT)
+                result.store(finish(_sum(f, each, 1, lambda channel: out.load(start + channel))), 0)
                 with builder.serial(each) as channel:
                     out.store(result.load(0), start + channel)
+
+
+def _sum(f: builder.Function, count: int, lanes: int, element: Callable[[Expr], Expr]) -> Expr:
+    """The sum of `element(i)` for i from 0 to count - 1, in this order."""
+    total = f.registers(lanes, FLOAT)
+    total.store(builder.number(0.0, FLOAT, lanes), 0, lanes)
+    with builder.serial(count) as i:
+        total.store(total.load(0, lanes) + element(i), 0, lanes)
+    return total.load(0, lanes)
